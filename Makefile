@@ -1,0 +1,50 @@
+# Two commands do all set-up themselves: `make compare` and `make test`. `make` alone lists the targets.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup compare try explain list test check accuracy format clean
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch numpy
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[compare,dev]'
+	@touch $(READY)
+
+setup: $(READY) ## create .venv with the package and what it needs
+
+compare: $(READY) ## which norm should this network use? (3 minutes; ARGS="--data digits --minutes 1")
+	$(BIN)/anynorm compare $(ARGS)
+
+try: $(READY) ## a model before and after accelerate (ARGS=resnet18)
+	$(BIN)/anynorm try $(or $(ARGS),resnet18)
+
+explain: $(READY) ## the three steps in real numbers
+	$(BIN)/anynorm explain $(ARGS)
+
+list: $(READY) ## the family
+	$(BIN)/anynorm list
+
+test: check ## lint, types, tests and doctests
+	$(BIN)/pytest -n 2 $(ARGS)
+
+check: $(READY) ## lint and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+accuracy: $(READY) ## measure the errors against float64 and write docs/accuracy.md
+	$(BIN)/python benchmarks/accuracy.py
+
+format: $(READY) ## format the code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean: ## remove .venv and caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,1 @@
+"""anynorm: batch normalization and its family as one formula."""
