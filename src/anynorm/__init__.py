@@ -1,1 +1,58 @@
-"""anynorm: batch normalization and its family as one formula."""
+"""anynorm: batch normalization and its family as one formula, drop-in for torch.nn.
+
+    y = (x - mean) / sqrt(var + eps) * gamma + beta
+
+`anynorm.accelerate(model)` is the whole migration.
+"""
+
+from . import functional, reference
+from .errors import PatternError, UserError
+from .family import FAMILY
+from .modules.batch import (
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    InstanceNorm1d,
+    InstanceNorm2d,
+    InstanceNorm3d,
+)
+from .modules.lazy import (
+    LazyBatchNorm1d,
+    LazyBatchNorm2d,
+    LazyBatchNorm3d,
+    LazyInstanceNorm1d,
+    LazyInstanceNorm2d,
+    LazyInstanceNorm3d,
+)
+from .modules.pattern import AnyNorm
+from .modules.sample import GroupNorm, LayerNorm, RMSNorm
+from .ops import exact
+from .surgery.accelerate import accelerate
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FAMILY",
+    "AnyNorm",
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "GroupNorm",
+    "InstanceNorm1d",
+    "InstanceNorm2d",
+    "InstanceNorm3d",
+    "LayerNorm",
+    "LazyBatchNorm1d",
+    "LazyBatchNorm2d",
+    "LazyBatchNorm3d",
+    "LazyInstanceNorm1d",
+    "LazyInstanceNorm2d",
+    "LazyInstanceNorm3d",
+    "PatternError",
+    "RMSNorm",
+    "UserError",
+    "accelerate",
+    "exact",
+    "functional",
+    "reference",
+]

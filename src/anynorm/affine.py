@@ -1,0 +1,22 @@
+"""Question (c): over what do gamma and beta vary?"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .pooling import Pooling
+
+
+def spread(parameter: Tensor | None, pooling: Pooling, view: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """Shape gamma or beta so that it broadcasts over the opened x, in the dtype of the computation."""
+    if parameter is None:
+        return None
+    shape = [size if axis in pooling.affine else 1 for axis, size in enumerate(view.shape)]
+    return parameter.to(dtype).reshape(shape)
+
+
+def scale_shift(xhat: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
+    """xhat * gamma + beta, either of them absent."""
+    y = xhat if gamma is None else xhat * gamma
+    return y if beta is None else y + beta

@@ -1,0 +1,57 @@
+"""The table that is the library: every norm as three answers to three questions.
+
+    y = (x - mean) / sqrt(var + eps) * gamma + beta
+
+Which elements share a mean and a variance (``pattern``, ``centred``), where mean and variance come from
+(``sources``), and over what gamma and beta vary (``affine``). README, docs, tests and ``anynorm list`` read this table.
+
+Axis letters, fixed for the whole project: n one or more sample axes, c channel, s zero or more spatial axes,
+g group, k channel in its group, d one or more feature axes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """One norm of the family.
+
+    Attributes:
+        name: the norm's name, as in ``anynorm compare --norms``.
+        pattern: axes of x ``->`` axes that keep statistics of their own; what is missing on the right is pooled.
+        centred: whether the mean is subtracted (RMS norm subtracts nothing).
+        sources: where mean and variance come from, in training and in evaluation.
+        affine: the axes gamma and beta vary over.
+        classes: the modules, named as in torch.nn.
+        function: the function in ``anynorm.functional``.
+    """
+
+    name: str
+    pattern: str
+    centred: bool
+    sources: tuple[str, ...]
+    affine: str
+    classes: tuple[str, ...]
+    function: str
+
+
+# fmt: off
+FAMILY: dict[str, Scheme] = {
+    scheme.name: scheme
+    for scheme in (
+        #      name        statistics shared by    centred sources               affine over
+        Scheme("batch",    "n c s -> c",           True,   ("batch", "running"), "c",
+               ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d"), "batch_norm"),
+        Scheme("layer",    "n d -> n",             True,   ("batch",),           "d",
+               ("LayerNorm",), "layer_norm"),
+        Scheme("rms",      "n d -> n",             False,  ("batch",),           "d",
+               ("RMSNorm",), "rms_norm"),
+        Scheme("instance", "n c s -> n c",         True,   ("batch", "running"), "c",
+               ("InstanceNorm1d", "InstanceNorm2d", "InstanceNorm3d"), "instance_norm"),
+        Scheme("group",    "n (g k) s -> n g",     True,   ("batch",),           "g k",
+               ("GroupNorm",), "group_norm"),
+    )
+}
+# fmt: on

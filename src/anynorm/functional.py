@@ -1,0 +1,297 @@
+"""What is asked: the norms with the signatures of torch.nn.functional, checked and handed to the one engine.
+
+Each function answers the three questions with its line of `family.FAMILY` and lets `ops.normalize` do the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import ops
+from .errors import (
+    check_batch_norm,
+    check_channels,
+    check_floating,
+    check_groups,
+    check_more_than_one,
+    check_no_overlap,
+    check_normalized_shape,
+    check_parameter_dtypes,
+    warn_of_one_value,
+)
+from .family import FAMILY, Scheme
+from .pooling import Pooling, Sizes, find_pooling
+from .sources import read_running, update_running
+
+__all__ = ["batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"]
+
+BATCH_OF_ONE = "use a larger batch, drop a last batch of one with DataLoader(drop_last=True), or call eval()"
+ONE_POSITION = "normalize before the positions are pooled away, or use layer norm"
+
+
+def pool(scheme: Scheme, x: Tensor, sizes: Sizes = ()) -> Pooling:
+    """The scheme's pattern, worked out for x."""
+    return find_pooling(scheme.pattern, scheme.affine, scheme.centred, x.dim(), sizes)
+
+
+def normalize_with_running(
+    x: Tensor,
+    pooling: Pooling,
+    running: tuple[Tensor, Tensor] | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    from_batch: bool,
+    momentum: float | Tensor,
+    eps: float,
+) -> Tensor:
+    """Take statistics from the batch and move the running averages, or take them from the running averages."""
+    if not from_batch:
+        assert running is not None
+        given = read_running(*running, pooling, pooling.open(x))
+        return ops.normalize(x, pooling, weight, bias, eps, given)[0]
+    y, moments = ops.normalize(x, pooling, weight, bias, eps)
+    if running is not None and x.numel():
+        update_running(*running, moments, pooling.samples, momentum)
+    return y
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float | Tensor = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Normalize each channel over the batch and all positions.
+
+    y[n,c,s] = (x[n,c,s] - mean[c]) / sqrt(var[c] + eps) * weight[c] + bias[c]
+
+    Args:
+        input: (N, C) or (N, C, *), floating point.
+        running_mean, running_var: (C,), read in evaluation, moved in place in training; or None in training.
+        weight, bias: (C,), gamma and beta.
+        training: take mean and variance from the batch.
+        momentum: weight of the new value in the running averages; a tensor is allowed.
+        eps: in units of x squared.
+
+    Returns:
+        Shape and dtype of input; channels_last where input is.
+
+    Raises:
+        ValueError: one value per channel in training; buffers that share memory.
+        RuntimeError: sizes or dtypes that do not fit.
+
+    Note:
+        The batch is normalized by its population variance; running_var moves towards n/(n-1) times that, as in torch.
+
+    Source:
+        Ioffe and Szegedy 2015, arXiv:1502.03167, algorithm 1.
+
+    Example:
+        >>> x = torch.tensor([[1.0], [3.0]])
+        >>> batch_norm(x, None, None, training=True, eps=1e-12)
+        tensor([[-1.],
+                [ 1.]])
+    """
+    check_floating("batch_norm", input)
+    check_batch_norm(input, training, eps, running_mean=running_mean, running_var=running_var)
+    named = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
+    check_channels("batch_norm", input.shape[1], **named)
+    pooling = pool(FAMILY["batch"], input)
+    if training:
+        check_more_than_one("batch_norm", pooling.count(input), "channel", input, BATCH_OF_ONE)
+    if ops.prefers_torch(input) and isinstance(momentum, float | int):
+        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    check_parameter_dtypes("batch_norm", input, **named)
+    running = None
+    if running_mean is not None and running_var is not None:
+        running = (running_mean, running_var)
+        if training and ops.is_plain(input, running_mean, running_var):
+            check_no_overlap("batch_norm", input, running_mean, running_var)
+    return normalize_with_running(input, pooling, running, weight, bias, training, momentum, eps)
+
+
+def instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Normalize each channel of each sample over its positions.
+
+    y[n,c,s] = (x[n,c,s] - mean[n,c]) / sqrt(var[n,c] + eps) * weight[c] + bias[c]
+
+    Args:
+        input: (N, C, *), floating point.
+        running_mean, running_var: (C,), averages over samples, read unless `use_input_stats`, else moved in place.
+        weight, bias: (C,), gamma and beta.
+        use_input_stats: take mean and variance from the input.
+        momentum: weight of the new value in the running averages.
+        eps: in units of x squared.
+
+    Returns:
+        Shape and dtype of input; channels_last where input is (torch returns contiguous, pytorch#72341).
+
+    Raises:
+        ValueError: one position per channel with `use_input_stats`: every output would be beta.
+        RuntimeError: sizes or dtypes that do not fit.
+
+    Source:
+        Ulyanov, Vedaldi and Lempitsky 2016, arXiv:1607.08022, equation 3.
+
+    Example:
+        >>> instance_norm(torch.tensor([[[1.0, 3.0]]]), eps=1e-12)
+        tensor([[[-1.,  1.]]])
+    """
+    check_floating("instance_norm", input)
+    check_groups("instance_norm", input, 1)
+    named = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
+    check_channels("instance_norm", input.shape[1], **named)
+    pooling = pool(FAMILY["instance"], input)
+    if use_input_stats:
+        check_more_than_one("instance_norm", pooling.count(input), "channel of a sample", input, ONE_POSITION)
+    elif running_mean is None or running_var is None:
+        raise RuntimeError(
+            "instance_norm: use_input_stats=False needs running statistics; got None; pass running_mean and running_var"
+        )
+    if ops.prefers_torch(input):
+        return F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+    check_parameter_dtypes("instance_norm", input, **named)
+    running = None
+    if running_mean is not None and running_var is not None:
+        running = (running_mean, running_var)
+        if use_input_stats and ops.is_plain(input, running_mean, running_var):
+            check_no_overlap("instance_norm", input, running_mean, running_var)
+    return normalize_with_running(input, pooling, running, weight, bias, use_input_stats, momentum, eps)
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Normalize each sample over its last axes.
+
+    y[n,d] = (x[n,d] - mean[n]) / sqrt(var[n] + eps) * weight[d] + bias[d]
+
+    Args:
+        input: (*, *normalized_shape), floating point.
+        normalized_shape: sizes of the last axes, which share a mean and a variance.
+        weight, bias: normalized_shape, gamma and beta.
+        eps: in units of x squared.
+
+    Returns:
+        Shape and dtype of input.
+
+    Raises:
+        RuntimeError: shapes or dtypes that do not fit.
+
+    Source:
+        Ba, Kiros and Hinton 2016, arXiv:1607.06450, equations 3 and 4.
+
+    Example:
+        >>> layer_norm(torch.tensor([[1.0, 3.0]]), (2,), eps=1e-12)
+        tensor([[-1.,  1.]])
+    """
+    check_floating("layer_norm", input)
+    shape = check_normalized_shape("layer_norm", input, normalized_shape, weight=weight, bias=bias)
+    if ops.prefers_torch(input):
+        return F.layer_norm(input, shape, weight, bias, eps)
+    check_parameter_dtypes("layer_norm", input, weight=weight, bias=bias)
+    pooling = pool(FAMILY["layer"], input, (("d", shape),))
+    warn_of_one_value("layer_norm", prod(shape), "sample")
+    return ops.normalize(input, pooling, weight, bias, eps)[0]
+
+
+def rms_norm(
+    input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
+) -> Tensor:
+    """Divide each sample by the root mean square of its last axes; nothing is subtracted.
+
+    y[n,d] = x[n,d] / sqrt(mean over d of x[n,d]**2 + eps) * weight[d]
+
+    Args:
+        input: (*, *normalized_shape), floating point.
+        normalized_shape: sizes of the last axes, which share a mean square.
+        weight: normalized_shape, gamma.
+        eps: in units of x squared; None takes the machine epsilon of the computation in torch: that of float32 for
+            half types and float32, of float64 for float64.
+
+    Returns:
+        Shape and dtype of input.
+
+    Raises:
+        RuntimeError: shapes that do not fit.
+
+    Source:
+        Zhang and Sennrich 2019, arXiv:1910.07467, equation 4.
+
+    Example:
+        >>> rms_norm(torch.tensor([[3.0, 3.0]]), (2,))
+        tensor([[1., 1.]])
+    """
+    check_floating("rms_norm", input)
+    shape = check_normalized_shape("rms_norm", input, normalized_shape, weight=weight)
+    if ops.prefers_torch(input):
+        return F.rms_norm(input, shape, weight, eps)
+    if eps is None:
+        eps = torch.finfo(torch.float64 if input.dtype == torch.float64 else torch.float32).eps
+    pooling = pool(FAMILY["rms"], input, (("d", shape),))
+    return ops.normalize(input, pooling, weight, None, eps)[0]
+
+
+def group_norm(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Normalize each group of channels of each sample over the group and all positions.
+
+    y[n,c,s] = (x[n,c,s] - mean[n,g]) / sqrt(var[n,g] + eps) * weight[c] + bias[c],  g the group of channel c
+
+    Args:
+        input: (N, C, *), floating point.
+        num_groups: how many groups of C / num_groups neighbouring channels.
+        weight, bias: (C,), gamma and beta.
+        eps: in units of x squared.
+
+    Returns:
+        Shape and dtype of input; channels_last where input is.
+
+    Raises:
+        RuntimeError: channels not divisible by groups; sizes or dtypes that do not fit.
+        ValueError: a single value per group in a batch of one: the output would be beta.
+
+    Source:
+        Wu and He 2018, arXiv:1803.08494, equation 7.
+
+    Example:
+        >>> group_norm(torch.tensor([[1.0, 3.0, 5.0, 9.0]]), 2, eps=1e-12)
+        tensor([[-1.,  1., -1.,  1.]])
+    """
+    check_floating("group_norm", input)
+    check_groups("group_norm", input, num_groups)
+    check_channels("group_norm", input.shape[1], weight=weight, bias=bias)
+    check_more_than_one("group_norm", input.numel() // max(num_groups, 1), "group", input, ONE_POSITION)
+    if ops.prefers_torch(input):
+        return F.group_norm(input, num_groups, weight, bias, eps)
+    check_parameter_dtypes("group_norm", input, weight=weight, bias=bias)
+    pooling = pool(FAMILY["group"], input, (("g", num_groups),))
+    warn_of_one_value("group_norm", pooling.count(pooling.open(input)), "group")
+    return ops.normalize(input, pooling, weight, bias, eps)[0]

@@ -1,0 +1,58 @@
+"""The lazy variants: torch's lazy classes, which become ours once the first input has told the number of features."""
+
+from __future__ import annotations
+
+import torch.nn as nn
+
+from .batch import (
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    InstanceNorm1d,
+    InstanceNorm2d,
+    InstanceNorm3d,
+    _BatchNorm,
+    _InstanceNorm,
+)
+
+
+class LazyBatchNorm1d(_BatchNorm, nn.LazyBatchNorm1d):
+    """`torch.nn.LazyBatchNorm1d` that becomes `anynorm.BatchNorm1d`."""
+
+    cls_to_become = BatchNorm1d
+    _axes = BatchNorm1d._axes
+
+
+class LazyBatchNorm2d(_BatchNorm, nn.LazyBatchNorm2d):
+    """`torch.nn.LazyBatchNorm2d` that becomes `anynorm.BatchNorm2d`."""
+
+    cls_to_become = BatchNorm2d
+    _axes = BatchNorm2d._axes
+
+
+class LazyBatchNorm3d(_BatchNorm, nn.LazyBatchNorm3d):
+    """`torch.nn.LazyBatchNorm3d` that becomes `anynorm.BatchNorm3d`."""
+
+    cls_to_become = BatchNorm3d
+    _axes = BatchNorm3d._axes
+
+
+class LazyInstanceNorm1d(_InstanceNorm, nn.LazyInstanceNorm1d):
+    """`torch.nn.LazyInstanceNorm1d` that becomes `anynorm.InstanceNorm1d`."""
+
+    cls_to_become = InstanceNorm1d
+    _axes = InstanceNorm1d._axes
+
+
+class LazyInstanceNorm2d(_InstanceNorm, nn.LazyInstanceNorm2d):
+    """`torch.nn.LazyInstanceNorm2d` that becomes `anynorm.InstanceNorm2d`."""
+
+    cls_to_become = InstanceNorm2d
+    _axes = InstanceNorm2d._axes
+
+
+class LazyInstanceNorm3d(_InstanceNorm, nn.LazyInstanceNorm3d):
+    """`torch.nn.LazyInstanceNorm3d` that becomes `anynorm.InstanceNorm3d`."""
+
+    cls_to_become = InstanceNorm3d
+    _axes = InstanceNorm3d._axes

@@ -1,0 +1,212 @@
+"""Any member of the family, and ones nobody named, from a pattern: `AnyNorm`."""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch.nn import Parameter
+
+from ..errors import PatternError, check_floating
+from ..functional import normalize_with_running
+from ..pooling import Sizes, find_axes, find_pooling, parse
+from .state import CheckedState
+
+
+def any_norm_forward(
+    input: Tensor,
+    pattern: str,
+    affine: str,
+    centred: bool,
+    sizes: Sizes,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    """One step of an AnyNorm module."""
+    check_floating("AnyNorm", input)
+    check_sizes(input, pattern, sizes)
+    pooling = find_pooling(pattern, affine, centred, input.dim(), sizes)
+    running = None if running_mean is None or running_var is None else (running_mean, running_var)
+    from_batch = training or running is None
+    if from_batch and num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+    return normalize_with_running(input, pooling, running, weight, bias, from_batch, momentum, eps)
+
+
+torch.fx.wrap("any_norm_forward")
+
+
+def check_sizes(input: Tensor, pattern: str, sizes: Sizes) -> None:
+    """Hold the input against the pattern and the given sizes."""
+    shape = tuple(input.shape)
+    try:
+        where, splits = find_axes(pattern, input.dim(), sizes)
+    except PatternError as error:
+        raise PatternError(f"AnyNorm: {error}; got shape {shape}") from None
+    for axis, parts in splits:
+        known = prod([size for size in parts if size > 0])
+        if shape[axis] % known or (-1 not in parts and shape[axis] != known):
+            raise PatternError(
+                f"AnyNorm: pattern {pattern!r} splits axis {axis} by {parts}; got shape {shape}; "
+                f"choose sizes whose product is {shape[axis]}"
+            )
+    inside = {name for names in parse(pattern)[0] if len(names) > 1 for name in names}
+    view_to_axis = find_plain_axes(pattern, where)
+    for name, size in sizes:
+        if name in inside:
+            continue
+        got = tuple(shape[axis] for axis in view_to_axis[name])
+        if got != (size if isinstance(size, tuple) else (size,)):
+            raise PatternError(
+                f"AnyNorm: pattern {pattern!r} was built for {name}={size}; got shape {shape}, where {name} is "
+                f"{got[0] if len(got) == 1 else got}; build it with {name}={got[0] if len(got) == 1 else got}"
+            )
+
+
+def find_plain_axes(pattern: str, where: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Axes of x, not of the view, for every name outside parentheses."""
+    axes, position = {}, 0
+    for names in parse(pattern)[0]:
+        width = 1 if len(names) > 1 else len(where[names[0]])
+        if len(names) == 1:
+            axes[names[0]] = tuple(range(position, position + width))
+        position += width
+    return axes
+
+
+class AnyNorm(CheckedState):
+    """The norm that a pattern describes.
+
+    y = (x - mean) / sqrt(var + eps) * weight + bias, mean and var over the axes that the right side leaves out.
+
+    Args:
+        pattern: axes of the input ``->`` axes that keep statistics of their own. Every name is one axis,
+            but ``s`` (zero or more), ``d`` (as many as its size has) and ``n`` beside ``d`` (the rest). Several names
+            in parentheses split one axis.
+        affine: the axes weight and bias vary over, "" for none; their sizes must be given.
+        centred: subtract the mean; False gives root-mean-square norms.
+        eps: in units of x squared.
+        bias: learn a beta too.
+        track_running_stats: keep running averages of the statistics over samples (axis ``n``), used in evaluation.
+        momentum: weight of the new value in the running averages.
+        sizes: the size of each named axis that affine, a split or the running averages need.
+
+    Raises:
+        PatternError: a pattern that does not parse, or an input that does not fit it.
+
+    Example:
+        >>> norm = anynorm.AnyNorm("n (g k) h w -> n g", affine="g k", g=8, k=4)  # group norm
+        >>> norm(torch.randn(2, 32, 5, 5)).shape, norm.weight.shape
+        (torch.Size([2, 32, 5, 5]), torch.Size([32]))
+        >>> anynorm.AnyNorm("n c h w -> n h w", affine="c", centred=False, c=3)  # per position, over channels
+        AnyNorm('n c h w -> n h w', affine='c', centred=False, eps=1e-05, c=3)
+    """
+
+    weight: Parameter | None
+    bias: Parameter | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    num_batches_tracked: Tensor | None
+
+    def __init__(
+        self,
+        pattern: str,
+        affine: str = "",
+        *,
+        centred: bool = True,
+        eps: float = 1e-5,
+        bias: bool = True,
+        track_running_stats: bool = False,
+        momentum: float = 0.1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **sizes: int | tuple[int, ...],
+    ) -> None:
+        super().__init__()
+        left, right = parse(pattern)
+        self.pattern, self.affine, self.centred, self.eps = pattern, affine, centred, eps
+        self.track_running_stats, self.momentum = track_running_stats, momentum
+        self.sizes: Sizes = tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in sorted(sizes.items()))
+        if track_running_stats and not centred:
+            raise PatternError(
+                f"AnyNorm: pattern {pattern!r}: running averages need centred=True; leave one of them out"
+            )
+        known = {name for names in left for name in names}
+        for name in [*affine.split(), *sizes]:
+            if name not in known:
+                raise PatternError(
+                    f"AnyNorm: pattern {pattern!r} has no axis {name!r}; choose among {', '.join(sorted(known))}"
+                )
+        options = {"device": device, "dtype": dtype}
+        shape = self._shape(set(affine.split()), "affine")
+        for name, wanted in (("weight", bool(affine)), ("bias", bool(affine) and bias)):
+            self.register_parameter(name, Parameter(torch.empty(shape, **options)) if wanted else None)  # type: ignore[arg-type]
+        kept = self._shape({name for name in right if name != "n"}, "running averages") if track_running_stats else None
+        for name in ("running_mean", "running_var"):
+            self.register_buffer(name, None if kept is None else torch.empty(kept, **options))  # type: ignore[arg-type]
+        counter = None if kept is None else torch.tensor(0, dtype=torch.long, device=device)
+        self.register_buffer("num_batches_tracked", counter)
+        self.reset_parameters()
+
+    def _shape(self, names: set[str], what: str) -> tuple[int, ...]:
+        """One size for every axis of the input that `names` touch."""
+        sizes = dict(self.sizes)
+        shape: list[int] = []
+        for axis in parse(self.pattern)[0]:
+            chosen = [name for name in axis if name in names]
+            for name in chosen:
+                if name not in sizes:
+                    raise PatternError(
+                        f"AnyNorm: pattern {self.pattern!r}: {what} needs the size of {name!r}; pass {name}=..."
+                    )
+            if chosen and isinstance(size := sizes[chosen[0]], tuple):
+                shape.extend(size)
+            elif chosen:
+                shape.append(prod(sizes[name] for name in chosen))  # type: ignore[misc]
+        return tuple(shape)
+
+    def reset_parameters(self) -> None:
+        """Gamma 1, beta 0, running averages of a standard normal."""
+        for tensor, value in (
+            (self.weight, 1.0),
+            (self.bias, 0.0),
+            (self.running_mean, 0.0),
+            (self.running_var, 1.0),
+        ):
+            if tensor is not None:
+                nn.init.constant_(tensor, value)
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.zero_()
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalize; same shape, dtype and memory format."""
+        return any_norm_forward(
+            input,
+            self.pattern,
+            self.affine,
+            self.centred,
+            self.sizes,
+            self.running_mean,
+            self.running_var,
+            self.num_batches_tracked,
+            self.weight,
+            self.bias,
+            self.training,
+            self.momentum,
+            self.eps,
+        )
+
+    def extra_repr(self) -> str:
+        """The constructor's arguments."""
+        told = [repr(self.pattern), f"affine={self.affine!r}", f"centred={self.centred}", f"eps={self.eps}"]
+        if self.track_running_stats:
+            told += ["track_running_stats=True", f"momentum={self.momentum}"]
+        return ", ".join(told + [f"{name}={size}" for name, size in self.sizes])

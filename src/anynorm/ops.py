@@ -1,0 +1,150 @@
+"""How gradients flow, and which path serves a tensor.
+
+Three paths, in order of preference:
+
+- block by block on the CPU, for plain eager tensors (`is_plain`);
+- torch's own operation, on other devices and in exported graphs, where torch has it (`prefers_torch`);
+- `plain.compose`, the formula in differentiable operations, for everything else.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C._functorch import maybe_current_level
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+from torch.overrides import _len_torch_function_stack
+from torch.utils._python_dispatch import _len_torch_dispatch_stack
+
+from . import plain
+from .pooling import Pooling
+from .statistics import Moments
+
+
+class exact:
+    """Choose between exactness and torch's own operations on devices other than the CPU.
+
+    On the CPU results are always exact. Elsewhere torch's own operation is called where it has one, because a norm
+    written in torch operations is several times slower there; ``exact(True)`` forces the library's own formula.
+
+    Args:
+        on: True forces the formula, False (the default at start) prefers torch's operation.
+
+    Example:
+        >>> import anynorm
+        >>> with anynorm.exact(True):
+        ...     pass
+    """
+
+    forced = False
+
+    def __init__(self, on: bool) -> None:
+        self.before, exact.forced = exact.forced, bool(on)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *exception: object) -> None:
+        exact.forced = self.before
+
+
+def prefers_torch(x: Tensor) -> bool:
+    """Whether torch's own operation should serve: in exported graphs, which other tools read, and off the CPU."""
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        return True
+    return x.device.type != "cpu" and not exact.forced
+
+
+def is_plain(*tensors: Tensor | None) -> bool:
+    """Whether nothing watches the operations: no tracing, no transform, no mode, no subclass, no dual number."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    if maybe_current_level() is not None or forward_ad._current_level >= 0:
+        return False
+    if _len_torch_function_stack() or _len_torch_dispatch_stack():
+        return False
+    return all(
+        t is None or (type(t) in (Tensor, Parameter) and t.device.type == "cpu" and t.layout == torch.strided)
+        for t in tensors
+    )
+
+
+def normalize(
+    x: Tensor,
+    pooling: Pooling,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    given: Moments | None = None,
+) -> tuple[Tensor, Moments]:
+    """The formula on whichever path serves x.
+
+    Args:
+        x: any shape that `pooling` was found for; floating point.
+        weight, bias: gamma and beta, flat or shaped as their axes.
+        eps: in units of x squared.
+        given: statistics to use as constants; None takes them from x.
+
+    Returns:
+        y with the shape and dtype of x, channels_last where x is, and the moments it used.
+    """
+    if not is_plain(x, weight, bias) or x.numel() == 0:
+        return plain.compose(x, pooling, weight, bias, eps, given)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
+        if given is not None:  # What is saved for backward must not change when the buffers do.
+            given = given.clone()
+        y, mean, m2 = Normalize.apply(x, weight, bias, pooling, eps, given)
+        return y, Moments(pooling.count(pooling.open(x)), mean, m2)
+    if given is not None:
+        return plain.forward_given(x, pooling, weight, bias, eps, given), given
+    return plain.forward(x, pooling, weight, bias, eps)
+
+
+class Normalize(torch.autograd.Function):
+    """Keeps x and the statistics for backward; a second derivative goes through `plain.compose`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        pooling: Pooling,
+        eps: float,
+        given: Moments | None,
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        if given is None:
+            y, moments = plain.forward(x, pooling, weight, bias, eps)
+        else:
+            y, moments = plain.forward_given(x, pooling, weight, bias, eps, given), given
+        ctx.save_for_backward(x, weight, bias, moments.mean, moments.m2)
+        ctx.pooling, ctx.eps, ctx.count, ctx.given = pooling, eps, moments.count, given is not None
+        ctx.mark_non_differentiable(*(t for t in (moments.mean, moments.m2) if t is not None))
+        return y, moments.mean, moments.m2
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor, *_: Any) -> tuple[Any, ...]:
+        x, weight, bias, mean, m2 = ctx.saved_tensors
+        moments = Moments(ctx.count, mean, m2)
+        if torch.is_grad_enabled():
+            return (*Normalize.backward_differentiable(ctx, g, x, weight, bias, moments), None, None, None)
+        dx, sums = plain.backward(
+            g, x, ctx.pooling, weight, moments, ctx.eps, given=ctx.given, needs_dx=ctx.needs_input_grad[0]
+        )
+        dweight = sums.gamma.reshape(weight.shape).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        dbias = sums.beta.reshape(bias.shape).to(bias.dtype) if ctx.needs_input_grad[2] else None
+        return dx, dweight, dbias, None, None, None
+
+    @staticmethod
+    def backward_differentiable(
+        ctx: Any, g: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, moments: Moments
+    ) -> list[Tensor | None]:
+        """The gradients as a graph of their own, for ``create_graph=True``."""
+        y, _ = plain.compose(x, ctx.pooling, weight, bias, ctx.eps, moments if ctx.given else None)
+        needed = ctx.needs_input_grad[:3]
+        wanted = [t for t, need in zip((x, weight, bias), needed, strict=True) if need and t is not None]
+        found = iter(torch.autograd.grad(y, wanted, g, create_graph=True))
+        return [next(found) if need else None for need in needed]

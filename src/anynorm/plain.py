@@ -1,0 +1,188 @@
+"""The plain path: the formula in torch operations.
+
+`compose` is the formula as written, on whole tensors; autograd, torch.func and the compilers derive the rest from it.
+`forward` and `backward` work the same formula block by block along the first axis, so that wide copies stay in
+cache and nothing as large as x is kept but x itself. The tests compare them with `compose` and with the reference.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .affine import scale_shift, spread
+from .pooling import Pooling
+from .statistics import GradSums, Moments, find_moments, find_wide_dtype, part
+
+# Elements in a block: 4 MB in float64. On ResNet shapes 2**18 to 2**20 were alike, whole tensors 3 to 4 times slower.
+BLOCK = 1 << 19
+
+
+def compose(
+    x: Tensor, pooling: Pooling, weight: Tensor | None, bias: Tensor | None, eps: float, given: Moments | None
+) -> tuple[Tensor, Moments]:
+    """y = (x - mean) / sqrt(var + eps) * gamma + beta, and the moments it used."""
+    view = pooling.open(x)
+    wide = view.to(find_wide_dtype(x))
+    moments = find_moments(wide, pooling) if given is None else given
+    gamma, beta = (spread(p, pooling, view, wide.dtype) for p in (weight, bias))
+    centre = wide if moments.mean is None else wide - moments.mean
+    y = scale_shift(centre * moments.rstd(eps), gamma, beta)
+    return y.to(x.dtype).reshape(x.shape), moments
+
+
+def empty_output(x: Tensor) -> Tensor:
+    """A tensor for the result: channels_last where x is, else contiguous, as torch's batch norm promises."""
+    for axes, memory_format in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+        if x.dim() == axes and x.is_contiguous(memory_format=memory_format):
+            return torch.empty_like(x)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def find_groups(view: Tensor, pooling: Pooling) -> list[list[slice]]:
+    """slices of the first axis, grouped so that no pool reaches beyond its group.
+
+    Where the first axis is pooled all blocks are one group: statistics of all, then a second walk. Else every block is
+    a group of its own and is finished while it is in cache.
+    """
+    total = view.shape[0]
+    step = max(1, BLOCK * total // view.numel())
+    blocks = [slice(start, min(start + step, total)) for start in range(0, total, step)]
+    return [blocks] if 0 in pooling.pooled else [[block] for block in blocks]
+
+
+def rooms(view: Tensor, groups: list[list[slice]], dtype: torch.dtype, count: int) -> list[Tensor]:
+    """Room for wide blocks, laid out as the view is."""
+    return [torch.empty_like(view[groups[0][0]], dtype=dtype) for _ in range(count)]
+
+
+def load(room: Tensor, view: Tensor, block: slice, mean: Tensor | None = None) -> Tensor:
+    """A block made wide, about `mean`."""
+    wide = room[: block.stop - block.start].copy_(view[block])
+    return wide if mean is None else wide.sub_(part(mean, block))
+
+
+def forward(
+    x: Tensor, pooling: Pooling, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Moments]:
+    """What `compose` computes with the batch as source, by blocks and without autograd."""
+    out = empty_output(x)
+    view, y = pooling.open(x), pooling.open(out)
+    groups = find_groups(view, pooling)
+    dtype = find_wide_dtype(x)
+    room, squares = rooms(view, groups, dtype, 2)
+    gamma, beta = (spread(p, pooling, view, dtype) for p in (weight, bias))
+    found = []
+    for group in groups:
+        moments = block_moments(load(room, view, group[0]), squares, pooling)
+        for block in group[1:]:
+            moments = moments.merge(block_moments(load(room, view, block), squares, pooling))
+        rstd = moments.rstd(eps)
+        for block in group:
+            # A lone block is still there, centred by its own mean.
+            wide = load(room, view, block, moments.mean) if len(group) > 1 else room[: block.stop - block.start]
+            apply(wide, rstd, part(gamma, block), part(beta, block), pooling)
+            y[block].copy_(wide)
+        found.append(moments)
+    return out, join(found)
+
+
+def block_moments(wide: Tensor, squares: Tensor, pooling: Pooling) -> Moments:
+    """Moments of a block, which is left centred about its own mean."""
+    mean = None
+    if pooling.centred:
+        mean = wide.mean(pooling.pooled, keepdim=True)
+        wide -= mean
+    squared = torch.mul(wide, wide, out=squares[: wide.shape[0]])
+    return Moments(pooling.count(wide), mean, squared.sum(pooling.pooled, keepdim=True))
+
+
+def join(found: list[Moments]) -> Moments:
+    """Moments of groups one after the other along the first axis."""
+    if len(found) == 1:
+        return found[0]
+    means = [moments.mean for moments in found if moments.mean is not None]
+    return Moments(found[0].count, torch.cat(means) if means else None, torch.cat([m.m2 for m in found]))
+
+
+def apply(centred: Tensor, rstd: Tensor, gamma: Tensor | None, beta: Tensor | None, pooling: Pooling) -> None:
+    """centred * rstd * gamma + beta, in place. Gamma joins rstd first where that table is no larger than rstd."""
+    if gamma is not None:
+        if pooling.gamma_is_pooled:
+            centred *= rstd
+            rstd = gamma
+        else:
+            rstd = rstd * gamma
+    if beta is None:
+        centred *= rstd
+    else:
+        torch.addcmul(beta, centred, rstd, out=centred)
+
+
+def forward_given(
+    x: Tensor, pooling: Pooling, weight: Tensor | None, bias: Tensor | None, eps: float, given: Moments
+) -> Tensor:
+    """What `compose` computes with given statistics, without autograd.
+
+    x - mean rounds once, so the precision of x (float32 at least) is enough: no wide copy is made.
+    """
+    assert given.mean is not None
+    out = empty_output(x)
+    view, y = pooling.open(x), pooling.open(out)
+    dtype = torch.promote_types(torch.promote_types(x.dtype, given.mean.dtype), torch.float32)
+    rstd = given.rstd(eps)
+    gamma, beta = (spread(p, pooling, view, rstd.dtype) for p in (weight, bias))
+    scale = rstd if gamma is None else rstd * gamma
+    centred = torch.sub(view, given.mean, out=y) if dtype == x.dtype else view.to(dtype).sub_(given.mean)
+    apply(centred, scale.to(dtype), None, beta if beta is None else beta.to(dtype), pooling)
+    if centred is not y:
+        y.copy_(centred)
+    return out
+
+
+def backward(
+    g: Tensor,
+    x: Tensor,
+    pooling: Pooling,
+    weight: Tensor | None,
+    moments: Moments,
+    eps: float,
+    *,
+    given: bool,
+    needs_dx: bool,
+) -> tuple[Tensor | None, GradSums]:
+    """Gradients of the formula, by blocks; the statistics are constants where they were `given`.
+
+    xhat   = (x - mean) * rstd
+    dbeta  = sum g,  dgamma = sum g * xhat                        over everything that shares a gamma
+    dx     = rstd * (gamma * g - mean(gamma * g) - xhat * mean(gamma * g * xhat))      means over the pool
+    """
+    out = empty_output(x) if needs_dx else None
+    grad, view = pooling.open(g), pooling.open(x)
+    groups = find_groups(view, pooling)
+    rstd = moments.rstd(eps)
+    mean = None if moments.mean is None else moments.mean.to(rstd.dtype)
+    gamma = spread(weight, pooling, view, rstd.dtype)
+    sums = GradSums.zeros(view, pooling, rstd, given)
+    count = pooling.count(view)
+    g_room, x_room, product = rooms(view, groups, rstd.dtype, 3)
+    for group in groups:
+        for block in group:
+            wide_g, xhat = load(g_room, grad, block), load(x_room, view, block, mean).mul_(part(rstd, block))
+            sums.add(wide_g, torch.mul(wide_g, xhat, out=product[: xhat.shape[0]]), gamma, block, pooling)
+        for block in group if out is not None else ():
+            if len(group) > 1:
+                wide_g, xhat = (
+                    load(g_room, grad, block),
+                    load(x_room, view, block, mean).mul_(part(rstd, block)),
+                )
+            gamma_part = part(gamma, block)
+            if gamma_part is not None:
+                wide_g *= gamma_part
+            if sums.pool is not None and sums.pool_xhat is not None:
+                if mean is not None:
+                    wide_g -= part(sums.pool, block) / count
+                wide_g -= xhat.mul_(part(sums.pool_xhat, block) / count)
+            wide_g *= part(rstd, block)
+            pooling.open(out)[block].copy_(wide_g)  # type: ignore[arg-type]
+    return out, sums

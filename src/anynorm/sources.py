@@ -1,0 +1,43 @@
+"""Question (b): where do mean and variance come from?
+
+- ``batch``: from x itself; gradient flows through them.
+- ``running``: from the running averages of training; no gradient flows through them.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .pooling import Pooling
+from .statistics import Moments, find_wide_dtype
+
+
+def read_running(running_mean: Tensor, running_var: Tensor, pooling: Pooling, view: Tensor) -> Moments:
+    """The running averages as moments that broadcast over the opened x."""
+    hidden = set(pooling.pooled) | set(pooling.samples)
+    shape = [1 if axis in hidden else size for axis, size in enumerate(view.shape)]
+    return Moments(1, running_mean.reshape(shape), running_var.reshape(shape))
+
+
+def update_running(
+    running_mean: Tensor,
+    running_var: Tensor,
+    moments: Moments,
+    samples: tuple[int, ...],
+    momentum: float | Tensor,
+) -> None:
+    """running = (1 - momentum) * running + momentum * new, in place, computed wide and rounded once.
+
+    The variance stored is the unbiased one, n/(n-1) times the variance that normalized the batch, as in torch. Where
+    every sample has statistics of its own (instance norm) their average is stored.
+
+    Args:
+        momentum: weight of the new value, from 0 to 1; a tensor for a cumulative average.
+    """
+    assert moments.mean is not None
+    unbiased = moments.m2.detach() / max(moments.count - 1, 1)
+    for running, new in ((running_mean, moments.mean.detach()), (running_var, unbiased)):
+        if samples:
+            new = new.mean(samples)
+        old = running.to(find_wide_dtype(running))
+        running.copy_(old * (1 - momentum) + new.reshape(running.shape).to(old.dtype) * momentum)
