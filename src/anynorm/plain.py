@@ -24,7 +24,7 @@ def compose(
     """y = (x - mean) / sqrt(var + eps) * gamma + beta, and the moments it used."""
     view = pooling.open(x)
     wide = view.to(find_wide_dtype(x))
-    moments = find_moments(wide, pooling) if given is None else given
+    moments = find_moments(wide, pooling, wide.dtype == x.dtype) if given is None else given
     gamma, beta = (spread(p, pooling, view, wide.dtype) for p in (weight, bias))
     centre = wide if moments.mean is None else wide - moments.mean
     y = scale_shift(centre * moments.rstd(eps), gamma, beta)
@@ -70,13 +70,14 @@ def forward(
     view, y = pooling.open(x), pooling.open(out)
     groups = find_groups(view, pooling)
     dtype = find_wide_dtype(x)
+    refine = dtype == x.dtype
     room, squares = rooms(view, groups, dtype, 2)
     gamma, beta = (spread(p, pooling, view, dtype) for p in (weight, bias))
     found = []
     for group in groups:
-        moments = block_moments(load(room, view, group[0]), squares, pooling)
+        moments = block_moments(load(room, view, group[0]), squares, pooling, refine)
         for block in group[1:]:
-            moments = moments.merge(block_moments(load(room, view, block), squares, pooling))
+            moments = moments.merge(block_moments(load(room, view, block), squares, pooling, refine))
         rstd = moments.rstd(eps)
         for block in group:
             # A lone block is still there, centred by its own mean.
@@ -87,12 +88,16 @@ def forward(
     return out, join(found)
 
 
-def block_moments(wide: Tensor, squares: Tensor, pooling: Pooling) -> Moments:
-    """Moments of a block, which is left centred about its own mean."""
+def block_moments(wide: Tensor, squares: Tensor, pooling: Pooling, refine: bool) -> Moments:
+    """What `find_moments` finds in a block, which is left centred about its own mean."""
     mean = None
     if pooling.centred:
         mean = wide.mean(pooling.pooled, keepdim=True)
         wide -= mean
+        if refine:
+            rest = wide.mean(pooling.pooled, keepdim=True)
+            wide -= rest
+            mean += rest
     squared = torch.mul(wide, wide, out=squares[: wide.shape[0]])
     return Moments(pooling.count(wide), mean, squared.sum(pooling.pooled, keepdim=True))
 

@@ -105,12 +105,18 @@ def find_wide_dtype(x: Tensor) -> torch.dtype:
     return torch.float32 if x.device.type == "mps" else torch.float64
 
 
-def find_moments(wide: Tensor, pooling: Pooling) -> Moments:
-    """Two passes over an opened tensor, already in the dtype for statistics; differentiable."""
+def find_moments(wide: Tensor, pooling: Pooling, refine: bool) -> Moments:
+    """Two passes over an opened tensor, already in the dtype for statistics; differentiable.
+
+    Args:
+        refine: x itself has that dtype, so the first sum rounds: take back what it lost, in a pass of its own.
+    """
     count = pooling.count(wide)
     if not pooling.centred:
         return Moments(count, None, wide.square().sum(pooling.pooled, keepdim=True))
     mean = wide.mean(pooling.pooled, keepdim=True)
+    if refine:
+        mean = mean + (wide - mean).mean(pooling.pooled, keepdim=True)
     return Moments(count, mean, (wide - mean).square().sum(pooling.pooled, keepdim=True))
 
 

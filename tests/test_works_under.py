@@ -1,0 +1,302 @@
+"""Compilers, exporters, transforms, autocast, checkpointing, inference mode, the meta device, subclasses, modes."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.nn as nn
+from specimens import SPECIMENS, TRACKING
+from torch.func import functional_call, grad, jvp, vmap
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import anynorm
+from anynorm import ops, plain
+
+OTHERS = {
+    "pattern": lambda: anynorm.AnyNorm("n (g k) s -> n g", affine="g k", g=3, k=2),
+    "pattern, running": lambda: anynorm.AnyNorm("n c s -> c", affine="c", c=6, track_running_stats=True),
+    "cumulative": lambda: anynorm.BatchNorm2d(6, momentum=None),
+}
+X = torch.randn(5, 6, 4, 3, generator=torch.Generator().manual_seed(0))
+MODULES = [pytest.param(s.make, s.draw(), id=str(s)) for s in SPECIMENS]
+MODULES += [pytest.param(make, X, id=name) for name, make in OTHERS.items()]
+
+
+class Net(nn.Module):
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.5))
+        self.norm = norm
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(x * self.scale).tanh()
+
+
+def gradients(net: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    leaf = x.clone().requires_grad_()
+    y = net(leaf)
+    return [y, *torch.autograd.grad(y.square().sum(), [leaf, *net.parameters()])]
+
+
+def assert_same(ours: list[torch.Tensor], theirs: list[torch.Tensor], tolerance: float = 3e-6) -> None:
+    for mine, its in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(
+            mine, its, rtol=tolerance, atol=tolerance * max(1.0, float(its.detach().abs().max()))
+        )
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("make", "x"), MODULES)
+def test_compile_without_a_graph_break_or_warning(make, x, training):
+    torch.compiler.reset()
+    net = Net(make()).train(training)
+    twin = copy.deepcopy(net)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        # The graph is traced and differentiated as for any backend; test_accuracy runs the default one.
+        compiled = gradients(torch.compile(net, fullgraph=True, backend="aot_eager"), x)
+    assert_same(compiled, gradients(twin, x))
+    assert_same(list(net.buffers()), list(twin.buffers()))
+
+
+def test_compile_with_changing_batch_sizes():
+    torch.compiler.reset()
+    net = Net(anynorm.BatchNorm2d(6))
+    compiled = torch.compile(net, fullgraph=True, dynamic=True, backend="aot_eager")
+    for n in (3, 5, 8):
+        assert compiled(torch.randn(n, 6, 4, 3)).shape[0] == n
+
+
+OPERATIONS = {
+    "batch": "batch_norm",
+    "instance": "instance_norm",
+    "group": "group_norm",
+    "layer": "layer_norm",
+    "rms": "rms_norm",
+}
+
+
+@pytest.mark.parametrize("specimen", SPECIMENS, ids=str)
+def test_export_in_evaluation_emits_torchs_operation(specimen):
+    net = Net(specimen.make()).eval()
+    x = specimen.draw()
+    program = torch.export.export(net, (x,))
+    names = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert f"aten.{OPERATIONS[specimen.scheme]}.default" in names
+    torch.testing.assert_close(program.module()(x), net(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("training", [True, False])
+def test_export_of_the_others(name, training):
+    net = Net(OTHERS[name]()).train(training)
+    program = torch.export.export(net, (X,), dynamic_shapes={"x": {0: torch.export.Dim("n", min=2)}})
+    torch.testing.assert_close(program.module()(X[:3]), copy.deepcopy(net)(X[:3]), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("make", "x"), MODULES)
+def test_fx_records_one_call(make, x, training):
+    net = Net(make()).train(training)
+    state = copy.deepcopy(net.state_dict())
+    traced = torch.fx.symbolic_trace(net)
+    assert all(torch.equal(state[key], value) for key, value in net.state_dict().items())
+    calls = [node.target.__module__ for node in traced.graph.nodes if node.op == "call_function"]
+    assert sum(name.startswith("anynorm") for name in calls) == 1
+    twin = copy.deepcopy(net)
+    assert_same([traced(x)], [twin(x)])
+    assert_same(list(traced.buffers()), list(twin.buffers()))
+
+
+@pytest.mark.parametrize(("make", "x"), MODULES)
+def test_torch_func(make, x):
+    norm = make().eval()
+    net = Net(norm)
+    parameters, buffers = dict(net.named_parameters()), dict(net.named_buffers())
+
+    def loss(parameters):
+        return functional_call(net, (parameters, buffers), (x,)).square().sum()
+
+    found = grad(loss)(parameters)
+    assert_same(list(found.values()), gradients(net, x)[2:])
+    batch = torch.stack([x, 2 * x, x + 1])
+    assert_same([vmap(net)(batch)], [torch.stack([net(one) for one in batch])])
+    tangent = torch.randn_like(x)
+    step = 1e-3
+    slope = (net.double()(x.double() + step * tangent) - net(x.double() - step * tangent)) / (2 * step)
+    assert_same([jvp(net, (x.double(),), (tangent.double(),))[1]], [slope], 1e-4)
+
+
+@pytest.mark.parametrize("specimen", TRACKING, ids=str)
+def test_functional_call_returns_new_statistics_under_grad(specimen):
+    """pytorch#85533: buffers that are passed in are moved, the module's own are not."""
+    net = Net(specimen.make(track_running_stats=True))
+    parameters = dict(net.named_parameters())
+    before = {name: b.clone() for name, b in net.named_buffers()}
+
+    def loss(parameters, buffers):
+        buffers = {name: b.clone() for name, b in buffers.items()}
+        return functional_call(net, (parameters, buffers), (specimen.draw(),)).square().sum(), buffers
+
+    found, buffers = grad(loss, has_aux=True)(parameters, before)
+    assert all(torch.equal(before[name], b) for name, b in net.named_buffers())
+    assert_same(list(found.values()), gradients(net, specimen.draw())[2:])
+    assert_same(list(buffers.values()), list(net.buffers()))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize(("make", "x"), MODULES)
+def test_checkpoint(make, x, reentrant):
+    net = Net(make())
+    assert_same(gradients(lambda_module(net, reentrant), x), gradients(net, x))
+
+
+def lambda_module(net: nn.Module, reentrant: bool) -> nn.Module:
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x):
+            return checkpoint(self.net, x, use_reentrant=reentrant)
+
+    if not reentrant:
+        return Checkpointed()
+
+    class Reentrant(Checkpointed):
+        """Reentrant checkpoints refuse autograd.grad: collect .grad instead, through a stand-in for the parameters."""
+
+        def forward(self, x):
+            y = super().forward(x)
+            leaf = x.detach().requires_grad_()
+            again = checkpoint(self.net, leaf, use_reentrant=True)
+            again.square().sum().backward()
+            assert torch.isfinite(leaf.grad).all()
+            assert_same([leaf.grad], [gradients(copy.deepcopy(self.net), leaf.detach())[1]])
+            self.net.zero_grad()
+            return self.net(x) + 0 * y.detach()
+
+    return Reentrant()
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("make", "x"), MODULES)
+def test_inference_mode_and_meta_device(make, x, training):
+    norm = make().train(training)
+    expected = copy.deepcopy(norm)(x)
+    with torch.inference_mode():
+        assert_same([copy.deepcopy(norm)(x).clone()], [expected.detach()])
+    y = norm.to("meta")(x.to("meta"))
+    assert (y.shape, y.dtype, y.device.type) == (x.shape, x.dtype, "meta")
+
+
+@pytest.mark.parametrize("specimen", SPECIMENS, ids=str)
+def test_autocast_gives_torchs_dtypes(specimen):
+    for dtype in (torch.float32, torch.bfloat16):
+        x = specimen.draw(dtype=dtype).requires_grad_()
+        results = []
+        for library in (anynorm, nn):
+            module = specimen.make(library)
+            with torch.autocast("cpu", torch.bfloat16):
+                y = module(x)
+            y.float().square().sum().backward()
+            results.append((y.dtype, x.grad.dtype, module.weight.grad.dtype))
+        assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("kind", ["BatchNorm2d", "LayerNorm"])
+def test_autocast_network(kind):
+    norm = anynorm.BatchNorm2d(8) if kind == "BatchNorm2d" else anynorm.LayerNorm((8, 6, 6))
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), norm)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = net(torch.randn(4, 3, 8, 8))
+        y.sum().backward()
+    assert y.dtype == torch.bfloat16
+    assert net[1].weight.grad.dtype == torch.float32
+
+
+def test_other_devices_get_torchs_operation_unless_exact(monkeypatch):
+    called = []
+    monkeypatch.setattr(torch.nn.functional, "group_norm", lambda *a: called.append("torch") or a[0])
+    x, norm = torch.empty(2, 6, 3, device="meta"), anynorm.GroupNorm(3, 6, device="meta")
+    norm(x)
+    assert called == ["torch"]
+    with anynorm.exact(True):
+        assert norm(x).shape == x.shape
+        with anynorm.exact(False):
+            norm(x)
+    assert called == ["torch"] * 2
+    assert not anynorm.exact.forced
+
+
+# Each clause of the fast path's allow-list, with what it keeps away.
+
+
+class Counting(torch.Tensor):
+    """A subclass: what comes out must be one, too."""
+
+
+class Functions(TorchFunctionMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.seen.append(getattr(function, "__name__", ""))
+        return function(*args, **(kwargs or {}))
+
+
+class Operations(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def test_fast_path_serves_plain_tensors():
+    assert ops.is_plain(X, nn.Parameter(torch.ones(6)), None)
+
+
+@pytest.mark.parametrize("member", ["x", "weight", "bias"])
+def test_fast_path_leaves_subclasses(member):
+    tensors = {"x": X, "weight": torch.ones(6), "bias": torch.zeros(6)}
+    tensors[member] = tensors[member].as_subclass(Counting)
+    assert not ops.is_plain(*tensors.values())
+    assert type(anynorm.functional.group_norm(tensors["x"], 3, tensors["weight"], tensors["bias"])) is Counting
+
+
+def test_fast_path_leaves_other_devices_and_layouts():
+    assert not ops.is_plain(X.to("meta"))
+    assert not ops.is_plain(X[0, 0].to_sparse())
+
+
+def test_fast_path_leaves_transforms_and_duals(monkeypatch):
+    monkeypatch.setattr(plain, "forward", None)
+    assert vmap(anynorm.LayerNorm(3))(X).shape == X.shape
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(X, torch.ones_like(X))
+        assert torch.autograd.forward_ad.unpack_dual(anynorm.LayerNorm(3)(dual)).tangent is not None
+
+
+@pytest.mark.parametrize("mode", [Functions, Operations])
+def test_fast_path_leaves_modes(mode, monkeypatch):
+    """In-place work on scratch would be what a mode sees; it is shown the formula instead."""
+    monkeypatch.setattr(plain, "forward", None)
+    with mode() as watching:
+        anynorm.LayerNorm(3)(X)
+    assert any("rsqrt" in name for name in watching.seen)
+
+
+def test_fast_path_leaves_tracing():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(anynorm.BatchNorm2d(6).eval(), X)
+    assert "aten::batch_norm" in str(traced.inlined_graph)
