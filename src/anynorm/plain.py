@@ -1,18 +1,20 @@
 """The plain path: the formula in torch operations.
 
 `compose` is the formula as written, on whole tensors; autograd, torch.func and the compilers derive the rest from it.
-`forward` and `backward` work the same formula block by block along the first axis, so that wide copies stay in
+`forward` and `backward` work the same formula block by block, so that wide copies stay in
 cache and nothing as large as x is kept but x itself. The tests compare them with `compose` and with the reference.
 """
 
 from __future__ import annotations
+
+from itertools import product
 
 import torch
 from torch import Tensor
 
 from .affine import scale_shift, spread
 from .pooling import Pooling
-from .statistics import GradSums, Moments, find_moments, find_wide_dtype, part
+from .statistics import Block, GradSums, Moments, find_moments, find_wide_dtype, part
 
 # Elements in a block: 4 MB in float64. On ResNet shapes 2**18 to 2**20 were alike, whole tensors 3 to 4 times slower.
 BLOCK = 1 << 19
@@ -39,26 +41,46 @@ def empty_output(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def find_groups(view: Tensor, pooling: Pooling) -> list[list[slice]]:
-    """slices of the first axis, grouped so that no pool reaches beyond its group.
+def find_groups(view: Tensor, pooling: Pooling) -> list[list[Block]]:
+    """Blocks of at most BLOCK elements, cut in the order of memory, grouped so that no pool reaches beyond its group.
 
-    Where the first axis is pooled all blocks are one group: statistics of all, then a second walk. Else every block is
-    a group of its own and is finished while it is in cache.
+    A group of one block is finished while it is in cache; a larger one needs statistics of all its blocks first and a
+    second walk.
     """
-    total = view.shape[0]
-    step = max(1, BLOCK * total // view.numel())
-    blocks = [slice(start, min(start + step, total)) for start in range(0, total, step)]
-    return [blocks] if 0 in pooling.pooled else [[block] for block in blocks]
+    cuts = [[slice(0, size)] for size in view.shape]
+    rest = view.numel()
+    for axis in sorted(range(view.dim()), key=view.stride, reverse=True):
+        size = view.shape[axis]
+        rest //= size
+        step = max(1, BLOCK // max(rest, 1))
+        cuts[axis] = [slice(start, min(start + step, size)) for start in range(0, size, step)]
+        if step > 1:
+            break
+    within = [cut if axis in pooling.pooled else [slice(None)] for axis, cut in enumerate(cuts)]
+    across = [[slice(None)] if axis in pooling.pooled else cut for axis, cut in enumerate(cuts)]
+    return [
+        [
+            tuple(i if axis in pooling.pooled else o for axis, (i, o) in enumerate(zip(inner, outer, strict=True)))
+            for inner in product(*within)
+        ]
+        for outer in product(*across)
+    ]
 
 
-def rooms(view: Tensor, groups: list[list[slice]], dtype: torch.dtype, count: int) -> list[Tensor]:
-    """Room for wide blocks, laid out as the view is."""
+def make_rooms(view: Tensor, groups: list[list[Block]], dtype: torch.dtype, count: int) -> list[Tensor]:
+    """Room for wide blocks, laid out as the view is; the first block is never smaller than the others."""
     return [torch.empty_like(view[groups[0][0]], dtype=dtype) for _ in range(count)]
 
 
-def load(room: Tensor, view: Tensor, block: slice, mean: Tensor | None = None) -> Tensor:
+def find_room(room: Tensor, like: Tensor) -> Tensor:
+    """As much of a room as a block needs."""
+    return room if room.shape == like.shape else room[tuple(slice(size) for size in like.shape)]
+
+
+def load(room: Tensor, view: Tensor, block: Block, mean: Tensor | None = None) -> Tensor:
     """A block made wide, about `mean`."""
-    wide = room[: block.stop - block.start].copy_(view[block])
+    source = view[block]
+    wide = find_room(room, source).copy_(source)
     return wide if mean is None else wide.sub_(part(mean, block))
 
 
@@ -68,24 +90,25 @@ def forward(
     """What `compose` computes with the batch as source, by blocks and without autograd."""
     out = empty_output(x)
     view, y = pooling.open(x), pooling.open(out)
-    groups = find_groups(view, pooling)
     dtype = find_wide_dtype(x)
     refine = dtype == x.dtype
-    room, squares = rooms(view, groups, dtype, 2)
+    groups = find_groups(view, pooling)
+    room, squares = make_rooms(view, groups, dtype, 2)
     gamma, beta = (spread(p, pooling, view, dtype) for p in (weight, bias))
-    found = []
+    total = Moments.empty(view, pooling, dtype)
     for group in groups:
         moments = block_moments(load(room, view, group[0]), squares, pooling, refine)
         for block in group[1:]:
             moments = moments.merge(block_moments(load(room, view, block), squares, pooling, refine))
+        total.put(moments, group[0])
         rstd = moments.rstd(eps)
         for block in group:
             # A lone block is still there, centred by its own mean.
-            wide = load(room, view, block, moments.mean) if len(group) > 1 else room[: block.stop - block.start]
+            lone = len(group) == 1
+            wide = find_room(room, view[block]) if lone else load(room, view, block, total.mean)
             apply(wide, rstd, part(gamma, block), part(beta, block), pooling)
             y[block].copy_(wide)
-        found.append(moments)
-    return out, join(found)
+    return out, total
 
 
 def block_moments(wide: Tensor, squares: Tensor, pooling: Pooling, refine: bool) -> Moments:
@@ -98,16 +121,8 @@ def block_moments(wide: Tensor, squares: Tensor, pooling: Pooling, refine: bool)
             rest = wide.mean(pooling.pooled, keepdim=True)
             wide -= rest
             mean += rest
-    squared = torch.mul(wide, wide, out=squares[: wide.shape[0]])
+    squared = torch.mul(wide, wide, out=find_room(squares, wide))
     return Moments(pooling.count(wide), mean, squared.sum(pooling.pooled, keepdim=True))
-
-
-def join(found: list[Moments]) -> Moments:
-    """Moments of groups one after the other along the first axis."""
-    if len(found) == 1:
-        return found[0]
-    means = [moments.mean for moments in found if moments.mean is not None]
-    return Moments(found[0].count, torch.cat(means) if means else None, torch.cat([m.m2 for m in found]))
 
 
 def apply(centred: Tensor, rstd: Tensor, gamma: Tensor | None, beta: Tensor | None, pooling: Pooling) -> None:
@@ -170,11 +185,11 @@ def backward(
     gamma = spread(weight, pooling, view, rstd.dtype)
     sums = GradSums.zeros(view, pooling, rstd, given)
     count = pooling.count(view)
-    g_room, x_room, product = rooms(view, groups, rstd.dtype, 3)
+    g_room, x_room, products = make_rooms(view, groups, rstd.dtype, 3)
     for group in groups:
         for block in group:
             wide_g, xhat = load(g_room, grad, block), load(x_room, view, block, mean).mul_(part(rstd, block))
-            sums.add(wide_g, torch.mul(wide_g, xhat, out=product[: xhat.shape[0]]), gamma, block, pooling)
+            sums.add(wide_g, torch.mul(wide_g, xhat, out=find_room(products, xhat)), gamma, block, pooling)
         for block in group if out is not None else ():
             if len(group) > 1:
                 wide_g, xhat = (

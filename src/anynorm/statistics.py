@@ -10,6 +10,8 @@ from torch import Tensor
 
 from .pooling import Pooling
 
+Block = tuple[slice, ...]
+
 
 @dataclass
 class Moments:
@@ -35,6 +37,19 @@ class Moments:
     def clone(self) -> Moments:
         """A copy that later changes of the tensors do not reach."""
         return Moments(self.count, None if self.mean is None else self.mean.clone(), self.m2.clone())
+
+    @classmethod
+    def empty(cls, view: Tensor, pooling: Pooling, dtype: torch.dtype) -> Moments:
+        """Room for the moments of a whole tensor, filled by `put`."""
+        shape = [1 if axis in pooling.pooled else size for axis, size in enumerate(view.shape)]
+        mean, m2 = (torch.empty(shape, dtype=dtype, device=view.device) for _ in range(2))
+        return cls(pooling.count(view), mean if pooling.centred else None, m2)
+
+    def put(self, moments: Moments, block: Block) -> None:
+        """Store the moments of the pools that a block belongs to."""
+        part(self.m2, block).copy_(moments.m2)
+        if self.mean is not None and moments.mean is not None:
+            part(self.mean, block).copy_(moments.mean)
 
     def merge(self, other: Moments) -> Moments:
         """The moments of both sets together (Chan, Golub and LeVeque 1979); a count of 0 is the identity."""
@@ -70,7 +85,7 @@ class GradSums:
         pool, pool_xhat = (None if given else torch.zeros_like(rstd) for _ in range(2))
         return cls(beta, gamma, pool, pool_xhat)
 
-    def add(self, g: Tensor, product: Tensor, gamma: Tensor | None, block: slice, pooling: Pooling) -> None:
+    def add(self, g: Tensor, product: Tensor, gamma: Tensor | None, block: Block, pooling: Pooling) -> None:
         """Add a block's g and product g * xhat. Axes that both kinds of sum run over are summed once for both."""
         shares_gamma = tuple(axis for axis in range(g.dim()) if axis not in pooling.affine)
         common = tuple(axis for axis in shares_gamma if axis in pooling.pooled)
@@ -86,14 +101,16 @@ class GradSums:
 
 
 @overload
-def part(t: Tensor, block: slice) -> Tensor: ...
+def part(t: Tensor, block: Block) -> Tensor: ...
 @overload
-def part(t: None, block: slice) -> None: ...
+def part(t: None, block: Block) -> None: ...
 @overload
-def part(t: Tensor | None, block: slice) -> Tensor | None: ...
-def part(t: Tensor | None, block: slice) -> Tensor | None:
-    """The share of a block of the first axis in a tensor that broadcasts along it."""
-    return t if t is None or t.shape[0] == 1 else t[block]
+def part(t: Tensor | None, block: Block) -> Tensor | None: ...
+def part(t: Tensor | None, block: Block) -> Tensor | None:
+    """The share of a block in a tensor that broadcasts over the view."""
+    if t is None:
+        return None
+    return t[tuple(slice(None) if size == 1 else cut for size, cut in zip(t.shape, block, strict=True))]
 
 
 def find_wide_dtype(x: Tensor) -> torch.dtype:

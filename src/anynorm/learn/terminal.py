@@ -1,0 +1,22 @@
+"""One way to write to the terminal: colour where there is any, 80 columns where nothing is known."""
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+WIDEST = 100  # longer lines of text are hard to read
+
+
+def open_console(record: bool = False) -> Console:
+    """Return a console on the present standard output; piped, it is plain text of 80 columns."""
+    console = Console(highlight=False, record=record)
+    console.width = min(console.width, WIDEST)
+    return console
+
+
+def plain_table(*titles: str) -> Table:
+    """Return an empty table: first column words, the others numbers."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    for index, title in enumerate(titles):
+        table.add_column(title, justify="left" if index == 0 else "right", no_wrap=True)
+    return table

@@ -1,0 +1,76 @@
+"""Checks a network on one batch with every norm before time is spent on it."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from anynorm.errors import UserError
+
+from .data import Data
+from .models import BUILT_IN, NotForThisData, build, describe
+from .norms import NORMS, CannotNormalize
+from .plan import Cell, Study
+from .train import parse_batch
+
+
+def find_impossible(study: Study, data: Data) -> dict[Cell, str]:
+    """Cells that cannot exist with their reasons; a network that cannot run with any norm raises a UserError."""
+    reasons: dict[Cell, str] = {}
+    for model in study.models:
+        faults: dict[Cell, str] = {}
+        for norm in study.norms:
+            for batch, fault in try_norm(study, data, model, norm).items():
+                faults[model, batch, norm] = fault
+        if model not in BUILT_IN:
+            # With no norm at all only the network itself can be at fault.
+            plain = try_norm(study, data, model, "none")
+            if plain:
+                raise UserError(
+                    f"compare --model: {model!r} {next(iter(plain.values()))}; try it on one batch by hand."
+                )
+        reasons |= faults
+    return reasons
+
+
+def try_norm(study: Study, data: Data, model: str, norm: str) -> dict[str, str]:
+    """What goes wrong, by batch size, when the network is built with a norm and trained on one batch's forward pass."""
+    faults = {}
+    for batch in study.batches:
+        fault = None
+        for size in parse_batch(batch):
+            fault = fault or try_batch(data, model, norm, size)
+        if fault:
+            faults[batch] = fault
+    return faults
+
+
+def try_batch(data: Data, model: str, norm: str, size: int) -> str | None:
+    """Why this network cannot take a batch of this size; None where it can."""
+    asked: list[int] = []
+
+    def factory(num_features: int, dims: int) -> nn.Module:
+        asked.append(dims)
+        return NORMS[norm](num_features, dims)
+
+    x = torch.from_numpy(data.train_x[:size])
+    torch.manual_seed(0)
+    try:
+        network = build(model, factory, data.sample_shape, data.classes).train()
+        if norm == "batch" and size == 1 and 0 in asked:
+            return (
+                "batch norm on a dense layer has one value in each group at batch 1, "
+                "and one value minus its own mean is always 0"
+            )
+        with torch.no_grad():
+            output = network(x)
+    except (CannotNormalize, NotForThisData) as problem:
+        return str(problem)
+    # The network and its factory may be the user's, which may raise anything.
+    except Exception as problem:
+        return f"fails on a batch of shape {tuple(x.shape)} with norm {norm} ({describe(problem)})"
+    shape = tuple(getattr(output, "shape", ()))
+    if shape != (size, data.classes):
+        given = f"gives outputs of shape {shape}" if shape else f"gives a {type(output).__name__}"
+        return f"{given} for a batch of {size} where the labels need ({size}, {data.classes})"
+    return None

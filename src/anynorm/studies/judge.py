@@ -1,0 +1,232 @@
+"""Differences judged pair by pair over seeds, and the recommendation that they support."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from .plan import Cell, Find, Study
+
+CONFIDENCE = 0.95
+# A rate works where its short run reaches this share of the best validation accuracy of any norm.
+WORKING_SHARE = 0.75
+# A difference of less, in points, is no reason to prefer a norm.
+NEGLIGIBLE = 1.0
+
+Seeds = Mapping[int, float]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over seeds with its 95 % t-interval; low and high are None with fewer than two seeds."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    seeds: int
+
+    @property
+    def verdict(self) -> str:
+        """`higher`, `lower`, `no clear difference`, or `not judged` with fewer than two seeds."""
+        if self.low is None or self.high is None:
+            return "not judged"
+        if self.low > 0:
+            return "higher"
+        return "lower" if self.high < 0 else "no clear difference"
+
+
+def find_interval(values: Sequence[float]) -> Interval | None:
+    """Mean and 95 % t-interval of values from different seeds; None without values."""
+    count = len(values)
+    if count == 0:
+        return None
+    mean = float(np.mean(values))
+    if count == 1:
+        return Interval(mean, None, None, 1)
+    # scipy.stats has the same quantile, but takes seconds to import.
+    from scipy.special import stdtrit
+
+    half = float(stdtrit(count - 1, (1 + CONFIDENCE) / 2)) * float(np.std(values, ddof=1)) / count**0.5
+    return Interval(mean, mean - half, mean + half, count)
+
+
+def compare_pair(first: Seeds, second: Seeds) -> Interval | None:
+    """First minus second, seed by seed, over the seeds that both have."""
+    return find_interval([first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())])
+
+
+class Findings:
+    """What the finished runs of a study say; accuracies are in percent, differences in points.
+
+    Args:
+        study: what was asked.
+        find: gives the record of a run, or None while it is unfinished.
+    """
+
+    def __init__(self, study: Study, find: Find) -> None:
+        self.study, self.find = study, find
+        self.rates: dict[Cell, float | None] = {cell: study.find_rate(cell, find) for cell in study.cells}
+        self.finals: dict[Cell, dict[int, dict[str, Any]]] = {}
+        self.failures: dict[Cell, str] = {}
+        for cell, rate in self.rates.items():
+            runs = [] if rate is None else [study.final_run(cell, rate, seed) for seed in range(study.seeds)]
+            found = {run.seed: record for run in runs if (record := find(run)) is not None}
+            self.finals[cell] = {seed: r for seed, r in found.items() if r["status"] != "failed"}
+            reasons = [r["reason"] for r in [*found.values(), *self.searched(cell)] if r["status"] == "failed"]
+            if reasons:
+                self.failures[cell] = reasons[0]
+
+    def searched(self, cell: Cell) -> list[dict[str, Any]]:
+        """Finished records of the first look at a cell's rates, smallest rate first."""
+        if not self.study.rungs(cell[1]):
+            return []
+        runs = self.study.search_runs(cell, 0, self.find) or []
+        records = [record for run in runs if (record := self.find(run)) is not None]
+        return sorted(records, key=lambda record: record["rate"])
+
+    def values(self, cell: Cell, name: str = "test_accuracy") -> dict[int, float]:
+        """A number of the final runs in percent, by seed."""
+        return {seed: 100 * record[name] for seed, record in self.finals.get(cell, {}).items()}
+
+    def interval(self, cell: Cell) -> Interval | None:
+        """Test accuracy of a cell in percent."""
+        return find_interval(list(self.values(cell).values()))
+
+    def norms(self, model: str, batch: str) -> list[str]:
+        """Norms with at least one final run here."""
+        return [norm for norm in self.study.norms if self.finals.get((model, batch, norm))]
+
+    def working_rates(self, cell: Cell) -> tuple[list[float], list[float]] | None:
+        """(rates that work, rates tried) in the first look; None while it is unfinished."""
+        model, batch, _ = cell
+        best = max(
+            (
+                record.get("validation_accuracy") or 0.0
+                for norm in self.study.norms
+                for record in self.searched((model, batch, norm))
+            ),
+            default=0.0,
+        )
+        records = self.searched(cell)
+        if len(records) < len(self.study.rates) or not records:
+            return None
+        least = WORKING_SHARE * best
+        works = [
+            r["rate"] for r in records if r["status"] == "finished" and (r.get("validation_accuracy") or 0.0) >= least
+        ]
+        return works, [r["rate"] for r in records]
+
+    def batch_effect(self, model: str, norm: str) -> Interval | None:
+        """Test accuracy at the smallest batch size less that at the largest, in points."""
+        sizes = plain_sizes(self.study)
+        if len(sizes) < 2:
+            return None
+        cells = [(model, batch, norm) for batch in (sizes[-1], sizes[0])]
+        return compare_pair(self.values(cells[0]), self.values(cells[1]))
+
+    def mode_effect(self, cell: Cell, measure: str = "accuracy") -> Interval | None:
+        """Evaluation mode less training mode on the same validation images: points, or units of loss."""
+        scale = 100 if measure == "accuracy" else 1
+        differences = []
+        for record in self.finals.get(cell, {}).values():
+            modes = record.get("modes") or {}
+            evaluation, training = modes.get(f"evaluation_{measure}"), modes.get(f"training_{measure}")
+            if evaluation is not None and training is not None:
+                differences.append(scale * (evaluation - training))
+        return find_interval(differences)
+
+
+def plain_sizes(study: Study) -> list[str]:
+    """Batch sizes that are one number, largest first."""
+    return sorted((batch for batch in study.batches if ":" not in batch), key=lambda batch: -int(batch))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The answer for one network at one batch size.
+
+    `leader` has the best mean validation accuracy over the seeds that all norms here have; `differences` are the
+    leader's test accuracies less the other norm's. Chosen on one set and judged on another, the leader is not
+    flattered by the choice. `missing` norms have no full run yet, though they can exist here.
+    """
+
+    model: str
+    batch: str
+    leader: str
+    differences: dict[str, Interval]
+    seeds: int
+    missing: tuple[str, ...]
+
+    @property
+    def judged(self) -> bool:
+        """Whether every norm that can exist here has been compared with the leader over two seeds or more."""
+        return not self.missing and bool(self.differences) and not self.with_verdict("not judged")
+
+    def with_verdict(self, *verdicts: str) -> list[str]:
+        """Norms whose difference to the leader has one of these verdicts."""
+        return [norm for norm, interval in self.differences.items() if interval.verdict in verdicts]
+
+    @property
+    def equals(self) -> list[str]:
+        """Norms that are not clearly worse than the leader."""
+        return self.with_verdict("no clear difference", "lower")
+
+
+def choose(findings: Findings, model: str, batch: str) -> Choice | None:
+    """The leading norm of a network at a batch size and its differences to the others; None without final runs."""
+    cells = {norm: (model, batch, norm) for norm in findings.norms(model, batch)}
+    if not cells:
+        return None
+    common = set.intersection(*(set(findings.finals[cell]) for cell in cells.values()))
+    if not common:
+        return None
+    validation = {norm: findings.values(cell, "validation_accuracy") for norm, cell in cells.items()}
+    leader = max(cells, key=lambda norm: fmean(validation[norm][seed] for seed in common))
+    differences = {}
+    for norm, cell in cells.items():
+        interval = compare_pair(findings.values(cells[leader]), findings.values(cell))
+        if norm != leader and interval is not None:
+            differences[norm] = interval
+    possible = [norm for norm in findings.study.norms if (model, batch, norm) in findings.rates]
+    missing = [norm for norm in possible if norm not in cells and (model, batch, norm) not in findings.failures]
+    return Choice(model, batch, leader, differences, len(common), tuple(missing))
+
+
+def choose_all(findings: Findings) -> list[Choice]:
+    """Choices for every network and batch size that has final runs."""
+    study = findings.study
+    pairs = [(model, batch) for model in study.models for batch in study.batches]
+    return [choice for pair in pairs if (choice := choose(findings, *pair)) is not None]
+
+
+def find_common(choices: Sequence[Choice]) -> list[str]:
+    """Norms that lead or are not clearly worse in every one of these choices."""
+    return sorted(set.intersection(*({choice.leader, *choice.equals} for choice in choices)))
+
+
+def cover(choices: Sequence[Choice]) -> dict[str, list[str]]:
+    """As few norms as possible for all these batch sizes: each norm with the batch sizes that it is the answer for.
+
+    A norm may answer where it leads, or where it is not clearly worse and less than NEGLIGIBLE points behind: no
+    clear difference alone may only mean that the interval is wide.
+    """
+    open_batches = {
+        choice.batch: [choice.leader] + [norm for norm in choice.equals if choice.differences[norm].mean < NEGLIGIBLE]
+        for choice in choices
+    }
+    answers: dict[str, list[str]] = {}
+    while open_batches:
+        # The norm that answers most; among equals the one that leads most often.
+        norms = {
+            norm: [b for b, fit in open_batches.items() if norm in fit] for fit in open_batches.values() for norm in fit
+        }
+        leads = {norm: sum(open_batches[b][0] == norm for b in batches) for norm, batches in norms.items()}
+        best = max(norms, key=lambda norm: (len(norms[norm]), leads[norm]))
+        answers[best] = norms[best]
+        for batch in norms[best]:
+            del open_batches[batch]
+    return answers

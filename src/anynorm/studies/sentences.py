@@ -1,0 +1,246 @@
+"""What the numbers say, in sentences that claim no more than the numbers do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean
+
+from .judge import CONFIDENCE, NEGLIGIBLE, Choice, Findings, Interval, compare_pair, cover, find_common, plain_sizes
+from .plan import Find, Study, rank
+
+
+def name_norm(norm: str) -> str:
+    """A norm as it is called in a sentence."""
+    return {"none": "no normalization", "rms": "RMS norm"}.get(norm, f"{norm} norm")
+
+
+def join(words: Sequence[str], last: str = "and") -> str:
+    """a, b and c."""
+    return f" {last} ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
+
+
+def signed(value: float) -> str:
+    """A difference with its sign, one decimal, a true minus."""
+    text = f"{value:+.1f}".replace("-", "−")
+    return "0.0" if text in ("+0.0", "−0.0") else text
+
+
+def say_interval(interval: Interval, unit: str = " points") -> str:
+    """Mean, 95 % interval and number of seeds of a difference."""
+    if interval.low is None or interval.high is None:
+        return f"{signed(interval.mean)}{unit}, one seed, no interval"
+    return (
+        f"{signed(interval.mean)}{unit}, {CONFIDENCE:.0%} interval {signed(interval.low)} to "
+        f"{signed(interval.high)}, {interval.seeds} seeds"
+    ).replace("95%", "95 %")
+
+
+def say_batch(batch: str) -> str:
+    """batch 64, or batch 64 then 8."""
+    return f"batch {batch.replace(':', ' then ')}"
+
+
+def say_verdict(findings: Findings, choices: Sequence[Choice]) -> str:
+    """The answer in one sentence; only places where every norm is judged count."""
+    if not choices:
+        return "No full run is finished yet, so there is no answer; run the same command again to go on."
+    if not any(choice.differences or choice.missing for choice in choices):
+        return "Only one norm was run, so there is nothing to compare."
+    judged = [choice for choice in choices if choice.judged]
+    if not judged:
+        if findings.study.seeds == 1:
+            return "Nothing can be recommended from one seed: without an interval a lead may be chance; use --seeds 5."
+        return (
+            "Nothing can be recommended yet: nowhere have all norms finished two seeds, so a lead may be chance; "
+            "run the same command again to go on."
+        )
+    by_model = {model: [choice for choice in judged if choice.model == model] for model in findings.study.models}
+    parts = [say_model_verdict(findings, model, found) for model, found in by_model.items() if found]
+    worst = find_worst(judged)
+    if worst is not None:
+        choice, norm, interval = worst
+        parts.append(
+            f"the largest clear loss is {name_norm(norm)} in the {choice.model} at {say_batch(choice.batch)}, "
+            f"{interval.mean:.1f} points below {name_norm(choice.leader)}"
+        )
+    sentence = "; ".join(parts)
+    return sentence[0].upper() + sentence[1:] + "."
+
+
+def say_unjudged(findings: Findings, choices: Sequence[Choice]) -> str:
+    """Which places the verdict leaves out; empty where it leaves out none."""
+    judged = {(choice.model, choice.batch) for choice in choices if choice.judged}
+    places = dict.fromkeys(cell[:2] for cell in findings.rates)
+    left_out = [f"{model} at {say_batch(batch)}" for model, batch in places if (model, batch) not in judged]
+    if not left_out or not judged:
+        return ""
+    return f"Not judged yet, because not every norm has two seeds: {join(left_out)}; the same command goes on."
+
+
+def say_model_verdict(findings: Findings, model: str, choices: Sequence[Choice]) -> str:
+    """The answer for one network, as a part of a sentence."""
+    possible = {cell[1] for cell in findings.rates if cell[0] == model}
+    where = "at every batch size tested" if len(choices) == len(possible) > 1 else ""
+    where = where or f"at batch {join([choice.batch.replace(':', ' then ') for choice in choices])}"
+    order = [choice.batch for choice in choices]
+    common, answers = find_common(choices), cover(choices)
+    if "none" in common:
+        return f"for the {model}, no norm was clearly better than none {where}"
+    if len(answers) == 1:
+        best = next(iter(answers))
+        others = [name_norm(norm) for norm in common if norm != best]
+        rest = f" ({join(others)} {'is' if len(others) == 1 else 'are'} not clearly worse)" if others else ""
+        return f"for the {model}, use {name_norm(best)} {where}{rest}"
+    listed = [
+        f"{name_norm(norm)} at batch {join([batch.replace(':', ' then ') for batch in batches])}"
+        for norm, batches in sorted(answers.items(), key=lambda answer: order.index(answer[1][0]))
+    ]
+    return f"for the {model}, use {join(listed)}"
+
+
+def find_worst(choices: Sequence[Choice]) -> tuple[Choice, str, Interval] | None:
+    """The largest clear loss against a leader, if it is worth telling; no normalization is no norm to warn of."""
+    losses = [
+        (choice, norm, interval)
+        for choice in choices
+        for norm, interval in choice.differences.items()
+        if interval.verdict == "higher" and norm != "none" and interval.mean >= NEGLIGIBLE
+    ]
+    return max(losses, key=lambda loss: loss[2].mean, default=None)
+
+
+def say_choice(findings: Findings, choice: Choice) -> str:
+    """One network at one batch size: who leads, who is not clearly worse, who is clearly worse."""
+    interval = findings.interval((choice.model, choice.batch, choice.leader))
+    assert interval is not None
+    where, name = f"{choice.model}, {say_batch(choice.batch)}", name_norm(choice.leader)
+    reached = f"{interval.mean:.1f} % on test, {interval.seeds} seed{'s' if interval.seeds > 1 else ''}"
+    if not choice.differences:
+        return f"{where}: only {name} has finished runs ({reached})."
+    if not any(difference.low is not None for difference in choice.differences.values()):
+        return f"{where}: {name} was ahead ({reached}); not judged, no interval."
+    text = f"{where}: {name} leads ({reached})"
+    if choice.equals:
+        text += f"; no clear difference to {join([name_norm(norm) for norm in choice.equals], 'or')}"
+    worse = sorted(choice.with_verdict("higher"), key=lambda norm: choice.differences[norm].mean)
+    if worse:
+        losses = [f"{name_norm(norm)} ({signed(-choice.differences[norm].mean)})" for norm in worse]
+        text += f"; clearly worse: {join(losses)}"
+    waiting = [*choice.with_verdict("not judged"), *choice.missing]
+    if waiting:
+        text += f"; not judged, too few seeds: {join([name_norm(norm) for norm in waiting])}"
+    return text + "."
+
+
+def say_effects(findings: Findings) -> list[str]:
+    """The visible effects in a fixed order: small batches, the two modes, normalization or none, learning rates."""
+    kinds = (say_batch_effect, say_mode_effect, say_gain, say_rates)
+    return [sentence for say in kinds for model in findings.study.models if (sentence := say(findings, model))]
+
+
+def say_batch_effect(findings: Findings, model: str) -> str:
+    """Test accuracy of batch norm at the smallest against the largest batch, beside the other norms."""
+    sizes, effect = plain_sizes(findings.study), findings.batch_effect(model, "batch")
+    if effect is None:
+        return ""
+    verbs = {"lower": "loses accuracy", "higher": "gains accuracy", "no clear difference": "shows no clear change"}
+    verb = verbs.get(effect.verdict, "is not judged")
+    text = (
+        f"Small batches: batch norm in the {model} {verb} from batch {sizes[0]} to {sizes[-1]} ({say_interval(effect)})"
+    )
+    others = [
+        f"{name_norm(norm)} {signed(other.mean)}"
+        for norm in findings.study.norms
+        if norm != "batch" and (other := findings.batch_effect(model, norm)) is not None
+    ]
+    return text + (f"; for comparison: {join(others)}." if others else ".")
+
+
+def say_mode_effect(findings: Findings, model: str) -> str:
+    """Batch norm on the same images with running statistics and with the batch's own, where they differ most."""
+    cells = [(model, batch, "batch") for batch in findings.study.batches]
+    found = [(cell, effect) for cell in cells if (effect := findings.mode_effect(cell)) is not None]
+    if not found:
+        return ""
+    judged = [pair for pair in found if pair[1].verdict != "not judged"] or found
+    (_, batch, norm), effect = max(judged, key=lambda pair: abs(pair[1].mean))
+    loss = findings.mode_effect((model, batch, norm), "loss")
+    lower = {"lower": "worse", "higher": "better"}.get(effect.verdict)
+    relation = (
+        f"{lower} in evaluation mode than in training mode" if lower else "not clearly different in the two modes"
+    )
+    if effect.verdict == "not judged":
+        relation = "seen in evaluation mode less training mode"
+    change = f"; mean loss {loss.mean:+.2f}".replace("-", "−") if loss is not None else ""
+    return (
+        f"Two modes: batch norm in the {model} at {say_batch(batch)}, where the modes differ most, is {relation} "
+        f"on the same validation images (evaluation less training: {say_interval(effect)}{change})."
+    )
+
+
+def say_gain(findings: Findings, model: str) -> str:
+    """The best norm against none, batch size by batch size."""
+    parts = []
+    for batch in findings.study.batches:
+        values = {
+            norm: findings.values((model, batch, norm), "validation_accuracy") for norm in findings.norms(model, batch)
+        }
+        norms = [norm for norm in values if norm != "none"]
+        if "none" not in values or not norms:
+            continue
+        best = max(norms, key=lambda norm: fmean(values[norm].values()))
+        gain = compare_pair(findings.values((model, batch, best)), findings.values((model, batch, "none")))
+        if gain is not None:
+            verdict = "" if gain.verdict in ("higher", "lower") else f", {gain.verdict}"
+            parts.append(f"{signed(gain.mean)} points at {say_batch(batch)} ({name_norm(best)}{verdict})")
+    return (
+        f"Against no normalization: the norm that is best on validation brings the {model} {join(parts)}."
+        if parts
+        else ""
+    )
+
+
+def say_rates(findings: Findings, model: str) -> str:
+    """How many learning rates work without a norm and with the most tolerant one."""
+    parts = []
+    for batch in findings.study.batches:
+        counts = {
+            norm: len(working[0])
+            for norm in findings.study.norms
+            if (model, batch, norm) in findings.rates
+            and (working := findings.working_rates((model, batch, norm))) is not None
+        }
+        none = counts.pop("none", None)
+        if none is not None and counts:
+            low, high = min(counts.values()), max(counts.values())
+            norms = f"{low} to {high}" if low != high else f"{low}"
+            parts.append(f"{none} without and {norms} with a norm at {say_batch(batch)}")
+    if not parts:
+        return ""
+    return (
+        f"Learning rates: of {len(findings.study.rates)} tried in the {model}, those that work are "
+        f"{join(parts)} (short runs of one seed, not judged)."
+    )
+
+
+def say_first(study: Study, find: Find) -> list[str]:
+    """A first recommendation from the short runs of the search, one line for each network."""
+    lines = []
+    for model in study.models:
+        parts = []
+        for batch in study.batches:
+            records = [
+                record
+                for norm in study.norms
+                if (model, batch, norm) not in study.impossible and study.rungs(batch)
+                for run in study.search_runs((model, batch, norm), 0, find) or []
+                if (record := find(run)) is not None and record["status"] == "finished"
+            ]
+            if records:
+                best = min(records, key=rank)
+                parts.append(
+                    f"{name_norm(best['norm'])} at {say_batch(batch)} ({100 * best['validation_accuracy']:.0f} %)"
+                )
+        if parts:
+            lines.append(f"{model}: {', '.join(parts)}")
+    return lines

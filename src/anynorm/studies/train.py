@@ -1,0 +1,223 @@
+"""One run: a network trained from a seeded start on a seeded order of images, and what was seen on the way."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .data import Data
+from .models import build
+from .norms import NORMS
+
+MOMENTUM = 0.9
+CHECKPOINTS = 8
+PROBE = 256
+EVALUATION_BATCH = 500
+HOPELESS_STEPS, HOPELESS_LOSS = 10, 1.5
+
+
+@dataclass(frozen=True)
+class Run:
+    """What defines a run beside its data: batch is a size, or first:second, each for half of the images."""
+
+    model: str
+    norm: str
+    batch: str
+    rate: float
+    seed: int
+    images: int
+    final: bool
+
+    @property
+    def cell(self) -> tuple[str, str, str]:
+        """Where the run belongs in the tables."""
+        return self.model, self.batch, self.norm
+
+
+def parse_batch(batch: str) -> list[int]:
+    """Sizes that a batch item names: one, or the two halves of a schedule."""
+    return [int(size) for size in batch.split(":")]
+
+
+def find_steps(batch: str, images: int) -> list[int]:
+    """The batch size of every step: whole batches only, equal shares of the images for each size."""
+    sizes = parse_batch(batch)
+    share = images // len(sizes)
+    return [size for size in sizes for _ in range(share // size)]
+
+
+def draw_order(samples: int, images: int, seed: int) -> np.ndarray:
+    """Which sample comes when: one permutation after the other; the same for every norm, rate and batch size."""
+    generator = np.random.default_rng([seed, 1])
+    passes = [generator.permutation(samples) for _ in range(math.ceil(images / samples))]
+    return np.concatenate(passes)[:images]
+
+
+def train(run: Run, data: Data) -> dict[str, Any]:
+    """Train one network and measure it; equal arguments give equal numbers on one machine, times aside.
+
+    Returns:
+        A record for the journal: what defines the run, `status` (finished, diverged or hopeless), `seconds` of
+        training, validation accuracy and loss; for a final run also test accuracy, curves and both modes.
+    """
+    torch.manual_seed(run.seed)
+    network = build(run.model, NORMS[run.norm], data.sample_shape, data.classes).train()
+    optimizer = torch.optim.SGD(network.parameters(), lr=run.rate, momentum=MOMENTUM)
+    x, y = torch.from_numpy(data.train_x), torch.from_numpy(data.train_y)
+    steps = find_steps(run.batch, run.images)
+    order = torch.from_numpy(draw_order(len(x), run.images, run.seed))
+    watch = Watch(network, data, len(steps) if run.final else 0)
+    status, position, seconds = "finished", 0, 0.0
+    started = time.perf_counter()
+    for step, size in enumerate(steps):
+        chosen = order[position : position + size]
+        optimizer.zero_grad()
+        loss = functional.cross_entropy(network(x[chosen]), y[chosen])
+        loss.backward()
+        optimizer.step()
+        position += size
+        value = loss.item()
+        if not math.isfinite(value):
+            status = "diverged"
+            break
+        wanted = watch.wants(step + 1, value)
+        if not run.final and is_hopeless(watch.losses, len(steps), data.classes):
+            status = "hopeless"
+            break
+        if wanted:
+            seconds += time.perf_counter() - started
+            watch.look(step + 1, position, seconds)
+            started = time.perf_counter()
+    seconds += time.perf_counter() - started
+    record = {**asdict(run), "status": status, "steps": step + 1, "seen": position, "seconds": seconds}
+    record |= dict(zip(("validation_accuracy", "validation_loss"), watch.validate(), strict=True))
+    if run.final:
+        test = torch.from_numpy(data.test_x), torch.from_numpy(data.test_y)
+        record["test_accuracy"], record["test_loss"] = evaluate(network, *test)
+        record["modes"] = compare_modes(network, watch.x, watch.y, parse_batch(run.batch)[-1])
+        record["curve"], record["probed_layer"] = watch.curve, watch.layer
+    return record
+
+
+def is_hopeless(losses: list[float], steps: int, classes: int) -> bool:
+    """Whether a search run should be dropped: a quarter through, and still far worse than guessing.
+
+    Guessing costs ln(classes). A run is dropped once, at a quarter of its steps (at least HOPELESS_STEPS), where the
+    mean training loss of the last HOPELESS_STEPS steps is above HOPELESS_LOSS times that.
+    """
+    if len(losses) != max(steps // 4, HOPELESS_STEPS):
+        return False
+    return sum(losses[-HOPELESS_STEPS:]) / HOPELESS_STEPS > HOPELESS_LOSS * math.log(classes)
+
+
+class Watch:
+    """Measures a network at evenly spaced steps of its training, and leaves it as it was."""
+
+    def __init__(self, network: nn.Module, data: Data, steps: int) -> None:
+        self.network = network
+        self.x, self.y = torch.from_numpy(data.validation_x), torch.from_numpy(data.validation_y)
+        self.layer, self.module = find_last_layer(network)
+        self.curve: dict[str, list[float | None]] = {
+            name: [] for name in ("step", "images", "seconds", "loss", "accuracy", "probe_mean", "probe_std")
+        }
+        self.steps = {round(steps * k / CHECKPOINTS) for k in range(1, CHECKPOINTS + 1)} if steps else set()
+        self.losses: list[float] = []
+        if steps:
+            self.look(0, 0, 0.0)
+
+    def wants(self, step: int, loss: float) -> bool:
+        """Note the loss of a step; True where the network should be measured after it."""
+        self.losses.append(loss)
+        return step in self.steps
+
+    def look(self, step: int, images: int, seconds: float) -> None:
+        """Add a point to the curve: mean training loss since the last point, validation accuracy, probe."""
+        loss = sum(self.losses) / len(self.losses) if self.losses else None
+        self.losses = []
+        mean, std = probe(self.network, self.module, self.x[:PROBE])
+        point = (step, images, seconds, loss, self.validate()[0], mean, std)
+        for column, value in zip(self.curve.values(), point, strict=True):
+            column.append(value)
+
+    def validate(self) -> tuple[float, float | None]:
+        """Accuracy and loss on the validation images."""
+        return evaluate(self.network, self.x, self.y)
+
+
+def find_last_layer(network: nn.Module) -> tuple[str | None, nn.Module | None]:
+    """The last dense or convolutional layer in order of definition: the one whose inputs are probed."""
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    found = [(name, module) for name, module in network.named_modules() if isinstance(module, kinds)]
+    return found[-1] if found else (None, None)
+
+
+@contextlib.contextmanager
+def untouched(network: nn.Module) -> Iterator[None]:
+    """Look at a network without gradients and without leaving a trace: mode, buffers and random state come back."""
+    modes = [(module, module.training) for module in network.modules()]
+    buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        yield
+        for buffer, before in buffers:
+            buffer.copy_(before)
+    for module, training in modes:
+        module.training = training
+
+
+def probe(network: nn.Module, layer: nn.Module | None, x: Tensor) -> tuple[float | None, float | None]:
+    """Mean and standard deviation of a layer's inputs for fixed samples, computed as in training."""
+    if layer is None:
+        return None, None
+    seen: list[Tensor] = []
+    hook = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+    try:
+        with untouched(network):
+            network.train()
+            network(x)
+    finally:
+        hook.remove()
+    return (finite(seen[-1].mean().item()), finite(seen[-1].std().item())) if seen else (None, None)
+
+
+def evaluate(
+    network: nn.Module, x: Tensor, y: Tensor, *, batch: int = EVALUATION_BATCH, training: bool = False
+) -> tuple[float, float | None]:
+    """Share of right answers and mean cross-entropy (None where it is not finite); in evaluation mode unless asked."""
+    right, loss = 0, 0.0
+    with untouched(network):
+        network.train(training)
+        for start in range(0, len(x), batch):
+            logits, labels = network(x[start : start + batch]), y[start : start + batch]
+            # NaN outputs answer nothing, so they are never right.
+            right += int(((logits.argmax(1) == labels) & logits.isfinite().all(1)).sum())
+            loss += functional.cross_entropy(logits, labels, reduction="sum").item()
+    return right / len(x), finite(loss / len(x))
+
+
+def compare_modes(network: nn.Module, x: Tensor, y: Tensor, batch: int) -> dict[str, float | None]:
+    """The same samples in training mode, in batches as in training, and in evaluation mode."""
+    whole = len(x) // batch * batch
+    if not whole:
+        return {}
+    train_accuracy, train_loss = evaluate(network, x[:whole], y[:whole], batch=batch, training=True)
+    accuracy, loss = evaluate(network, x[:whole], y[:whole])
+    return {
+        "training_accuracy": train_accuracy,
+        "training_loss": train_loss,
+        "evaluation_accuracy": accuracy,
+        "evaluation_loss": loss,
+    }
+
+
+def finite(value: float) -> float | None:
+    """The value, or None where JSON has no word for it."""
+    return value if math.isfinite(value) else None

@@ -1,0 +1,1 @@
+"""`anynorm try`: what would change on this model, found out without any data."""

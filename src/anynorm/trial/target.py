@@ -1,0 +1,227 @@
+"""Turn what a user typed (a built-in name or module:factory) into a model and a call that it accepts."""
+
+import contextlib
+import copy
+import dataclasses
+import importlib
+import importlib.util
+import random
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import is_lazy
+
+from anynorm.errors import UserError
+from anynorm.zoo import ZOO
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """The arguments of one call of a model, by position and by name."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def of(self, model: nn.Module) -> Any:
+        """Call the model with these arguments."""
+        return model(*self.args, **self.kwargs)
+
+    def change(self, function: Callable[[Tensor], Tensor]) -> "Call":
+        """Return the same call with every tensor argument replaced by function(tensor)."""
+
+        def one(value: Any) -> Any:
+            return function(value) if isinstance(value, Tensor) else value
+
+        return Call(tuple(map(one, self.args)), {key: one(value) for key, value in self.kwargs.items()})
+
+    def tensors(self) -> list[Tensor]:
+        """Return the tensor arguments."""
+        return find_tensors([*self.args, *self.kwargs.values()])
+
+    def describe(self) -> str:
+        """Return the shapes in words, as 8x3x96x96 float32."""
+        kinds = ("x".join(map(str, t.shape)) + " " + str(t.dtype).removeprefix("torch.") for t in self.tensors())
+        return ", ".join(kinds)
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A private copy of the user's model on the CPU and a call that works; the original stays untouched."""
+
+    name: str
+    model: nn.Module
+    call: Call
+    guessed: bool
+
+
+def find_tensors(value: Any) -> list[Tensor]:
+    """Return the tensors inside a tensor, tuple, list, dict or dataclass, in order."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = [getattr(value, field.name) for field in dataclasses.fields(value)]
+    if isinstance(value, list | tuple):
+        return [tensor for item in value for tensor in find_tensors(item)]
+    return []
+
+
+def find_norms(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the model's normalization layers by name: torch's classes and leaves that call themselves Norm."""
+
+    def is_norm(module: nn.Module) -> bool:
+        known = isinstance(module, _NormBase | nn.LayerNorm | nn.GroupNorm | nn.RMSNorm)
+        return known or ("Norm" in type(module).__name__ and not any(True for _ in module.children()))
+
+    return {name: module for name, module in model.named_modules() if is_norm(module)}
+
+
+@contextlib.contextmanager
+def keep_random_state(seed: int = 0) -> Iterator[None]:
+    """Run a block from a fixed seed and put the random states of torch, NumPy and Python back after it."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    with torch.random.fork_rng(devices=[]):
+        # Only the CPU's generator: torch.manual_seed would seed every accelerator of the process too.
+        torch.default_generator.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)  # noqa: NPY002
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)  # noqa: NPY002
+
+
+def resolve(spec: str, batch: int | None = None) -> Target:
+    """Return the model and example that a built-in name or module:factory stands for.
+
+    Args:
+        spec: a name in `anynorm.zoo.ZOO`, or "module:factory" or "file.py:factory". The factory takes no
+            argument and returns a model, (model, example_input), or a model with attribute `example_input`.
+        batch: samples of an example that anynorm makes up itself; where None, 8.
+
+    Raises:
+        UserError: one sentence, when the name, the factory or the input does not work.
+    """
+    from anynorm.trial.example import as_call, find_example
+
+    made = _make(spec)
+    example = None
+    if isinstance(made, tuple) and len(made) == 2:
+        made, example = made
+    if not isinstance(made, nn.Module):
+        raise UserError(
+            f"{spec}: returned {_article(made)} where a torch.nn.Module was expected; "
+            "return a model, or a tuple (model, example_input)."
+        )
+    example = getattr(made, "example_input", None) if example is None else example
+    model = _copy(spec, made)
+    with keep_random_state():
+        call = find_example(spec, model, batch or 8) if example is None else as_call(spec, model, example)
+        _check_evaluation(spec, model, call)
+    return Target(spec, model.train(), call, guessed=example is None)
+
+
+def _check_evaluation(spec: str, model: nn.Module, call: Call) -> None:
+    """Call the model in evaluation too, which moves no running average."""
+    try:
+        with torch.no_grad():
+            call.of(model.eval())
+    except Exception as problem:
+        raise UserError(f"{spec}: in evaluation mode the model raised {in_one_line(problem)}") from problem
+
+
+def _make(spec: str) -> Any:
+    """Return what the factory returns, seeded, with the caller's random state untouched."""
+    factory = ZOO[spec] if spec in ZOO else _find_factory(spec)
+    if isinstance(factory, nn.Module):
+        return factory
+    if not callable(factory):
+        raise UserError(f"{spec}: is {_article(factory)} and cannot be called; name a function or a class.")
+    with keep_random_state():
+        try:
+            return factory()
+        except (Exception, SystemExit) as problem:
+            raise UserError(f"{spec}: calling it without arguments raised {in_one_line(problem)}") from problem
+
+
+def _find_factory(spec: str) -> Any:
+    """Return the object that module:name stands for."""
+    where, colon, name = spec.rpartition(":")
+    if not colon or not where or not name:
+        raise UserError(f"{spec!r} is neither a built-in model ({', '.join(ZOO)}) nor of the form module:factory.")
+    try:
+        found: Any = _import(where)
+    except (Exception, SystemExit) as problem:
+        hint = "; run it in the folder that holds that file" if isinstance(problem, ImportError) else ""
+        raise UserError(f"{spec}: importing {where} raised {in_one_line(problem)}{hint}") from problem
+    for part in name.split("."):
+        if not hasattr(found, part):
+            own = [key for key in vars(found) if callable(vars(found)[key]) and not key.startswith("_")]
+            choice = f"; it has {', '.join(own[:6])}" if own else ""
+            raise UserError(f"{spec}: {where} has no attribute {part!r}{choice}.")
+        found = getattr(found, part)
+    return found
+
+
+def _import(where: str) -> ModuleType:
+    """Import a dotted module as `python` would in this folder, or a file given by its path."""
+    if where.endswith(".py") and Path(where).is_file():
+        plan = importlib.util.spec_from_file_location(Path(where).stem, where)
+        if plan is None or plan.loader is None:
+            raise ImportError(f"{where} is not a Python file")
+        module = importlib.util.module_from_spec(plan)
+        # Registered first, as an ordinary import does: dataclasses and pickle look their module up by name.
+        sys.modules.setdefault(plan.name, module)
+        with _on_path(str(Path(where).resolve().parent)):
+            plan.loader.exec_module(module)
+        return module
+    with _on_path(str(Path.cwd())):
+        return importlib.import_module(where)
+
+
+@contextlib.contextmanager
+def _on_path(folder: str) -> Iterator[None]:
+    """Let imports look in a folder first, for the length of a block."""
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):
+            sys.path.remove(folder)
+
+
+def _copy(spec: str, model: nn.Module) -> nn.Module:
+    """Return a copy on the CPU without gradients, in training mode."""
+    if any(is_lazy(parameter) for parameter in model.parameters()):
+        raise UserError(f"{spec}: holds lazy layers without sizes; call the model once before returning it.")
+    try:
+        copied = copy.deepcopy(model).to("cpu")
+    except Exception as problem:
+        raise UserError(
+            f"{spec}: the model cannot be copied ({in_one_line(problem)}); "
+            "return a fresh one that copy.deepcopy accepts."
+        ) from problem
+    copied.zero_grad(set_to_none=True)
+    return copied.train()
+
+
+def in_one_line(problem: BaseException) -> str:
+    """Return an exception as type and first line, shortened: made to stand inside a sentence."""
+    text = " ".join(str(problem).split())
+    text = text if len(text) <= 200 else text[:197] + "..."
+    return f"{type(problem).__name__}: {text}" if text else type(problem).__name__
+
+
+def _article(value: object) -> str:
+    """Return a type's name with its article, as 'a dict' or 'an int'; None stays None."""
+    name = type(value).__name__
+    return "None" if value is None else ("an " if name[0] in "aeiouAEIOU" else "a ") + name

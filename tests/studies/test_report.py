@@ -1,0 +1,137 @@
+"""The page: one file, everything visible in a real browser, and names that stay text."""
+
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from anynorm.studies.judge import plain_sizes
+from anynorm.studies.plots import COLOURS, find_limits
+from anynorm.studies.report import write_report
+
+EVIL = ["<img src=x onerror=alert(1)>", "a\"b'c&lt;</svg><script>alert(2)</script>$x_1$"]
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+# Runs in the page before anything else; the answer is read from the dumped document.
+WATCH = """<script>
+const faults = [];
+window.addEventListener("error", event => faults.push(String(event.message || event.target.outerHTML)), true);
+window.alert = text => faults.push("alert " + text);
+window.addEventListener("load", () => {
+  const plots = [...document.querySelectorAll("figure svg")].map(svg => {
+    const box = svg.getBoundingClientRect();
+    const inside = [...svg.querySelectorAll("path, text")].map(part => part.getBoundingClientRect());
+    return {
+      width: box.width, height: box.height, drawn: inside.filter(part => part.width + part.height > 0).length,
+      label: svg.parentElement.getAttribute("aria-label"), role: svg.parentElement.getAttribute("role"),
+    };
+  });
+  const answer = document.createElement("pre");
+  answer.id = "answer";
+  answer.textContent = JSON.stringify({
+    faults, plots, fetched: performance.getEntriesByType("resource").map(entry => entry.name),
+    captions: [...document.querySelectorAll("caption")].map(caption => caption.textContent),
+    verdict: document.querySelector(".verdict").textContent,
+    wide: document.documentElement.scrollWidth > document.documentElement.clientWidth,
+    images: document.querySelectorAll("main img, main script").length,
+  });
+  document.body.append(answer);
+});
+</script>"""
+
+
+@pytest.fixture(scope="module")
+def page(make_findings, make_results):
+    findings, choices = make_findings(EVIL, batches=("64", "2", "64:8"))
+    return write_report(findings, choices, make_results(findings, choices, data="<b>data</b>.npz"))
+
+
+def test_the_page_is_one_file_without_scripts(page):
+    assert "<script" not in page
+    for loaded in re.findall(r'(?:src|href)="([^"]*)"', page):
+        assert loaded.startswith(("#", "data:"))
+    assert not re.search(r"url\((?!#)", page)
+    assert "@import" not in page
+
+
+def test_names_are_escaped(page):
+    for name in (*EVIL, "<b>data</b>"):
+        assert name not in page
+    assert "&lt;img src=x onerror=alert(1)&gt;" in page
+
+
+def test_order_verdict_table_plots_method_limits(page):
+    places = [page.index(mark) for mark in ('class="verdict"', "<table", "<figure", "How it was done", "Limits")]
+    assert places == sorted(places)
+
+
+def test_every_plot_has_words(page):
+    labels = re.findall(r'<div role="img" aria-label="([^"]*)"', page)
+    assert len(labels) == page.count("<figure>") == 2 * (1 + 1 + 2 * 4 + 3 + 2)
+    assert all(len(label) > 40 for label in labels)
+
+
+def test_missing_failed_and_impossible_cells(make_findings, make_results):
+    findings, choices = make_findings(finished=lambda run: run.norm != "rms")
+    page = write_report(findings, choices, make_results(findings, choices))
+    rows = dict(re.findall(r'<th scope="row">(\w+)</th>(.*?)</tr>', page.split("mlp: test accuracy")[1], re.DOTALL))
+    assert re.sub("<[^>]*>", "", rows["rms"]).strip() == ""
+    assert rows["instance"].count("n/a") == 2
+    assert "no room" in page
+
+
+def test_a_page_without_any_full_run(make_findings, make_results):
+    findings, choices = make_findings(finished=lambda run: False)
+    page = write_report(findings, choices, make_results(findings, choices))
+    assert "No full run is finished" in page
+    assert "<figure" not in page
+
+
+def test_limits_keep_every_seed_in_sight():
+    assert find_limits([90.0, 91.0]) == (85.5, 95.5)
+    low, high = find_limits([10.0, 99.5])
+    assert low <= 10
+    assert 99.5 < high <= 101
+
+
+def test_colours_differ_for_every_norm(make_findings):
+    findings, _ = make_findings()
+    assert len({COLOURS[norm] for norm in findings.study.norms}) == 6
+    assert plain_sizes(findings.study) == ["64", "2"]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed: apt install chromium")
+@pytest.mark.parametrize("width", [1200, 390])
+def test_chromium_shows_every_plot_and_no_error(page, tmp_path, width):
+    path = tmp_path / "report.html"
+    path.write_text(page.replace("<head>", "<head>" + WATCH, 1), encoding="utf-8")
+    quiet = ["--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    done = subprocess.run(
+        [
+            *(CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", *quiet, f"--user-data-dir={tmp_path / 'user'}"),
+            *("--enable-logging=stderr", f"--window-size={width},900", "--dump-dom", path.as_uri()),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    found = re.search(r'<pre id="answer">(.*?)</pre>', done.stdout, re.DOTALL)
+    assert found, done.stdout[-500:] + done.stderr[-500:]
+    answer = json.loads(found[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
+    assert answer["faults"] == []
+    assert "CONSOLE" not in done.stderr
+    assert answer["fetched"] == []
+    assert answer["images"] == 0
+    assert not answer["wide"]
+    assert len(answer["plots"]) == 30
+    for plot in answer["plots"]:
+        assert plot["width"] > 300
+        assert plot["height"] > 150
+        assert plot["drawn"] > 10
+        assert plot["role"] == "img"
+        assert plot["label"]
+    assert answer["captions"] == [f"{name}: test accuracy, %" for name in EVIL]
+    assert EVIL[0] in answer["verdict"]

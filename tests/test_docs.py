@@ -1,0 +1,238 @@
+"""README and docs say what is true: tables equal the family, blocks run, and what they name exists.
+
+Of the three kinds of tests these keep an invariant: text and code agree.
+"""
+
+from __future__ import annotations
+
+import doctest
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+import torch
+import typer.main
+
+from anynorm import cli
+from anynorm.family import FAMILY, Scheme
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+PAGES = sorted(
+    [*(path for name in ("README", "CONTRIBUTING", "CHANGELOG") if (path := ROOT / f"{name}.md").exists())]
+    + [*(ROOT / "docs").rglob("*.md")]
+)
+SHELLS = ("", "sh", "bash", "console", "shell")
+FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+FENCE = re.compile(
+    r"^(?P<indent> *)(?P<ticks>`{3,})(?P<language>[\w+-]*)[^\n`]*\n(?P<body>.*?)^ *(?P=ticks) *$",
+    re.MULTILINE | re.DOTALL,
+)
+ROOTS = "work|home|root|tmp|usr|opt|etc|mnt|Users|private|proc|srv|var/|dev/"
+
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: its language, its text, and how many lines stand before that text."""
+
+    language: str
+    text: str
+    before: int
+
+
+def find_blocks(text: str) -> list[Block]:
+    """Every fenced block, also an indented one, with its indentation taken off."""
+    blocks = []
+    for match in FENCE.finditer(text):
+        lines = [line.removeprefix(match["indent"]) for line in match["body"].splitlines(keepends=True)]
+        blocks.append(Block(match["language"], "".join(lines), text.count("\n", 0, match.start("body"))))
+    return blocks
+
+
+def cut_blocks(text: str) -> str:
+    """The prose: a link or a heading inside a block is none."""
+    return FENCE.sub("", text)
+
+
+def find_commands(text: str) -> list[str]:
+    """What a reader would type: lines of shell blocks and code spans, cut at ``&&``, ``;`` and ``|``."""
+    lines = [line for block in find_blocks(text) if block.language in SHELLS for line in block.text.splitlines()]
+    lines += re.findall(r"(?<!`)`([^`\n]+)`(?!`)", cut_blocks(text))
+    return [part.strip().removeprefix("$ ") for line in lines for part in re.split(r"&&|;|\|", line)]
+
+
+def make_row(scheme: Scheme) -> str:
+    """A scheme as a row of the family table."""
+    cells = (
+        scheme.name,
+        f"`{scheme.pattern}`",
+        "yes" if scheme.centred else "no",
+        ", ".join(scheme.sources),
+        scheme.affine,
+        ", ".join(scheme.classes),
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def read_table(path: Path) -> list[str]:
+    """The rows between the markers, without header; links are reduced to their words, spaces to one."""
+    found = re.findall(r"<!-- family -->(.*?)<!-- /family -->", path.read_text(), re.DOTALL)
+    name = path.relative_to(ROOT)
+    assert len(found) == 1, (
+        f"{name} needs one family table between <!-- family --> and <!-- /family -->; found {len(found)}; its rows:\n"
+        + "\n".join(map(make_row, FAMILY.values()))
+    )
+    rows = [line.strip() for line in found[0].splitlines() if line.strip()]
+    assert set(rows[1]) <= set("|-: "), f"{name}: under the family table's header must be a line |---|; got {rows[1]}"
+    return [re.sub(r" +", " ", re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", row)) for row in rows[2:]]
+
+
+def find_targets() -> set[str]:
+    return set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+
+
+def find_anchors(text: str) -> set[str]:
+    """The names GitHub gives to headings."""
+    headings = re.findall(r"^#+ +(.+?) *#* *$", cut_blocks(text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_readme_table_is_the_family():
+    assert read_table(README) == [make_row(scheme) for scheme in FAMILY.values()]
+
+
+@pytest.mark.parametrize("scheme", FAMILY.values(), ids=FAMILY)
+def test_norm_has_a_page_that_names_it(scheme):
+    page = ROOT / "docs" / "norms" / f"{scheme.name}.md"
+    assert page.exists(), f"{scheme.name} is in FAMILY and has no page; write {page.relative_to(ROOT)}"
+    assert read_table(page) == [make_row(scheme)]
+    prose = cut_blocks(page.read_text())
+    for name in (*scheme.classes, scheme.function):
+        assert re.search(rf"\b{name}\b", prose), f"{page.name} does not name {name}"
+
+
+@every_page
+def test_python_blocks_run(page, tmp_path, monkeypatch):
+    blocks = [block for block in find_blocks(page.read_text()) if block.language in ("python", "py", "pycon")]
+    blocks = [block for block in blocks if not block.text.lstrip().startswith("# not run")]
+    if not blocks:
+        pytest.skip("no Python block")
+    monkeypatch.chdir(tmp_path)
+    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    names: dict = {"__name__": "__main__"}
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            for block in blocks:
+                run(block, page, names)
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_default_dtype(dtype)
+
+
+def run(block: Block, page: Path, names: dict) -> None:
+    """Run a block in `names`; where it shows a session, compare what is printed."""
+    if not re.search(r"^ *>>>", block.text, re.MULTILINE):
+        exec(compile("\n" * block.before + block.text, str(page), "exec"), names)
+        return
+    test = doctest.DocTestParser().get_doctest(block.text, names, page.name, str(page), block.before)
+    printed: list[str] = []
+    doctest.DocTestRunner(optionflags=FLAGS, verbose=False).run(test, out=printed.append, clear_globs=False)
+    names.update(test.globs)
+    assert not printed, "".join(printed)
+
+
+@every_page
+def test_links_lead_somewhere(page):
+    text = page.read_text()
+    prose = re.sub(r"`[^`\n]*`", "", cut_blocks(text))
+    for link in re.findall(r"\]\(<?([^)\s>]+)", prose) + re.findall(r"(?:src|href)=\"([^\"]+)\"", prose):
+        if re.match(r"[a-z][a-z+.-]*:", link):
+            continue
+        path, _, anchor = unquote(link).partition("#")
+        target = (page.parent / path) if path else page
+        assert target.exists(), f"{page.name} links to {link}, which does not exist"
+        assert target.resolve().is_relative_to(ROOT), f"{page.name} links to {link}, outside the project"
+        if anchor and target.suffix == ".md":
+            assert anchor in find_anchors(target.read_text()), f"{page.name}: {link} names no heading of {target.name}"
+
+
+@every_page
+def test_make_targets_exist(page):
+    for command in find_commands(page.read_text()):
+        words = re.match(r"make((?: +[\w=./-]+)*)", command)
+        for word in words[1].split() if words else ():
+            if "=" in word or word.startswith("-"):
+                break
+            assert word in find_targets(), f"{page.name} names `{command}`; the Makefile has no target {word}"
+
+
+@every_page
+def test_commands_exist(page):
+    commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+    for line in find_commands(page.read_text()):
+        words = re.match(r"(?:\S*/)?anynorm +([a-z][\w-]*)(.*)", line)
+        if not words:
+            continue
+        assert words[1] in commands, f"{page.name} names `{line}`; anynorm has no command {words[1]}"
+        known = {name for parameter in commands[words[1]].params for name in parameter.opts} | {"--help"}
+        for option in re.findall(r"(?<!\S)--[\w-]+", words[2]):
+            assert option in known, f"{page.name} names `{line}`; anynorm {words[1]} has no option {option}"
+
+
+@every_page
+def test_no_absolute_path(page):
+    text = re.sub(r"\w+://\S+", "", page.read_text())
+    found = re.search(rf"(?<![\w.)\]>])/(?:{ROOTS})\S*|\b[A-Z]:\\\S*", text)
+    assert not found, f"{page.name} names {found[0]!r}, a path of one machine"  # type: ignore[index]
+
+
+SAMPLE = """# A title: with `code`
+
+[here](#a-title-with-code)
+
+```python
+x = [1](2)
+```
+
+- in a list
+
+  ```sh
+  cd x && make test ARGS=-k   # comment
+  anynorm list | head
+  ```
+
+`make check`, make sure.
+"""
+
+
+def test_blocks_keep_language_text_and_line():
+    python, shell = find_blocks(SAMPLE)
+    assert (python.language, python.text) == ("python", "x = [1](2)\n")
+    assert SAMPLE.splitlines()[python.before] == "x = [1](2)"
+    assert shell.text.startswith("cd x && make test")
+    assert "x = [1](2)" not in cut_blocks(SAMPLE)
+    assert find_anchors(SAMPLE) == {"a-title-with-code"}
+
+
+def test_commands_are_read_from_code_only():
+    found = find_commands(SAMPLE)
+    assert {"make test ARGS=-k   # comment", "anynorm list", "make check"} <= set(found)
+    assert not any(command.startswith("make sure") for command in found)
+
+
+def test_a_wrong_session_and_a_wrong_block_fail():
+    with pytest.raises(AssertionError, match=r"Expected:\s+3\s+Got:\s+2"):
+        run(Block("python", ">>> 1 + 1\n3\n", 0), README, {})
+    with pytest.raises(ZeroDivisionError):
+        run(Block("python", "1 / 0\n", 0), README, {})
+
+
+def test_a_session_and_a_block_share_names():
+    names: dict = {}
+    run(Block("python", ">>> a = 1\n", 0), README, names)
+    run(Block("python", "assert a == 1\n", 0), README, names)
