@@ -99,7 +99,11 @@ class Specimen:
     def options(self, module: nn.Module, given: tuple | None) -> dict:
         eps = module.eps
         if eps is None:
-            eps = float(torch.finfo(torch.float64 if getattr(module.weight, "dtype", None) == torch.float64 else torch.float32).eps)
+            eps = float(
+                torch.finfo(
+                    torch.float64 if getattr(module.weight, "dtype", None) == torch.float64 else torch.float32
+                ).eps
+            )
         return {"eps": eps, "centred": FAMILY[self.scheme].centred, "given": given}
 
     def running(self, module: nn.Module) -> tuple[np.ndarray, np.ndarray]:

@@ -120,5 +120,5 @@ def test_undo_leaves_torchs_alone_and_brings_checkpoints_home():
 
 
 def test_not_a_module():
-    with pytest.raises(TypeError, match="accelerate: model must be a torch.nn.Module; got dict"):
+    with pytest.raises(TypeError, match=r"accelerate: model must be a torch\.nn\.Module; got dict"):
         anynorm.accelerate({})

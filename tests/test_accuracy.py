@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from benchmarks import accuracy
-from specimens import SPECIMENS, wide
 
 import anynorm
+from benchmarks import accuracy
+from specimens import SPECIMENS, wide
 
 CASES = accuracy.find_cases()
 

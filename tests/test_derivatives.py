@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from specimens import SPECIMENS, TRACKING
 from torch.autograd import gradcheck, gradgradcheck
 
 import anynorm
+from specimens import SPECIMENS, TRACKING
 
 F = anynorm.functional
 MEAN = torch.tensor([0.5, -1.0, 2.0, 3.0], dtype=torch.float64)

@@ -33,7 +33,8 @@ TEXTS = {
         (RuntimeError, lambda: anynorm.LayerNorm(5)(torch.zeros(2, 4))),
     "layer_norm: normalized_shape must be a sequence of sizes; got 4; pass (4,)":
         (TypeError, lambda: F.layer_norm(torch.zeros(2, 4), 4)),
-    "rms_norm: weight must have the shape normalized_shape; got weight (3,), normalized_shape (4,); build the norm for (4,)":
+    "rms_norm: weight must have the shape normalized_shape; got weight (3,), normalized_shape (4,); "
+    "build the norm for (4,)":
         (RuntimeError, lambda: F.rms_norm(torch.zeros(2, 4), (4,), torch.ones(3))),
     "layer_norm: input must be a real floating point tensor; got torch.int64; call x.float() first":
         (NotImplementedError, lambda: F.layer_norm(torch.ones(2, 4, dtype=torch.long), (4,))),
@@ -78,15 +79,25 @@ def test_buffers_that_share_memory_are_refused(mean, var, x, names):
     assert torch.equal(SHARED, torch.ones(4))
 
 
-def test_neighbouring_buffers_are_fine():
+def test_buffers_side_by_side_or_interleaved_are_fine():
     both = torch.ones(6)
     F.batch_norm(torch.randn(4, 3), both[:3], both[3:], training=True)
+    F.batch_norm(torch.randn(4, 3), both[::2], both[1::2], training=True)
+
+
+def test_shared_buffers_are_refused_under_a_default_device_too():
+    with torch.device("cpu"), pytest.raises(ValueError, match="must not share memory"):
+        F.batch_norm(torch.randn(4, 3), SHARED[:3], SHARED[:3], training=True)
 
 
 BAD_STATE = {
     "running_var must not be negative; got -8": {"running_var": torch.tensor([1.0, -8.0, 1.0])},
     "weight must be real; got torch.complex64": {"weight": torch.ones(3, dtype=torch.complex64)},
-    "num_batches_tracked must be a whole number; got 3.7": {"num_batches_tracked": torch.tensor(3.7)},
+    "num_batches_tracked must be a whole number of 0 or more; got 3.75": {"num_batches_tracked": torch.tensor(3.75)},
+    "num_batches_tracked must be a whole number of 0 or more; got -5": {"num_batches_tracked": torch.tensor(-5)},
+    "num_batches_tracked must be a whole number of 0 or more; got nan": {
+        "num_batches_tracked": torch.tensor(float("nan"))
+    },
 }
 
 
@@ -105,7 +116,7 @@ def test_checkpoints_that_cannot_be_a_norms_are_refused(text):
 
 def test_one_value_per_group_is_said_aloud():
     """pytorch#19250: torch returns zeros in silence."""
-    with pytest.warns(UserWarning, match="group_norm: one value per group, so every output is beta"):
+    with pytest.warns(UserWarning, match="group_norm: one value per group in an input .2, 4., so every output is beta"):
         assert (anynorm.GroupNorm(4, 4)(torch.randn(2, 4)) == 0).all()
     with pytest.warns(UserWarning, match="layer_norm: one value per sample"):
         anynorm.LayerNorm(1)(torch.randn(2, 1))

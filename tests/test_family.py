@@ -6,10 +6,10 @@ import inspect
 
 import pytest
 import torch
-from specimens import LAYOUTS, SPECIMENS, TRACKING, Specimen, assert_close, wide
 
 import anynorm
 from anynorm import FAMILY, plain
+from specimens import LAYOUTS, SPECIMENS, TRACKING, Specimen, assert_close, wide
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from specimens import wide
 
 import anynorm
 from anynorm import AnyNorm, PatternError, reference
+from specimens import wide
 
 MEMBERS = [
     ("batch", lambda: AnyNorm("n c h w -> c", affine="c", c=12, track_running_stats=True), lambda: nn.BatchNorm2d(12)),
@@ -20,7 +20,7 @@ MEMBERS = [
     ("group", lambda: AnyNorm("n (g k) h w -> n g", affine="g k", g=3, k=4), lambda: nn.GroupNorm(3, 12)),
     ("layer", lambda: AnyNorm("n d -> n", affine="d", d=(12, 5, 6)), lambda: nn.LayerNorm((12, 5, 6))),
     ("last", lambda: AnyNorm("n d -> n", affine="d", d=6), lambda: nn.LayerNorm(6)),
-    ("rms", lambda: AnyNorm("n d -> n", affine="d", d=6, centred=False, bias=False, eps=1e-3), lambda: nn.RMSNorm(6, 1e-3)),
+    ("rms", lambda: AnyNorm("n d -> n", "d", d=6, centred=False, bias=False, eps=1e-3), lambda: nn.RMSNorm(6, 1e-3)),
 ]  # fmt: skip
 
 
@@ -93,8 +93,10 @@ def test_first_axis_with_gamma_over_several_blocks(monkeypatch):
         (lambda: AnyNorm("n c -> c", centred=False, track_running_stats=True), ["need centred=True"]),
         (lambda: AnyNorm("n c h w -> c")(torch.zeros(2, 3, 4)), ["names 4 axes", "with 3", "got shape (2, 3, 4)"]),
         (lambda: AnyNorm("n c s -> c")(torch.zeros(2)), ["at least 2 axes", "got shape (2,)"]),
-        (lambda: AnyNorm("n c h w -> c", affine="c", c=5)(torch.zeros(2, 3, 4, 4)), ["built for c=5", "c is 3", "build it with c=3"]),
-        (lambda: AnyNorm("n (g k) s -> n g", g=4)(torch.zeros(2, 6, 3)), ["splits axis 1", "(2, 6, 3)", "product is 6"]),
+        (lambda: AnyNorm("n c h w -> c", "c", c=5)(torch.zeros(2, 3, 4, 4)), ["built for c=5", "c is 3", "with c=3"]),
+        (lambda: AnyNorm("n (g k) s -> n g", g=4)(torch.zeros(2, 6, 3)), ["splits axis 1", "(2, 6, 3)", "is 6"]),
+        (lambda: AnyNorm("n c s -> n c")(torch.zeros(2, 6)), ["pools nothing", "got shape (2, 6)"]),
+        (lambda: AnyNorm("n (g k) s -> n g", g=0), ["sizes are whole numbers of 1 or more; got g=0"]),
         (lambda: AnyNorm("n (g k) s -> n g")(torch.zeros(2, 6, 3)), ["all sizes in (g k) but one", "pass g=..."]),
         (lambda: AnyNorm("n d -> n", affine="d", d=(3, 4))(torch.zeros(2, 4, 3)), ["built for d=(3, 4)", "(2, 4, 3)"]),
     ],
@@ -104,6 +106,14 @@ def test_errors(build, parts):
         build()
     for part in parts:
         assert part in str(caught.value)
+
+
+def test_one_value_per_mean_is_refused_and_nothing_moves():
+    norm = AnyNorm("n c -> c", c=3, track_running_stats=True)
+    with pytest.raises(ValueError, match="AnyNorm: statistics need more than 1 value per mean"):
+        norm(torch.ones(1, 3))
+    assert norm.num_batches_tracked == 0
+    assert norm.eval()(torch.ones(1, 3)).shape == (1, 3)
 
 
 def test_integers_are_refused():

@@ -6,12 +6,12 @@ import numpy as np
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from specimens import assert_close, wide
 
 import anynorm
 from anynorm import reference
 from anynorm.pooling import find_pooling
 from anynorm.statistics import Moments, find_moments
+from specimens import assert_close, wide
 
 F = anynorm.functional
 quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -35,7 +35,8 @@ def inputs(draw) -> torch.Tensor:
 
 
 def check(y: torch.Tensor, true: np.ndarray) -> None:
-    assert_close(y, true, 2 if y.dtype == torch.float32 else 1000, "y")
+    # In float64 x - mean itself rounds, by the ratio of mean and standard deviation more than y can show.
+    assert_close(y, true, 2 if y.dtype == torch.float32 else 1e6, "y")
 
 
 @quick

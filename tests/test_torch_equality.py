@@ -12,10 +12,10 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from specimens import LAYOUTS, SPECIMENS, TRACKING
 
 import anynorm
 from anynorm.surgery.accelerate import PAIRS
+from specimens import LAYOUTS, SPECIMENS, TRACKING
 
 KINDS = [kind.__name__ for kind in PAIRS]
 ids = {"ids": str}

@@ -8,7 +8,6 @@ import warnings
 import pytest
 import torch
 import torch.nn as nn
-from specimens import SPECIMENS, TRACKING
 from torch.func import functional_call, grad, jvp, vmap
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import anynorm
 from anynorm import ops, plain
+from specimens import SPECIMENS, TRACKING
 
 OTHERS = {
     "pattern": lambda: anynorm.AnyNorm("n (g k) s -> n g", affine="g k", g=3, k=2),
@@ -101,16 +101,16 @@ def test_export_of_the_others(name, training):
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(("make", "x"), MODULES)
-def test_fx_records_one_call(make, x, training):
+def test_fx_records_the_module_as_it_does_torchs(make, x, training):
+    """Traced in one mode, run in either, and nothing moves while tracing."""
     net = Net(make()).train(training)
-    state = copy.deepcopy(net.state_dict())
+    twin, state = copy.deepcopy(net), copy.deepcopy(net.state_dict())
     traced = torch.fx.symbolic_trace(net)
     assert all(torch.equal(state[key], value) for key, value in net.state_dict().items())
-    calls = [node.target.__module__ for node in traced.graph.nodes if node.op == "call_function"]
-    assert sum(name.startswith("anynorm") for name in calls) == 1
-    twin = copy.deepcopy(net)
-    assert_same([traced(x)], [twin(x)])
-    assert_same(list(traced.buffers()), list(twin.buffers()))
+    assert [node.target for node in traced.graph.nodes if node.op == "call_module"] == ["norm"]
+    for mode in (True, False):
+        assert_same([traced.train(mode)(x)], [twin.train(mode)(x)])
+        assert_same(list(traced.buffers()), list(twin.buffers()))
 
 
 @pytest.mark.parametrize(("make", "x"), MODULES)
@@ -293,6 +293,25 @@ def test_fast_path_leaves_modes(mode, monkeypatch):
     with mode() as watching:
         anynorm.LayerNorm(3)(X)
     assert any("rsqrt" in name for name in watching.seen)
+
+
+def test_fast_path_stays_under_a_default_device():
+    """torch.set_default_device and `with torch.device(...)` are function modes that watch nothing."""
+    with torch.device("cpu"):
+        assert ops.is_plain(X)
+        with Functions():
+            assert not ops.is_plain(X)
+
+
+def test_batched_gradients():
+    norm = anynorm.LayerNorm(3)
+    leaf = X.clone().requires_grad_()
+    g = torch.randn(2, *X.shape)
+    (together,) = torch.autograd.grad(norm(leaf), leaf, g, is_grads_batched=True)
+    alone = torch.stack([torch.autograd.grad(norm(leaf), leaf, one)[0] for one in g])
+    assert_same([together], [alone])
+    jacobian = torch.autograd.functional.jacobian
+    assert_same([jacobian(norm, X[0, 0], vectorize=True)], [jacobian(norm, X[0, 0])])
 
 
 def test_fast_path_leaves_tracing():

@@ -128,21 +128,32 @@ def check_no_overlap(function: str, x: Tensor, running_mean: Tensor, running_var
 
 
 def share_memory(a: Tensor, b: Tensor) -> bool:
-    """Whether the address ranges of two tensors overlap."""
+    """Whether two tensors have an element in common; interleaved ones have not."""
     if a.device != b.device or not a.numel() or not b.numel():
         return False
     ranges = []
     for t in (a, b):
         last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
         ranges.append((t.data_ptr(), t.data_ptr() + last * t.element_size()))
-    return ranges[0][0] <= ranges[1][1] and ranges[1][0] <= ranges[0][1]
+    if ranges[0][0] > ranges[1][1] or ranges[1][0] > ranges[0][1]:
+        return False
+    return bool(torch.isin(find_addresses(a), find_addresses(b)).any())
 
 
-def warn_of_one_value(function: str, count: int, what: str) -> None:
+def find_addresses(t: Tensor) -> Tensor:
+    """The address of every element."""
+    addresses = torch.tensor([t.data_ptr()])
+    for size, stride in zip(t.shape, t.stride(), strict=True):
+        addresses = (addresses[:, None] + torch.arange(size) * (stride * t.element_size())).flatten()
+    return addresses
+
+
+def warn_of_one_value(function: str, count: int, what: str, x: Tensor, output: str) -> None:
     """torch says nothing here (pytorch#19250)."""
     if count == 1 and not torch.compiler.is_compiling():
         warnings.warn(
-            f"{function}: one value per {what}, so every output is beta whatever the input; pool more values",
+            f"{function}: one value per {what} in an input {tuple(x.shape)}, so every output is {output}; "
+            "pool more values",
             stacklevel=4,
         )
 
@@ -160,7 +171,8 @@ def check_state(state: dict[str, Any], prefix: str) -> Iterator[str]:
             "cancels: estimate the statistics again from data"
         )
     counter = state.get(prefix + "num_batches_tracked")
-    if not isinstance(counter, Tensor) or not counter.is_floating_point() or counter.device.type == "meta":
+    if not isinstance(counter, Tensor) or counter.device.type == "meta":
         return
-    if float(counter) != int(counter):
-        yield f"{prefix}num_batches_tracked must be a whole number; got {float(counter):g}; round it"
+    if counter.numel() != 1 or counter.is_complex() or not 0 <= float(counter) == float(counter) // 1:
+        got = counter.tolist()
+        yield f"{prefix}num_batches_tracked must be a whole number of 0 or more; got {got}; round it or set it to 0"

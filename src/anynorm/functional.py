@@ -32,6 +32,7 @@ __all__ = ["batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"
 
 BATCH_OF_ONE = "use a larger batch, drop a last batch of one with DataLoader(drop_last=True), or call eval()"
 ONE_POSITION = "normalize before the positions are pooled away, or use layer norm"
+FEWER_GROUPS = "use fewer groups"
 
 
 def pool(scheme: Scheme, x: Tensor, sizes: Sizes = ()) -> Pooling:
@@ -114,7 +115,7 @@ def batch_norm(
     running = None
     if running_mean is not None and running_var is not None:
         running = (running_mean, running_var)
-        if training and ops.is_plain(input, running_mean, running_var):
+        if training and ops.has_memory(input, running_mean, running_var):
             check_no_overlap("batch_norm", input, running_mean, running_var)
     return normalize_with_running(input, pooling, running, weight, bias, training, momentum, eps)
 
@@ -172,7 +173,7 @@ def instance_norm(
     running = None
     if running_mean is not None and running_var is not None:
         running = (running_mean, running_var)
-        if use_input_stats and ops.is_plain(input, running_mean, running_var):
+        if use_input_stats and ops.has_memory(input, running_mean, running_var):
             check_no_overlap("instance_norm", input, running_mean, running_var)
     return normalize_with_running(input, pooling, running, weight, bias, use_input_stats, momentum, eps)
 
@@ -213,7 +214,7 @@ def layer_norm(
         return F.layer_norm(input, shape, weight, bias, eps)
     check_parameter_dtypes("layer_norm", input, weight=weight, bias=bias)
     pooling = pool(FAMILY["layer"], input, (("d", shape),))
-    warn_of_one_value("layer_norm", prod(shape), "sample")
+    warn_of_one_value("layer_norm", prod(shape), "sample", input, "beta whatever the input")
     return ops.normalize(input, pooling, weight, bias, eps)[0]
 
 
@@ -251,6 +252,7 @@ def rms_norm(
     if eps is None:
         eps = torch.finfo(torch.float64 if input.dtype == torch.float64 else torch.float32).eps
     pooling = pool(FAMILY["rms"], input, (("d", shape),))
+    warn_of_one_value("rms_norm", prod(shape), "sample", input, "gamma with the sign of x")
     return ops.normalize(input, pooling, weight, None, eps)[0]
 
 
@@ -288,10 +290,10 @@ def group_norm(
     check_floating("group_norm", input)
     check_groups("group_norm", input, num_groups)
     check_channels("group_norm", input.shape[1], weight=weight, bias=bias)
-    check_more_than_one("group_norm", input.numel() // max(num_groups, 1), "group", input, ONE_POSITION)
+    check_more_than_one("group_norm", input.numel() // max(num_groups, 1), "group", input, FEWER_GROUPS)
     if ops.prefers_torch(input):
         return F.group_norm(input, num_groups, weight, bias, eps)
     check_parameter_dtypes("group_norm", input, weight=weight, bias=bias)
     pooling = pool(FAMILY["group"], input, (("g", num_groups),))
-    warn_of_one_value("group_norm", pooling.count(pooling.open(input)), "group")
+    warn_of_one_value("group_norm", pooling.count(pooling.open(input)), "group", input, "beta whatever the input")
     return ops.normalize(input, pooling, weight, bias, eps)[0]

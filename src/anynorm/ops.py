@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import maybe_current_level
+from torch._C._functorch import is_legacy_batchedtensor, maybe_current_level
 from torch.autograd import forward_ad
 from torch.nn import Parameter
-from torch.overrides import _len_torch_function_stack
+from torch.overrides import _get_current_function_mode_stack, _len_torch_function_stack
+from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
 from . import plain
@@ -64,12 +65,24 @@ def is_plain(*tensors: Tensor | None) -> bool:
         return False
     if maybe_current_level() is not None or forward_ad._current_level >= 0:
         return False
-    if _len_torch_function_stack() or _len_torch_dispatch_stack():
+    if _len_torch_dispatch_stack() or (_len_torch_function_stack() and not only_default_device()):
         return False
     return all(
         t is None or (type(t) in (Tensor, Parameter) and t.device.type == "cpu" and t.layout == torch.strided)
         for t in tensors
     )
+
+
+def only_default_device() -> bool:
+    """Whether the function modes in force merely choose where new tensors live, as torch.set_default_device does."""
+    return all(type(mode) is DeviceContext for mode in _get_current_function_mode_stack())
+
+
+def has_memory(*tensors: Tensor) -> bool:
+    """Whether addresses can be compared: ordinary tensors, outside compilers and transforms."""
+    if torch.compiler.is_compiling() or maybe_current_level() is not None:
+        return False
+    return all(type(t) in (Tensor, Parameter) and t.layout == torch.strided and not t.is_meta for t in tensors)
 
 
 def normalize(
@@ -129,7 +142,7 @@ class Normalize(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor, *_: Any) -> tuple[Any, ...]:
         x, weight, bias, mean, m2 = ctx.saved_tensors
         moments = Moments(ctx.count, mean, m2)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or not is_plain(g) or is_legacy_batchedtensor(g):
             return (*Normalize.backward_differentiable(ctx, g, x, weight, bias, moments), None, None, None)
         dx, sums = plain.backward(
             g, x, ctx.pooling, weight, moments, ctx.eps, given=ctx.given, needs_dx=ctx.needs_input_grad[0]
@@ -142,9 +155,11 @@ class Normalize(torch.autograd.Function):
     def backward_differentiable(
         ctx: Any, g: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, moments: Moments
     ) -> list[Tensor | None]:
-        """The gradients as a graph of their own, for ``create_graph=True``."""
-        y, _ = plain.compose(x, ctx.pooling, weight, bias, ctx.eps, moments if ctx.given else None)
+        """The gradients as a graph of their own, for ``create_graph=True``, and for batched gradients."""
+        create_graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            y, _ = plain.compose(x, ctx.pooling, weight, bias, ctx.eps, moments if ctx.given else None)
         needed = ctx.needs_input_grad[:3]
         wanted = [t for t, need in zip((x, weight, bias), needed, strict=True) if need and t is not None]
-        found = iter(torch.autograd.grad(y, wanted, g, create_graph=True))
+        found = iter(torch.autograd.grad(y, wanted, g, create_graph=create_graph))
         return [next(found) if need else None for need in needed]

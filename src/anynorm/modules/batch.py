@@ -1,81 +1,18 @@
 """What is remembered: the norms that keep running averages, `BatchNorm1d/2d/3d` and `InstanceNorm1d/2d/3d`.
 
-Constructors, attributes, buffers and state_dict are those of torch.nn, whose classes these are; `forward` is ours. It
-is one call to a function that FX records as a whole, because classes outside torch.nn are traced through.
+Constructors, attributes, buffers and state_dict are those of torch.nn, whose classes these are; the numbers are ours.
 """
 
 from __future__ import annotations
 
 import warnings
 
-import torch
 import torch.nn as nn
 from torch import Tensor
 
 from .. import functional
-from .state import CheckedState
-
-
-def batch_norm_forward(
-    input: Tensor,
-    axes: tuple[int, ...],
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    track: bool,
-    momentum: float | None,
-    eps: float,
-) -> Tensor:
-    """One step of a BatchNorm module: count the batch, choose the source, normalize."""
-    check_axes(input, axes)
-    counted = num_batches_tracked if training and track else None
-    factor: float | Tensor = 0.0 if momentum is None else momentum
-    if momentum is None and counted is not None:
-        # The cumulative average; a tensor, so that no compiler has to wait for its value (pytorch#194504).
-        factor = (counted + 1).double().reciprocal()
-    from_batch = training or (running_mean is None and running_var is None)
-    if training and not track:
-        running_mean = running_var = None
-    y = functional.batch_norm(input, running_mean, running_var, weight, bias, from_batch, factor, eps)
-    if counted is not None:
-        counted.add_(1)  # Last, so that an input that is refused changes nothing.
-    return y
-
-
-def instance_norm_forward(
-    input: Tensor,
-    axes: tuple[int, int],
-    num_features: int,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    from_input: bool,
-    momentum: float,
-    eps: float,
-) -> Tensor:
-    """One step of an InstanceNorm module, with or without a sample axis."""
-    check_axes(input, axes)
-    single = input.dim() == axes[0]
-    channels = input.shape[0 if single else 1]
-    if channels != num_features:
-        message = (
-            f"instance_norm: expected input's size at dim={0 if single else 1} to match num_features ({num_features}), "
-            f"but got: {channels}"
-        )
-        if weight is not None:
-            raise ValueError(f"{message}; build the norm for {channels} channels")
-        warnings.warn(f"{message}; without affine and running statistics num_features is not used", stacklevel=3)
-    x = input.unsqueeze(0) if single else input
-    y = functional.instance_norm(x, running_mean, running_var, weight, bias, from_input, momentum, eps)
-    return y.squeeze(0) if single else y
-
-
-torch.fx.wrap("batch_norm_forward")
-torch.fx.wrap("instance_norm_forward")
+from ..statistics import find_wide_dtype
+from .state import Norm
 
 
 def check_axes(input: Tensor, axes: tuple[int, ...]) -> None:
@@ -86,43 +23,58 @@ def check_axes(input: Tensor, axes: tuple[int, ...]) -> None:
         )
 
 
-class _BatchNorm(CheckedState, nn.modules.batchnorm._BatchNorm):
+class _BatchNorm(Norm, nn.modules.batchnorm._BatchNorm):
     _axes: tuple[int, ...]
 
-    def forward(self, input: Tensor) -> Tensor:
-        """y = (x - mean) / sqrt(var + eps) * weight + bias, see `anynorm.functional.batch_norm`."""
-        return batch_norm_forward(
-            input,
-            self._axes,
-            self.running_mean,
-            self.running_var,
-            self.num_batches_tracked,
-            self.weight,
-            self.bias,
-            self.training,
-            self.track_running_stats,
-            self.momentum,
-            self.eps,
+    def normalize(self, input: Tensor) -> Tensor:
+        """Choose the source, normalize, count the batch; see `anynorm.functional.batch_norm`."""
+        check_axes(input, self._axes)
+        tracked = not self.training or self.track_running_stats
+        running_mean, running_var = (b if tracked else None for b in (self.running_mean, self.running_var))
+        counter = self.num_batches_tracked if self.training and tracked else None
+        momentum: float | Tensor = 0.0 if self.momentum is None else self.momentum
+        if self.momentum is None and counter is not None:
+            # The cumulative average; a tensor, so that no compiler has to wait for its value (pytorch#194504).
+            momentum = (counter + 1).to(find_wide_dtype(counter)).reciprocal()
+        from_batch = self.training or (running_mean is None and running_var is None)
+        y = functional.batch_norm(
+            input, running_mean, running_var, self.weight, self.bias, from_batch, momentum, self.eps
         )
+        if counter is not None:
+            counter.add_(1)  # Last, so that an input that is refused changes nothing.
+        return y
 
 
-class _InstanceNorm(CheckedState, nn.modules.instancenorm._InstanceNorm):
+class _InstanceNorm(Norm, nn.modules.instancenorm._InstanceNorm):
     _axes: tuple[int, int]
 
-    def forward(self, input: Tensor) -> Tensor:
-        """y = (x - mean) / sqrt(var + eps) * weight + bias, see `anynorm.functional.instance_norm`."""
-        return instance_norm_forward(
-            input,
-            self._axes,
-            self.num_features,
+    def normalize(self, input: Tensor) -> Tensor:
+        """Normalize with or without a sample axis; see `anynorm.functional.instance_norm`."""
+        check_axes(input, self._axes)
+        single = input.dim() == self._axes[0]
+        self._check_channels(input.shape[0 if single else 1], 0 if single else 1)
+        y = functional.instance_norm(
+            input.unsqueeze(0) if single else input,
             self.running_mean,
             self.running_var,
             self.weight,
             self.bias,
             self.training or not self.track_running_stats,
-            self.momentum if self.momentum is not None else 0.0,
+            0.0 if self.momentum is None else self.momentum,
             self.eps,
         )
+        return y.squeeze(0) if single else y
+
+    def _check_channels(self, channels: int, axis: int) -> None:
+        if channels == self.num_features:
+            return
+        message = (
+            f"instance_norm: expected input's size at dim={axis} to match num_features ({self.num_features}), "
+            f"but got: {channels}"
+        )
+        if self.affine:
+            raise ValueError(f"{message}; build the norm for {channels} channels")
+        warnings.warn(f"{message}; without affine and running statistics num_features is not used", stacklevel=5)
 
 
 class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):

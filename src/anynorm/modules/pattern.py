@@ -9,39 +9,10 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn import Parameter
 
-from ..errors import PatternError, check_floating
+from ..errors import PatternError, check_floating, check_more_than_one, check_parameter_dtypes
 from ..functional import normalize_with_running
 from ..pooling import Sizes, find_axes, find_pooling, parse
-from .state import CheckedState
-
-
-def any_norm_forward(
-    input: Tensor,
-    pattern: str,
-    affine: str,
-    centred: bool,
-    sizes: Sizes,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-) -> Tensor:
-    """One step of an AnyNorm module."""
-    check_floating("AnyNorm", input)
-    check_sizes(input, pattern, sizes)
-    pooling = find_pooling(pattern, affine, centred, input.dim(), sizes)
-    running = None if running_mean is None or running_var is None else (running_mean, running_var)
-    from_batch = training or running is None
-    if from_batch and num_batches_tracked is not None:
-        num_batches_tracked.add_(1)
-    return normalize_with_running(input, pooling, running, weight, bias, from_batch, momentum, eps)
-
-
-torch.fx.wrap("any_norm_forward")
+from .state import Norm
 
 
 def check_sizes(input: Tensor, pattern: str, sizes: Sizes) -> None:
@@ -82,7 +53,7 @@ def find_plain_axes(pattern: str, where: dict[str, tuple[int, ...]]) -> dict[str
     return axes
 
 
-class AnyNorm(CheckedState):
+class AnyNorm(Norm):
     """The norm that a pattern describes.
 
     y = (x - mean) / sqrt(var + eps) * weight + bias, mean and var over the axes that the right side leaves out.
@@ -139,6 +110,12 @@ class AnyNorm(CheckedState):
             raise PatternError(
                 f"AnyNorm: pattern {pattern!r}: running averages need centred=True; leave one of them out"
             )
+        for name, size in self.sizes:
+            parts = size if isinstance(size, tuple) else (size,)
+            if not parts or any(not isinstance(part, int) or part < 1 for part in parts):
+                raise PatternError(
+                    f"AnyNorm: pattern {pattern!r}: sizes are whole numbers of 1 or more; got {name}={size}; correct it"
+                )
         known = {name for names in left for name in names}
         for name in [*affine.split(), *sizes]:
             if name not in known:
@@ -186,23 +163,30 @@ class AnyNorm(CheckedState):
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.zero_()
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalize; same shape, dtype and memory format."""
-        return any_norm_forward(
-            input,
-            self.pattern,
-            self.affine,
-            self.centred,
-            self.sizes,
-            self.running_mean,
-            self.running_var,
-            self.num_batches_tracked,
-            self.weight,
-            self.bias,
-            self.training,
-            self.momentum,
-            self.eps,
-        )
+    def normalize(self, input: Tensor) -> Tensor:
+        """Hold the input against the pattern, choose the source, normalize, count the batch."""
+        check_floating("AnyNorm", input)
+        check_sizes(input, self.pattern, self.sizes)
+        pooling = find_pooling(self.pattern, self.affine, self.centred, input.dim(), self.sizes)
+        if not pooling.pooled:
+            raise PatternError(
+                f"AnyNorm: pattern {self.pattern!r} pools nothing of an input without axes s; "
+                f"got shape {tuple(input.shape)}; leave another axis out on the right"
+            )
+        running = None
+        if self.running_mean is not None and self.running_var is not None:
+            running = (self.running_mean, self.running_var)
+        from_batch = self.training or running is None
+        named = {"weight": self.weight, "bias": self.bias, "running_mean": self.running_mean}
+        check_parameter_dtypes("AnyNorm", input, **named)
+        if from_batch:
+            check_more_than_one(
+                "AnyNorm", pooling.count(pooling.open(input)), "mean", input, "pool more axes or samples"
+            )
+        y = normalize_with_running(input, pooling, running, self.weight, self.bias, from_batch, self.momentum, self.eps)
+        if from_batch and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        return y
 
     def extra_repr(self) -> str:
         """The constructor's arguments."""

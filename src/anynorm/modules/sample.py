@@ -1,24 +1,18 @@
 """What is remembered: the norms that look at one sample at a time, `LayerNorm`, `RMSNorm` and `GroupNorm`.
 
-They remember gamma and beta only, and do the same in training and evaluation. `forward` is one call to a function
-that FX records as a whole.
+They remember gamma and beta only, and do the same in training and evaluation.
 """
 
 from __future__ import annotations
 
-import torch
 import torch.nn as nn
 from torch import Tensor
 
 from ..functional import group_norm, layer_norm, rms_norm
-from .state import CheckedState
-
-torch.fx.wrap("layer_norm")
-torch.fx.wrap("rms_norm")
-torch.fx.wrap("group_norm")
+from .state import Norm
 
 
-class LayerNorm(CheckedState, nn.LayerNorm):
+class LayerNorm(Norm, nn.LayerNorm):
     """`torch.nn.LayerNorm`, exact in float32 at any mean, and a bias gradient that does not stop at 256 in bfloat16.
 
     Example:
@@ -26,25 +20,29 @@ class LayerNorm(CheckedState, nn.LayerNorm):
         tensor([-1.0000,  1.0000])
     """
 
-    def forward(self, input: Tensor) -> Tensor:
+    def normalize(self, input: Tensor) -> Tensor:
         """y = (x - mean) / sqrt(var + eps) * weight + bias, see `anynorm.functional.layer_norm`."""
         return layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
-class RMSNorm(CheckedState, nn.RMSNorm):
-    """`torch.nn.RMSNorm`, with gradients exact in float32.
+class RMSNorm(Norm, nn.RMSNorm):
+    """`torch.nn.RMSNorm`, that neither overflows nor underflows on the way for inputs up to 1e37.
 
     Example:
         >>> anynorm.RMSNorm(2)(torch.tensor([3.0, 3.0])).detach()
         tensor([1., 1.])
     """
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # torch calls it x here.
+        """Normalize; same shape, dtype and memory format (channels_last is kept)."""
+        return super().forward(x)
+
+    def normalize(self, input: Tensor) -> Tensor:
         """y = x / sqrt(mean(x**2) + eps) * weight, see `anynorm.functional.rms_norm`."""
-        return rms_norm(x, self.normalized_shape, self.weight, self.eps)
+        return rms_norm(input, self.normalized_shape, self.weight, self.eps)
 
 
-class GroupNorm(CheckedState, nn.GroupNorm):
+class GroupNorm(Norm, nn.GroupNorm):
     """`torch.nn.GroupNorm`, exact in float32 at any mean and in channels_last.
 
     Example:
@@ -52,6 +50,6 @@ class GroupNorm(CheckedState, nn.GroupNorm):
         tensor([[-1.0000,  1.0000, -1.0000,  1.0000]])
     """
 
-    def forward(self, input: Tensor) -> Tensor:
+    def normalize(self, input: Tensor) -> Tensor:
         """y = (x - mean) / sqrt(var + eps) * weight + bias, see `anynorm.functional.group_norm`."""
         return group_norm(input, self.num_groups, self.weight, self.bias, self.eps)

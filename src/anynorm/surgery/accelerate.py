@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+import torch
 import torch.nn as nn
 
 from ..modules import batch, lazy, sample
@@ -63,6 +64,10 @@ def accelerate(model: nn.Module, undo: bool = False) -> Report:
     Raises:
         TypeError: `model` is not a module.
 
+    Note:
+        Tools that look for torch's exact types (torch.ao.quantization.fuse_modules) or read source (torch.jit.script)
+        want ``undo=True`` first.
+
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.ReLU())
         >>> print(anynorm.accelerate(model))
@@ -81,6 +86,9 @@ def accelerate(model: nn.Module, undo: bool = False) -> Report:
     report = Report()
     for name, module in model.named_modules():
         kind = type(module)
+        scripted = getattr(module, "original_name", None) in {theirs.__name__ for theirs in PAIRS}
+        if scripted and isinstance(module, torch.jit.ScriptModule):
+            report.left.append(Entry(name, describe(kind), reason="it is compiled by torch.jit.script"))
         if not isinstance(module, BASES) or kind in others:
             continue
         reason = "" if undo and kind in pairs else find_reason(module, bypassed)
