@@ -47,6 +47,8 @@ def find_groups(view: Tensor, pooling: Pooling) -> list[list[Block]]:
     A group of one block is finished while it is in cache; a larger one needs statistics of all its blocks first and a
     second walk.
     """
+    if view.numel() <= BLOCK:
+        return [[()]]
     cuts = [[slice(0, size)] for size in view.shape]
     rest = view.numel()
     for axis in sorted(range(view.dim()), key=view.stride, reverse=True):

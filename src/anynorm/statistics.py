@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .pooling import Pooling
 
-Block = tuple[slice, ...]
+Block = tuple[slice, ...]  # one slice for every axis of the view; () is the whole
 
 
 @dataclass
@@ -108,8 +108,8 @@ def part(t: None, block: Block) -> None: ...
 def part(t: Tensor | None, block: Block) -> Tensor | None: ...
 def part(t: Tensor | None, block: Block) -> Tensor | None:
     """The share of a block in a tensor that broadcasts over the view."""
-    if t is None:
-        return None
+    if t is None or not block:
+        return t
     return t[tuple(slice(None) if size == 1 else cut for size, cut in zip(t.shape, block, strict=True))]
 
 
