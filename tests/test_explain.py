@@ -15,9 +15,11 @@ from typer.testing import CliRunner
 from anynorm import cli, reference
 from anynorm.errors import UserError
 from anynorm.learn import numbers
-from anynorm.learn.explain import COLOURS, SENTENCES, SHOWN, print_explanation
+from anynorm.learn.explain import print_explanation
 from anynorm.learn.mine import evaluate, watch
-from anynorm.trial.target import Call, Target, resolve
+from anynorm.learn.words import COLOURS, SENTENCES, SHOWN
+from anynorm.trial.call import Call
+from anynorm.trial.target import Target, resolve
 
 
 def close(found, expected, tolerance=1e-12):

@@ -13,9 +13,10 @@ from typer.testing import CliRunner
 from anynorm import cli
 from anynorm.errors import UserError
 from anynorm.trial.accuracy import compare_outputs, largest_difference
+from anynorm.trial.call import Call, find_tensors
 from anynorm.trial.dependence import find_batch_dependence, find_padding_dependence
 from anynorm.trial.run import print_trial
-from anynorm.trial.target import Call, find_tensors, keep_random_state, resolve
+from anynorm.trial.target import keep_random_state, resolve
 from anynorm.trial.timing import Timing, time_steps
 from anynorm.trial.words import describe_finding, describe_speed
 

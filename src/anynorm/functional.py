@@ -41,9 +41,10 @@ def pool(scheme: Scheme, x: Tensor, sizes: Sizes = ()) -> Pooling:
 
 
 def normalize_with_running(
+    function: str,
     x: Tensor,
     pooling: Pooling,
-    running: tuple[Tensor, Tensor] | None,
+    running: tuple[Tensor | None, Tensor | None],
     weight: Tensor | None,
     bias: Tensor | None,
     from_batch: bool,
@@ -51,13 +52,19 @@ def normalize_with_running(
     eps: float,
 ) -> Tensor:
     """Take statistics from the batch and move the running averages, or take them from the running averages."""
+    mean, var = running
+    names = {"weight": weight, "bias": bias, "running_mean": mean, "running_var": var}
+    check_parameter_dtypes(function, x, **names)
     if not from_batch:
-        assert running is not None
-        given = read_running(*running, pooling, pooling.open(x))
+        assert mean is not None
+        assert var is not None
+        given = read_running(mean, var, pooling, pooling.open(x))
         return ops.normalize(x, pooling, weight, bias, eps, given)[0]
+    if mean is not None and var is not None and ops.has_memory(x, mean, var):
+        check_no_overlap(function, x, mean, var)
     y, moments = ops.normalize(x, pooling, weight, bias, eps)
-    if running is not None and x.numel():
-        update_running(*running, moments, pooling.samples, momentum)
+    if mean is not None and var is not None and x.numel():
+        update_running(mean, var, moments, pooling.samples, momentum)
     return y
 
 
@@ -111,13 +118,8 @@ def batch_norm(
         check_more_than_one("batch_norm", pooling.count(input), "channel", input, BATCH_OF_ONE)
     if ops.prefers_torch(input) and isinstance(momentum, float | int):
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    check_parameter_dtypes("batch_norm", input, **named)
-    running = None
-    if running_mean is not None and running_var is not None:
-        running = (running_mean, running_var)
-        if training and ops.has_memory(input, running_mean, running_var):
-            check_no_overlap("batch_norm", input, running_mean, running_var)
-    return normalize_with_running(input, pooling, running, weight, bias, training, momentum, eps)
+    running = (running_mean, running_var)
+    return normalize_with_running("batch_norm", input, pooling, running, weight, bias, training, momentum, eps)
 
 
 def instance_norm(
@@ -169,13 +171,10 @@ def instance_norm(
         )
     if ops.prefers_torch(input):
         return F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
-    check_parameter_dtypes("instance_norm", input, **named)
-    running = None
-    if running_mean is not None and running_var is not None:
-        running = (running_mean, running_var)
-        if use_input_stats and ops.has_memory(input, running_mean, running_var):
-            check_no_overlap("instance_norm", input, running_mean, running_var)
-    return normalize_with_running(input, pooling, running, weight, bias, use_input_stats, momentum, eps)
+    running = (running_mean, running_var)
+    return normalize_with_running(
+        "instance_norm", input, pooling, running, weight, bias, use_input_stats, momentum, eps
+    )
 
 
 def layer_norm(

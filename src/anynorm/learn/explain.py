@@ -10,14 +10,9 @@ from rich.text import Text
 
 from anynorm.errors import UserError
 from anynorm.learn import numbers
-from anynorm.learn.numbers import BETA, GAMMA, GROUPS, MOMENTUM, PEOPLE, SMALL, Pools
-from anynorm.learn.terminal import open_console, plain_table
-
-# Paul Tol's "light" scheme: told apart with every kind of colour vision, and black text is legible on all of it.
-COLOURS = ("#77AADD", "#EE8866", "#EEDD88", "#44BB99", "#FFAABB", "#BBCC33", "#99DDFF", "#AAAA00")
-LETTERS = "abcdefgh"
-FORMULA = "y = (x - mean) / sqrt(var + eps) * gamma + beta"
-SHOWN = ("batch", "layer", "instance", "group")
+from anynorm.learn.numbers import BETA, GAMMA, MOMENTUM, PEOPLE, SMALL, Pools
+from anynorm.learn.words import COLOURS, FORMULA, LETTERS, SENTENCES, SHOWN
+from anynorm.terminal import heading, open_console, plain_table, say
 
 
 def print_explanation(
@@ -54,18 +49,6 @@ def print_explanation(
     explain_family(console)
     if out is not None:
         console.print(f"\nThe same as a picture: {out}", markup=False)
-
-
-def heading(console: Console, text: str) -> None:
-    """Print the title of a part."""
-    console.print()
-    console.rule(Text(text, style="bold"), align="left", style="dim")
-
-
-def say(console: Console, *sentences: str) -> None:
-    """Print each sentence on a line of its own."""
-    for sentence in sentences:
-        console.print(sentence, markup=False)
 
 
 def number(value: float, digits: int = 3) -> str:
@@ -169,14 +152,6 @@ def explain_family(console: Console) -> None:
         f"Group norm with 1 group is layer norm here; with {channels} groups it is instance norm.",
         "RMS norm pools the same cells, but subtracts no mean: x / sqrt(mean(x^2) + eps).",
     )
-
-
-SENTENCES = {
-    "batch": "one mean per channel, over all samples",
-    "layer": "one mean per sample, over all channels",
-    "instance": "one mean per channel of each sample",
-    "group": f"one mean per group ({SMALL.shape[1] // GROUPS} channels) of each sample",
-}
 
 
 def _title(pools: Pools) -> Text:

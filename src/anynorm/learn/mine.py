@@ -13,11 +13,12 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from anynorm.errors import UserError
 from anynorm.family import FAMILY
-from anynorm.learn.explain import FORMULA, heading, say
 from anynorm.learn.numbers import find_statistics
-from anynorm.learn.terminal import plain_table
+from anynorm.learn.words import FORMULA
 from anynorm.pooling import Pooling, Sizes, find_pooling
-from anynorm.trial.target import Target, find_norms, in_one_line, keep_random_state, resolve
+from anynorm.terminal import heading, plain_table, say
+from anynorm.trial.call import in_one_line
+from anynorm.trial.target import Target, find_norms, keep_random_state, resolve
 
 MOST_ROWS = 6
 KINDS: tuple[tuple[type[nn.Module], str], ...] = (
@@ -74,7 +75,7 @@ def explain_mine(console: Console, spec: str, layer: str | None, out: Path | Non
     if out is not None:
         from anynorm.learn.picture import draw_layer
 
-        draw_layer(out, seen, f"{target.name}: {seen.name or type(seen.norm).__name__}")
+        draw_layer(out, seen, f"{target.name}: {seen.name or type(seen.norm).__name__}", pool_names(seen)[:4])
         console.print(f"\nThe same as a picture: {out}", markup=False)
 
 

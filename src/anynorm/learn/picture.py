@@ -9,6 +9,7 @@ import torch
 from anynorm.errors import UserError
 from anynorm.learn import numbers
 from anynorm.learn.numbers import BETA, GAMMA, MOMENTUM, PEOPLE, SMALL, Pools
+from anynorm.learn.words import COLOURS, LETTERS, SENTENCES, SHOWN
 
 SUFFIXES = (".png", ".svg", ".pdf")
 # Blue and orange keep their contrast under every kind of colour vision; marks differ in shape as well.
@@ -147,8 +148,6 @@ def _level(axes: Any, value: float, label: str, style: str = "--") -> None:
 
 def _draw_family(figure: Any) -> None:
     """Draw the same small tensor once per norm, cells coloured by the mean they share."""
-    from anynorm.learn.explain import SENTENCES, SHOWN
-
     _heading(figure, "3  Who shares a mean? Cells with the same letter and colour share mean and variance")
     for axes, norm in zip(figure.subplots(2, 2).flat, SHOWN):
         pools = numbers.find_pools(norm)
@@ -158,8 +157,6 @@ def _draw_family(figure: Any) -> None:
 
 def draw_cells(axes: Any, pools: Pools, x: torch.Tensor = SMALL) -> None:
     """Draw x with samples side by side, channels as rows; to the right, each pool's mean and variance."""
-    from anynorm.learn.explain import COLOURS, LETTERS
-
     samples, channels, positions = x.shape
     for sample in range(samples):
         left = sample * (positions + 0.5)
@@ -201,19 +198,17 @@ def _pair(values: torch.Tensor) -> str:
     return "(" + ", ".join(f"{value:g}" for value in values.tolist()) + ")"
 
 
-def draw_layer(out: Path, seen: Any, title: str) -> None:
+def draw_layer(out: Path, seen: Any, title: str, names: list[str]) -> None:
     """Draw the values of a layer's first pools before and after, each as a histogram with its mean.
 
     Args:
         out: the file.
         seen: a `anynorm.learn.mine.Seen`.
         title: names the model and the layer.
+        names: what to call the pools, the first ones first.
     """
     from matplotlib import pyplot
 
-    from anynorm.learn.mine import pool_names
-
-    names = pool_names(seen)[:4]
     figure = new_figure(10, 1.2 + 1.7 * len(names))
     figure.suptitle(f"{title} ({type(seen.norm).__name__})", fontsize=13, fontweight="bold", color=DARK)
     panels = figure.subplots(len(names), 2, squeeze=False, sharex="col")

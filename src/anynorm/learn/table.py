@@ -6,7 +6,7 @@ from rich.table import Table
 from rich.text import Text
 
 from anynorm.family import FAMILY
-from anynorm.learn.terminal import open_console
+from anynorm.terminal import open_console
 
 
 def print_family(console: Console | None = None) -> None:

@@ -9,7 +9,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn import Parameter
 
-from ..errors import PatternError, check_floating, check_more_than_one, check_parameter_dtypes
+from ..errors import PatternError, check_floating, check_more_than_one
 from ..functional import normalize_with_running
 from ..pooling import Sizes, find_axes, find_pooling, parse
 from .state import Norm
@@ -173,17 +173,14 @@ class AnyNorm(Norm):
                 f"AnyNorm: pattern {self.pattern!r} pools nothing of an input without axes s; "
                 f"got shape {tuple(input.shape)}; leave another axis out on the right"
             )
-        running = None
-        if self.running_mean is not None and self.running_var is not None:
-            running = (self.running_mean, self.running_var)
-        from_batch = self.training or running is None
-        named = {"weight": self.weight, "bias": self.bias, "running_mean": self.running_mean}
-        check_parameter_dtypes("AnyNorm", input, **named)
+        from_batch = self.training or self.running_mean is None
         if from_batch:
-            check_more_than_one(
-                "AnyNorm", pooling.count(pooling.open(input)), "mean", input, "pool more axes or samples"
-            )
-        y = normalize_with_running(input, pooling, running, self.weight, self.bias, from_batch, self.momentum, self.eps)
+            count = pooling.count(pooling.open(input))
+            check_more_than_one("AnyNorm", count, "mean", input, "pool more axes or samples")
+        running = (self.running_mean, self.running_var)
+        y = normalize_with_running(
+            "AnyNorm", input, pooling, running, self.weight, self.bias, from_batch, self.momentum, self.eps
+        )
         if from_batch and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
         return y

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from anynorm.trial.target import Call, find_tensors, keep_random_state
+from anynorm.trial.call import Call, find_tensors
+from anynorm.trial.target import keep_random_state
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from anynorm.trial.accuracy import find_outputs, largest_difference, without_dropout
+from anynorm.trial.call import Call
 from anynorm.trial.held import HeldStatistics
-from anynorm.trial.target import Call, keep_random_state
+from anynorm.trial.target import keep_random_state
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from anynorm.errors import UserError
-from anynorm.trial.target import Call, find_tensors, in_one_line
+from anynorm.trial.call import Call, find_tensors, in_one_line
 
 SIDES = (64, 32, 224, 28)  # image sides; 224 and 28 are what fixed-size classifiers were made for
 LENGTH = 32  # positions of a made-up sequence

@@ -11,10 +11,11 @@ from rich.padding import Padding
 from torch import nn
 
 from anynorm.errors import UserError
-from anynorm.learn.terminal import open_console, plain_table
+from anynorm.terminal import open_console, plain_table
 from anynorm.trial.accuracy import Accuracy, compare_outputs
+from anynorm.trial.call import in_one_line
 from anynorm.trial.dependence import Finding, find_batch_dependence, find_padding_dependence
-from anynorm.trial.target import Target, find_norms, in_one_line, resolve
+from anynorm.trial.target import Target, find_norms, resolve
 from anynorm.trial.timing import Timing, time_steps
 from anynorm.trial.words import describe_finding, describe_speed
 

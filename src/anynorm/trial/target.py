@@ -7,48 +7,21 @@ import importlib
 import importlib.util
 import random
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
 from anynorm.errors import UserError
+from anynorm.trial.call import Call, in_one_line
+from anynorm.trial.example import as_call, find_example
 from anynorm.zoo import ZOO
-
-
-@dataclasses.dataclass(frozen=True)
-class Call:
-    """The arguments of one call of a model, by position and by name."""
-
-    args: tuple[Any, ...] = ()
-    kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-    def of(self, model: nn.Module) -> Any:
-        """Call the model with these arguments."""
-        return model(*self.args, **self.kwargs)
-
-    def change(self, function: Callable[[Tensor], Tensor]) -> "Call":
-        """Return the same call with every tensor argument replaced by function(tensor)."""
-
-        def one(value: Any) -> Any:
-            return function(value) if isinstance(value, Tensor) else value
-
-        return Call(tuple(map(one, self.args)), {key: one(value) for key, value in self.kwargs.items()})
-
-    def tensors(self) -> list[Tensor]:
-        """Return the tensor arguments."""
-        return find_tensors([*self.args, *self.kwargs.values()])
-
-    def describe(self) -> str:
-        """Return the shapes in words, as 8x3x96x96 float32."""
-        kinds = ("x".join(map(str, t.shape)) + " " + str(t.dtype).removeprefix("torch.") for t in self.tensors())
-        return ", ".join(kinds)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,19 +32,6 @@ class Target:
     model: nn.Module
     call: Call
     guessed: bool
-
-
-def find_tensors(value: Any) -> list[Tensor]:
-    """Return the tensors inside a tensor, tuple, list, dict or dataclass, in order."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = [getattr(value, field.name) for field in dataclasses.fields(value)]
-    if isinstance(value, list | tuple):
-        return [tensor for item in value for tensor in find_tensors(item)]
-    return []
 
 
 def find_norms(model: nn.Module) -> dict[str, nn.Module]:
@@ -111,8 +71,6 @@ def resolve(spec: str, batch: int | None = None) -> Target:
     Raises:
         UserError: one sentence, when the name, the factory or the input does not work.
     """
-    from anynorm.trial.example import as_call, find_example
-
     made = _make(spec)
     example = None
     if isinstance(made, tuple) and len(made) == 2:
@@ -212,13 +170,6 @@ def _copy(spec: str, model: nn.Module) -> nn.Module:
         ) from problem
     copied.zero_grad(set_to_none=True)
     return copied.train()
-
-
-def in_one_line(problem: BaseException) -> str:
-    """Return an exception as type and first line, shortened: made to stand inside a sentence."""
-    text = " ".join(str(problem).split())
-    text = text if len(text) <= 200 else text[:197] + "..."
-    return f"{type(problem).__name__}: {text}" if text else type(problem).__name__
 
 
 def _article(value: object) -> str:

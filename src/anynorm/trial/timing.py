@@ -8,7 +8,8 @@ import time
 import torch
 from torch import nn
 
-from anynorm.trial.target import Call, find_tensors, keep_random_state
+from anynorm.trial.call import Call, find_tensors
+from anynorm.trial.target import keep_random_state
 
 FEWEST_PAIRS = 6  # fewer say nothing about the median with 95 %
 MOST_PAIRS = 2000

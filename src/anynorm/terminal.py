@@ -3,6 +3,7 @@
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 WIDEST = 100  # longer lines of text are hard to read
 
@@ -20,3 +21,15 @@ def plain_table(*titles: str) -> Table:
     for index, title in enumerate(titles):
         table.add_column(title, justify="left" if index == 0 else "right", no_wrap=True)
     return table
+
+
+def heading(console: Console, text: str) -> None:
+    """Print the title of a part."""
+    console.print()
+    console.rule(Text(text, style="bold"), align="left", style="dim")
+
+
+def say(console: Console, *sentences: str) -> None:
+    """Print each sentence on a line of its own."""
+    for sentence in sentences:
+        console.print(sentence, markup=False)
