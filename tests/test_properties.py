@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import anynorm
@@ -14,7 +15,8 @@ from anynorm.statistics import Moments, find_moments
 from specimens import assert_close, wide
 
 F = anynorm.functional
-quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+pytestmark = pytest.mark.filterwarnings("ignore:.*one value per")
+quick = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 
 
 @st.composite
@@ -31,6 +33,7 @@ def inputs(draw) -> torch.Tensor:
     x = x.to(dtype).permute([order.index(a) for a in range(len(shape))])
     x = x[tuple(slice(None, None, step) for step in steps)]
     assert x.shape == shape
+    assume(bool(torch.isfinite(x).all()))  # 1e5 is infinite in float16
     return x
 
 
