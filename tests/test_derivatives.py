@@ -70,6 +70,16 @@ def test_two_forwards_before_a_backward(specimen):
         second.sum().backward()
 
 
+def test_beta_may_change_before_backward():
+    """As in torch, whose batch norm does not keep it."""
+    norm = anynorm.BatchNorm1d(3)
+    y = norm(torch.randn(4, 3))
+    with torch.no_grad():
+        norm.bias.add_(1)
+    y.square().sum().backward()
+    assert torch.isfinite(norm.bias.grad).all()
+
+
 def test_saved_input_changed_in_place_is_noticed():
     x = torch.randn(4, 3, requires_grad=True)
     doubled = x * 1

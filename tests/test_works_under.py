@@ -64,6 +64,23 @@ def test_compile_without_a_graph_break_or_warning(make, x, training):
     assert_same(list(net.buffers()), list(twin.buffers()))
 
 
+@pytest.mark.parametrize("kind", ["LayerNorm", "BatchNorm1d"])
+def test_compiled_output_can_be_viewed_as_torchs(kind):
+    """Contiguous for any input that is not channels_last, so that a view behind the norm works compiled, too."""
+    torch.compiler.reset()
+    norm = anynorm.LayerNorm(4) if kind == "LayerNorm" else anynorm.BatchNorm1d(5)
+    compiled = torch.compile(lambda x: norm(x).view(3, -1), fullgraph=True, backend="aot_eager")
+    assert compiled(torch.randn(3, 4, 5).transpose(1, 2)).shape == (3, 20)
+
+
+def test_compiled_vmap():
+    torch.compiler.reset()
+    norm = anynorm.GroupNorm(2, 6)
+    x = torch.randn(3, *X.shape)
+    compiled = torch.compile(vmap(lambda one: norm(one)), fullgraph=True, backend="aot_eager")
+    assert_same([compiled(x)], [vmap(norm)(x)])
+
+
 def test_compile_with_changing_batch_sizes():
     torch.compiler.reset()
     net = Net(anynorm.BatchNorm2d(6))

@@ -94,7 +94,7 @@ def compare_norms(
         str, typer.Option("--batch-sizes", help="Sizes with commas between; 64:8 changes from 64 to 8 halfway.")
     ] = "64,8,2",
     rates: Annotated[str, typer.Option("--rates", help="Learning rates, the same for every norm.")] = (
-        "0.001,0.003,0.01,0.03,0.1,0.3,1"
+        "0.0003,0.001,0.003,0.01,0.03,0.1,0.3"
     ),
     seeds: Annotated[str, typer.Option("--seeds", help="How many seeds each norm gets at its best rate.")] = "5",
     images: Annotated[str, typer.Option("--images", help="How many images a full run sees.")] = "2048",

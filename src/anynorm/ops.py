@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_legacy_batchedtensor, maybe_current_level
+from torch._C._functorch import get_dynamic_layer_stack_depth, is_legacy_batchedtensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 from torch.overrides import _get_current_function_mode_stack, _len_torch_function_stack
@@ -63,7 +63,7 @@ def is_plain(*tensors: Tensor | None) -> bool:
     """Whether nothing watches the operations: no tracing, no transform, no mode, no subclass, no dual number."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
-    if maybe_current_level() is not None or forward_ad._current_level >= 0:
+    if get_dynamic_layer_stack_depth() or forward_ad._current_level >= 0:
         return False
     if _len_torch_dispatch_stack() or (_len_torch_function_stack() and not only_default_device()):
         return False
@@ -80,7 +80,7 @@ def only_default_device() -> bool:
 
 def has_memory(*tensors: Tensor) -> bool:
     """Whether addresses can be compared: ordinary tensors, outside compilers and transforms."""
-    if torch.compiler.is_compiling() or maybe_current_level() is not None:
+    if torch.compiler.is_compiling() or get_dynamic_layer_stack_depth():
         return False
     return all(type(t) in (Tensor, Parameter) and t.layout == torch.strided and not t.is_meta for t in tensors)
 
@@ -105,7 +105,10 @@ def normalize(
         y with the shape and dtype of x, channels_last where x is, and the moments it used.
     """
     if not is_plain(x, weight, bias) or x.numel() == 0:
-        return plain.compose(x, pooling, weight, bias, eps, given)
+        y, moments = plain.compose(x, pooling, weight, bias, eps, given)
+        if get_dynamic_layer_stack_depth() == 0:  # inside vmap a tensor cannot tell its layout
+            y = y.contiguous(memory_format=plain.find_memory_format(x))
+        return y, moments
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
         if given is not None:  # What is saved for backward must not change when the buffers do.
             given = given.clone()
@@ -133,30 +136,33 @@ class Normalize(torch.autograd.Function):
             y, moments = plain.forward(x, pooling, weight, bias, eps)
         else:
             y, moments = plain.forward_given(x, pooling, weight, bias, eps, given), given
-        ctx.save_for_backward(x, weight, bias, moments.mean, moments.m2)
+        ctx.save_for_backward(x, weight, moments.mean, moments.m2)
+        # Of beta only the shape is needed, so that changing it before backward is no error, as in torch.
+        ctx.bias = None if bias is None else (bias.shape, bias.dtype)
         ctx.pooling, ctx.eps, ctx.count, ctx.given = pooling, eps, moments.count, given is not None
         ctx.mark_non_differentiable(*(t for t in (moments.mean, moments.m2) if t is not None))
         return y, moments.mean, moments.m2
 
     @staticmethod
     def backward(ctx: Any, g: Tensor, *_: Any) -> tuple[Any, ...]:
-        x, weight, bias, mean, m2 = ctx.saved_tensors
+        x, weight, mean, m2 = ctx.saved_tensors
         moments = Moments(ctx.count, mean, m2)
         if torch.is_grad_enabled() or not is_plain(g) or is_legacy_batchedtensor(g):
-            return (*Normalize.backward_differentiable(ctx, g, x, weight, bias, moments), None, None, None)
+            return (*Normalize.backward_differentiable(ctx, g, x, weight, moments), None, None, None)
         dx, sums = plain.backward(
             g, x, ctx.pooling, weight, moments, ctx.eps, given=ctx.given, needs_dx=ctx.needs_input_grad[0]
         )
         dweight = sums.gamma.reshape(weight.shape).to(weight.dtype) if ctx.needs_input_grad[1] else None
-        dbias = sums.beta.reshape(bias.shape).to(bias.dtype) if ctx.needs_input_grad[2] else None
+        dbias = sums.beta.reshape(ctx.bias[0]).to(ctx.bias[1]) if ctx.needs_input_grad[2] else None
         return dx, dweight, dbias, None, None, None
 
     @staticmethod
     def backward_differentiable(
-        ctx: Any, g: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, moments: Moments
+        ctx: Any, g: Tensor, x: Tensor, weight: Tensor | None, moments: Moments
     ) -> list[Tensor | None]:
         """The gradients as a graph of their own, for ``create_graph=True``, and for batched gradients."""
         create_graph = torch.is_grad_enabled()
+        bias = None if ctx.bias is None else torch.zeros(ctx.bias[0], dtype=ctx.bias[1], requires_grad=True)
         with torch.enable_grad():
             y, _ = plain.compose(x, ctx.pooling, weight, bias, ctx.eps, moments if ctx.given else None)
         needed = ctx.needs_input_grad[:3]

@@ -1,8 +1,8 @@
 """The plain path: the formula in torch operations.
 
 `compose` is the formula as written, on whole tensors; autograd, torch.func and the compilers derive the rest from it.
-`forward` and `backward` work the same formula block by block, so that wide copies stay in
-cache and nothing as large as x is kept but x itself. The tests compare them with `compose` and with the reference.
+`forward` and `backward` work the same formula block by block, so that wide copies stay in cache and nothing as large as
+x is kept but x itself. The tests compare them with `compose` and with the reference.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ def compose(
     return y.to(x.dtype).reshape(x.shape), moments
 
 
-def empty_output(x: Tensor) -> Tensor:
-    """A tensor for the result: channels_last where x is, else contiguous, as torch's batch norm promises."""
+def find_memory_format(x: Tensor) -> torch.memory_format:
+    """What the result is laid out as: channels_last where x is, else contiguous, as torch's batch norm promises."""
     for axes, memory_format in ((4, torch.channels_last), (5, torch.channels_last_3d)):
-        if x.dim() == axes and x.is_contiguous(memory_format=memory_format):
-            return torch.empty_like(x)
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+        if x.dim() == axes and x.is_contiguous(memory_format=memory_format) and not x.is_contiguous():
+            return memory_format
+    return torch.contiguous_format
 
 
 def find_groups(view: Tensor, pooling: Pooling) -> list[list[Block]]:
@@ -90,7 +90,7 @@ def forward(
     x: Tensor, pooling: Pooling, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Moments]:
     """What `compose` computes with the batch as source, by blocks and without autograd."""
-    out = empty_output(x)
+    out = torch.empty_like(x, memory_format=find_memory_format(x))
     view, y = pooling.open(x), pooling.open(out)
     dtype = find_wide_dtype(x)
     refine = dtype == x.dtype
@@ -149,7 +149,7 @@ def forward_given(
     x - mean rounds once, so the precision of x (float32 at least) is enough: no wide copy is made.
     """
     assert given.mean is not None
-    out = empty_output(x)
+    out = torch.empty_like(x, memory_format=find_memory_format(x))
     view, y = pooling.open(x), pooling.open(out)
     dtype = torch.promote_types(torch.promote_types(x.dtype, given.mean.dtype), torch.float32)
     rstd = given.rstd(eps)
@@ -179,7 +179,7 @@ def backward(
     dbeta  = sum g,  dgamma = sum g * xhat                        over everything that shares a gamma
     dx     = rstd * (gamma * g - mean(gamma * g) - xhat * mean(gamma * g * xhat))      means over the pool
     """
-    out = empty_output(x) if needs_dx else None
+    out = torch.empty_like(x, memory_format=find_memory_format(x)) if needs_dx else None
     grad, view = pooling.open(g), pooling.open(x)
     groups = find_groups(view, pooling)
     rstd = moments.rstd(eps)
