@@ -46,8 +46,9 @@ def test_a_run_is_found_only_where_everything_is_equal(tmp_path):
     for change in ({"seed": 1}, {"rate": 0.2}, {"norm": "none"}, {"batch": "4"}, {"images": 32}, {"final": False}):
         keys.add(journal.key(replace(RUN, **change)))
     for name, value in (("data", "e"), ("models", {"mlp": "n"}), ("versions", {"anynorm": "1", "torch": "3"})):
-        journal.context = {**CONTEXT, name: value}
-        keys.add(journal.key(RUN))
+        other = make(tmp_path / name, {**CONTEXT, name: value})
+        keys.add(other.key(RUN))
+        other.close()
     assert len(keys) == 10
     journal.close()
 

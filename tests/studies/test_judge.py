@@ -1,7 +1,7 @@
 import pytest
 from scipy import stats
 
-from anynorm.studies.judge import compare_pair, find_interval
+from anynorm.studies.judge import Choice, Interval, compare_pair, cover, find_common, find_interval
 from anynorm.studies.sentences import join, say_choice, say_effects, say_unjudged, say_verdict, signed
 
 
@@ -73,6 +73,23 @@ def test_visible_effects_come_first(make_findings):
     starts = [sentence.split(":")[0] for sentence in say_effects(findings)]
     order = ["Small batches", "Two modes", "Against no normalization", "Learning rates"]
     assert list(dict.fromkeys(starts)) == order
+
+
+def choice(size, leader, **others):
+    differences = {norm: Interval(mean, mean - width, mean + width, 5) for norm, (mean, width) in others.items()}
+    return Choice("mlp", size, leader, differences, 5, ())
+
+
+def test_as_few_norms_as_possible_answer():
+    small, wide = (0.4, 1.0), (5.0, 9.0)
+    choices = [
+        choice("64", "batch", group=wide, layer=wide),
+        choice("8", "layer", batch=small, group=small),
+        choice("2", "group", batch=(40.0, 2.0), layer=small),
+    ]
+    # Layer norm is nowhere clearly worse, but 5 points behind at batch 64, where the interval is wide.
+    assert find_common(choices) == ["group", "layer"]
+    assert cover(choices) == {"batch": ["64", "8"], "group": ["2"]}
 
 
 def test_words():

@@ -43,17 +43,24 @@ def test_the_best_validation_accuracy_wins_and_diverged_rates_lose(study):
     assert {run.rate for run in done if run.final} == {0.03}
 
 
-def test_cells_all_get_a_first_look_before_anything_else(study):
+def test_no_cell_waits_for_the_end_of_another(study):
     _, order = run_everything(study, lambda run: record(run, 0.5))
-    first = [run for run in order if not run.final and run.images in {study.rungs("2")[0][0], study.rungs("64")[0][0]}]
-    assert order[: len(first)] == first
+    finals = [place for place, run in enumerate(order) if run.final and run.batch == "64"]
+    first_look = [place for place, run in enumerate(order) if not run.final and run.batch == "2"]
+    assert max(finals) < max(first_look), "large batches are judged before small ones have been searched"
+    assert min(first_look) < min(finals), "small batches do not wait for it"
+    norms = [run.norm for run in order]
+    assert norms[: len(norms) // 2].count("none") == norms[: len(norms) // 2].count("batch")
+
+
+def test_first_look(study):
     assert study.first_look_done(lambda run: record(run, 0.5))
     assert not study.first_look_done(lambda run: None)
 
 
 def test_a_single_rate_needs_no_search():
     study = Study(("mlp",), ("none",), ("8",), (0.1,), 2, 512)
-    assert [run.final for run in study.order(lambda run: None)] == [True, True]
+    assert [(run.final, run.seed) for run in study.order(lambda run: None)] == [(True, 0), (True, 1)]
     assert study.count() == 2
 
 

@@ -19,14 +19,12 @@ from .data import Data, load_data
 from .journal import REPORT, RESULTS, Journal, set_aside, write_atomically
 from .judge import Choice, Findings, choose_all
 from .options import Options
-from .plan import Clock, Study
+from .plan import Study
 from .screen import Screen, print_tables
-from .sentences import say_choice, say_effects, say_first, say_unjudged, say_verdict
+from .sentences import say_choice, say_effects, say_unjudged, say_verdict
+from .session import Session, time_plot
 from .train import parse_batch
 from .workers import Workers
-
-# A first recommendation is given when every cell has had its first look, or after this many seconds.
-FIRST_AFTER = 36.0
 
 
 def compare(options: Options, *, started: float | None = None, console: Console | None = None) -> int:
@@ -53,10 +51,10 @@ def compare(options: Options, *, started: float | None = None, console: Console 
             for name in set_aside(options.out, context["configuration"]):
                 screen.say(f"Results of other options were kept as {name}.")
             workers.send_data(data)
-            reserve = prepare_report(study, budget)
+            session = Session(study, journal, workers, screen, started, budget, time_plot())
             code = 0
             try:
-                run_all(study, journal, workers, screen, started, budget - reserve)
+                session.run()
             except KeyboardInterrupt:
                 code = 130
             workers.stop()
@@ -84,7 +82,6 @@ def prepare(options: Options, data: Data) -> tuple[Study, dict[str, Any]]:
     from .check import find_impossible
     from .models import find_model
 
-    torch.set_num_threads(1)
     models = [find_model(name) for name in options.models]
     sizes = [size for batch in options.batches for size in parse_batch(batch)]
     if max(sizes) > len(data.train_x):
@@ -127,63 +124,6 @@ def prepare(options: Options, data: Data) -> tuple[Study, dict[str, Any]]:
         "machine": {"system": platform.platform(), "cores": os.cpu_count(), "torch_threads_per_run": 1},
     }
     return study, context
-
-
-def prepare_report(study: Study, budget: float) -> float:
-    """Import what draws the report while the workers start; seconds to keep free for writing it."""
-    from . import report  # noqa: F401
-    from .plots import draw
-
-    draw("", "", lambda axes: None)  # The first drawing loads fonts.
-    began = time.monotonic()
-    draw("", "", lambda axes: None)
-    plots = len(study.models) * (12 + len(study.batches))
-    # A real plot takes up to twice an empty one, and twice as much again while the machine is busy; a small budget
-    # cannot keep free more than a part of itself.
-    return min(3.0 + 4 * plots * (time.monotonic() - began), budget / 3)
-
-
-def run_all(study: Study, journal: Journal, workers: Workers, screen: Screen, started: float, until: float) -> None:
-    """Keep the workers busy until the plan is finished or the time is up."""
-    clock, first = Clock(), False
-    total = study.count()
-    state = "first look"
-    while True:
-        elapsed = time.monotonic() - started
-        if not first and (elapsed > FIRST_AFTER or study.first_look_done(journal.find)):
-            first, state = True, "refining"
-            announce(study, journal, screen, elapsed)
-        waiting = (
-            run
-            for run in study.order(journal.find)
-            if journal.find(run) is None and run not in workers.busy and elapsed + clock.estimate(run) < until
-        )
-        for worker in workers.idle:
-            if (run := next(waiting, None)) is not None:
-                worker.start(run)
-        if not workers.busy or elapsed > until:
-            return
-        for run, record, wall in workers.wait(min(0.25, max(0.0, until - elapsed))):
-            journal.add(run, record)
-            clock.learn(run, wall)
-        names = [f"{r.model}, {r.norm}, batch {r.batch}, rate {r.rate:g}, seed {r.seed}" for r in workers.busy]
-        screen.show(count_done(study, journal), total, state, sorted(names))
-
-
-def count_done(study: Study, journal: Journal) -> int:
-    """Finished runs of the plan."""
-    return sum(journal.find(run) is not None for run in study.order(journal.find))
-
-
-def announce(study: Study, journal: Journal, screen: Screen, elapsed: float) -> None:
-    """Say the first recommendation, and on what little it stands."""
-    lines = say_first(study, journal.find)
-    if not lines or len(study.norms) < 2:
-        return
-    screen.first = lines
-    screen.say(f"First recommendation after {elapsed:.0f} s, from short runs of one seed, so without interval:")
-    for line in lines:
-        screen.say(f"  {line}")
 
 
 def describe_options(options: Options) -> dict[str, Any]:

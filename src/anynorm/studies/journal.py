@@ -33,6 +33,7 @@ class Journal:
         self.directory, self.context = directory, context
         self.path = directory / JOURNAL
         self.file = self.open()
+        self.keys: dict[Run, str] = {}
         self.records = read_records(self.path)
 
     def open(self) -> IO[bytes]:
@@ -54,6 +55,8 @@ class Journal:
 
     def key(self, run: Run) -> str:
         """Fingerprint of a run: equal where data, network, versions and every option of the run are equal."""
+        if run in self.keys:
+            return self.keys[run]
         whole = {
             "protocol": [PROTOCOL, MOMENTUM, CHECKPOINTS, PROBE, HOPELESS_STEPS, HOPELESS_LOSS],
             "run": asdict(run),
@@ -61,7 +64,8 @@ class Journal:
             "model": self.context["models"][run.model],
             "versions": {name: self.context["versions"][name] for name in ("anynorm", "torch")},
         }
-        return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:20]
+        self.keys[run] = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:20]
+        return self.keys[run]
 
     def find(self, run: Run) -> Record | None:
         """The record of a run, where it is finished."""

@@ -20,7 +20,7 @@ class Options:
     models: tuple[str, ...] = ("cnn", "mlp")
     norms: tuple[str, ...] = NORM_NAMES
     batches: tuple[str, ...] = ("64", "8", "2")
-    rates: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+    rates: tuple[float, ...] = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
     seeds: int = 5
     images: int = 2048
     minutes: float = 3.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -84,25 +83,28 @@ class Study:
         model, batch, norm = cell
         return Run(model, norm, batch, rate, seed, self.images, True)
 
-    def order(self, find: Find) -> Iterator[Run]:
-        """Every run known to be needed, in the order of its use: all first looks, then the rest stage by stage."""
-        for rung in (0, 1):
-            found = [self.search_runs(cell, rung, find) or [] for cell in self.cells if rung < len(self.rungs(cell[1]))]
-            for position in range(max((len(runs) for runs in found), default=0)):
-                yield from (runs[position] for runs in found if position < len(runs))
-        chosen = {cell: self.find_rate(cell, find) for cell in self.cells}
-        for seed, cell in sorted(itertools.product(range(self.seeds), self.cells), key=self.final_turn):
-            rate = chosen[cell]
-            if rate is not None:
+    def stream(self, cell: Cell, find: Find) -> Iterator[Run]:
+        """Runs of a cell that are known to be needed, in their order: the search, then seed after seed."""
+        for rung in range(len(self.rungs(cell[1]))):
+            yield from self.search_runs(cell, rung, find) or []
+        rate = self.find_rate(cell, find)
+        if rate is not None:
+            for seed in range(self.seeds):
                 yield self.final_run(cell, rate, seed)
 
-    def final_turn(self, place: tuple[int, Cell]) -> tuple[float, int]:
-        """When a cell's seed has its turn: seed by seed, but large batches, whose runs are short, run ahead.
+    def order(self, find: Find) -> list[Run]:
+        """Every run known to be needed, in the order of its use: next is the cell that has had least so far.
 
-        Where time is short, this leaves intervals at the large batch sizes rather than single seeds everywhere.
+        What a cell has had is counted in square roots of steps. So large batches, whose runs are short, are done early,
+        and where time is short they have intervals; yet small batches are not left for the end.
         """
-        seed, (_, batch, _) = place
-        return (seed + 1) * len(find_steps(batch, self.images)) ** 0.5, seed
+        turns: list[tuple[float, int, Run]] = []
+        for index, cell in enumerate(self.cells):
+            had = 0.0
+            for run in self.stream(cell, find):
+                had += len(find_steps(run.batch, run.images)) ** 0.5
+                turns.append((had, index, run))
+        return [run for *_, run in sorted(turns, key=lambda turn: turn[:2])]
 
     def count(self) -> int:
         """Runs of the whole plan."""

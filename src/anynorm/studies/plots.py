@@ -213,6 +213,7 @@ def plot_rates(findings: Findings, model: str, batch: str) -> Plot | None:
     if not norms:
         return None
     rates = findings.study.rates
+    working = [(findings.working_rates((model, batch, norm)) or ([], []))[0] for norm in norms]
     table = np.full((len(norms), len(rates)), np.nan)
     for row, norm in enumerate(norms):
         for record in findings.searched((model, batch, norm)):
@@ -225,7 +226,9 @@ def plot_rates(findings: Findings, model: str, batch: str) -> Plot | None:
         for (row, column), value in np.ndenumerate(table):
             known = np.isfinite(value)
             colour = "#222222" if not known or value > 55 else "#ffffff"
-            axes.text(column, row, f"{value:.0f}" if known else "–", ha="center", va="center", color=colour)
+            weight = "bold" if rates[column] in working[row] else "normal"
+            label = f"{value:.0f}" if known else "–"
+            axes.text(column, row, label, ha="center", va="center", color=colour, weight=weight)
         axes.set_xticks(range(len(rates)), [f"{rate:g}" for rate in rates])
         axes.set_yticks(range(len(norms)), norms)
         axes.set(xlabel="learning rate")

@@ -7,8 +7,8 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
-from .judge import NEGLIGIBLE, WORKING_SHARE, Choice, Findings, plain_sizes
-from .plan import FIRST_SHARE, FIRST_STEPS, SECOND_RATES, SECOND_SHARE
+from .judge import WORKING_SHARE, Choice, Findings
+from .method import say_limits, write_method
 from .plots import (
     COLOURS,
     MARKERS,
@@ -20,8 +20,8 @@ from .plots import (
     plot_rates,
 )
 from .screen import group_reasons, say_cell
-from .sentences import join, say_batch, say_choice
-from .train import HOPELESS_LOSS, MOMENTUM, PROBE
+from .sentences import say_batch, say_choice
+from .train import PROBE
 
 # The markers of the plots, drawn in a box of 30 x 14.
 SHAPES = {
@@ -54,7 +54,7 @@ def write_report(findings: Findings, choices: Sequence[Choice], results: dict[st
         ),
         *write_plots(findings, min(PROBE, results["data_sizes"][1])),
         write_method(findings, results),
-        write_limits(findings, results),
+        write_list("Limits", say_limits(findings, results)),
         f"<footer>anynorm {escape(results['versions']['anynorm'])} · every run is in "
         f"<code>results.json</code> beside this page</footer>",
     ]
@@ -125,7 +125,8 @@ def write_cell(findings: Findings, cell: tuple[str, str, str], choice: Choice | 
 
 def write_list(heading: str, items: Iterable[str], lead: str = "") -> str:
     """A section that is a list of sentences; nothing where there are none."""
-    listed = "".join(f"<li>{escape(item)}</li>\n" for item in items)
+    # A number and its % stay on one line.
+    listed = "".join(f"<li>{escape(item).replace(' %', '&nbsp;%')}</li>\n" for item in items)
     start = f"<p>{escape(lead)}</p>" if lead else ""
     return f"<section><h2>{escape(heading)}</h2>{start}<ul>{listed}</ul></section>\n" if listed else ""
 
@@ -168,7 +169,8 @@ def write_plots(findings: Findings, probed: int) -> list[str]:
             keep(plot_rates(findings, model, batch) for model in study.models for batch in study.batches),
             None,
             lead="Validation accuracy in percent after the first short run of every rate, one seed, so neighbours "
-            "may swap by chance. A dash diverged or was dropped as hopeless.",
+            f"may swap by chance. Bold: works, at {100 * WORKING_SHARE:.0f} % of the best of any norm or more. A dash "
+            "diverged or was dropped as hopeless.",
         ),
         write_panels(
             "How the last layer's inputs drift",
@@ -222,83 +224,3 @@ def write_key(findings: Findings, place: tuple[str, str] | None) -> str:
         for norm in present
     )
     return f'<ul class="key">{items}</ul>'
-
-
-def write_method(findings: Findings, results: dict[str, Any]) -> str:
-    """How it was done, with every choice that a reader could dispute."""
-    study, versions = findings.study, results["versions"]
-    probed = {
-        f"{cell[0]}: {record['probed_layer']}"
-        for cell, found in findings.finals.items()
-        for record in found.values()
-        if record.get("probed_layer")
-    }
-    rungs = {say_batch(batch): join([f"{images:,}" for images, _ in study.rungs(batch)]) for batch in study.batches}
-    search = "; ".join(f"{batch}: {images} images" for batch, images in rungs.items() if images)
-    rows = {
-        "Networks": "; ".join(f"{name}: {about}" for name, about in results["about"].items()),
-        "Norms": "Placed on a layer's output, before the activation. Layer and RMS norm share statistics over "
-        "channels and positions of one sample. none is the identity.",
-        "Training": f"Plain SGD with momentum {MOMENTUM}, constant learning rate, cross-entropy, no augmentation and "
-        f"no weight decay. A full run sees {study.images:,} images, rounded down to whole batches.",
-        "Pairing": "For a given seed every norm has the same initial weights and the same order of images; the "
-        "differences are taken seed by seed.",
-        "Learning rates": f"{', '.join(f'{rate:g}' for rate in study.rates)}; the same grid and rule for every norm. "
-        f"All get a short run ({FIRST_SHARE:g} of the images, {FIRST_STEPS} steps at least), the best "
-        f"{SECOND_RATES} a longer one ({SECOND_SHARE:.2f} of the images) where that is longer, on seed 0; the best "
-        f"validation accuracy wins, the lower loss where equal. {search}. A short run is dropped a quarter "
-        f"through where its loss is still above {HOPELESS_LOSS:g} times that of guessing.",
-        "Seeds": f"{study.seeds} planned, numbered from 0.",
-        "Judging": f"Paired differences of test accuracy with 95 % t-intervals. A learning rate works where its short "
-        f"run reaches {WORKING_SHARE:.0%} of the best validation accuracy of any norm there. The verdict names a norm where it "
-        f"leads, or is not clearly worse and less than {NEGLIGIBLE:g} point behind.",
-        "Drift": f"Inputs of the last dense or convolutional layer ({'; '.join(sorted(probed)) or 'none found'}).",
-        "Data": f"{results['options']['data']}, samples of shape {tuple(results['sample_shape'])}, "
-        f"{results['classes']} classes; split class by class with a fixed seed; standardized with the training part.",
-        "Machine": f"{results['machine']['system']}, {results['machine']['cores']} cores, "
-        f"{results['machine']['torch_threads_per_run']} torch thread per run, two runs at once; torch "
-        f"{versions['torch']}, numpy {versions['numpy']}, Python {versions['python']}.",
-    }
-    listed = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>\n" for name, text in rows.items())
-    return f"<section><h2>How it was done</h2><dl>{listed}</dl></section>\n"
-
-
-def write_limits(findings: Findings, results: dict[str, Any]) -> str:
-    """What the numbers cannot say."""
-    study, test = findings.study, results["data_sizes"][2]
-    limits = [
-        f"Runs are short: {study.images / results['data_sizes'][0]:.1f} passes over the training samples. A norm that "
-        "is slower at first may be ahead after more training.",
-        "Each interval stands for itself. With many comparisons about one in twenty would miss 0 by chance alone.",
-        f"Intervals cover the start and the order of images, not the choice of the {test:,} test samples; on these "
-        f"alone an accuracy of 95 % is uncertain by about {100 * 1.96 * (0.95 * 0.05 / test) ** 0.5:.1f} points; "
-        "differences between networks on the same samples are so less.",
-        "The learning rate was chosen from short runs of one seed. A different rate may suit a norm in longer runs.",
-        "The time of a run depends on what else the machine does; compare seconds only roughly.",
-    ]
-    edges = find_edges(findings)
-    if edges:
-        limits.insert(
-            0,
-            f"The chosen learning rate is the smallest or largest of the grid for {join(edges)}; a better one may lie "
-            "outside it. Widen --rates to see.",
-        )
-    sizes = plain_sizes(study)
-    if len(sizes) > 1:
-        limits.append(
-            f"Every batch size sees the same number of images, so batch {sizes[-1]} takes "
-            f"{int(sizes[0]) / int(sizes[-1]):g} times as many steps as batch {sizes[0]}."
-        )
-    return write_list("Limits", limits)
-
-
-def find_edges(findings: Findings) -> list[str]:
-    """Cells whose chosen rate is at an end of the grid."""
-    rates = findings.study.rates
-    if len(rates) < 2:
-        return []
-    found: dict[str, list[str]] = {}
-    for (model, batch, norm), rate in findings.rates.items():
-        if findings.finals.get((model, batch, norm)) and rate in (rates[0], rates[-1]):
-            found.setdefault(f"{model} at {say_batch(batch)}", []).append(norm)
-    return [f"{where} ({', '.join(norms)})" for where, norms in found.items()]

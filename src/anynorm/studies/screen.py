@@ -51,7 +51,7 @@ class Screen:
         bar.add_row(
             Text(f"{int(left) // 60}:{int(left) % 60:02d} left", style="bold"),
             ProgressBar(total=max(total, 1), completed=done, width=30),
-            Text(f"{done} of {total} runs · {state}"),
+            Text(f"{done} of {total} runs · {state}" if total else state),
         )
         parts: list[RenderableType] = [bar, *(Text(f"  {name}", style="dim") for name in running)]
         if self.first:
@@ -107,11 +107,14 @@ def print_tables(console: Console, findings: Findings, choices: Sequence[Choice]
 
 
 def group_reasons(reasons: dict[tuple[str, str, str], str]) -> dict[str, str]:
-    """Each reason once, with the places that it holds for."""
-    places: dict[str, dict[str, list[str]]] = {}
+    """Each reason once, with the places that it holds for; norms that share their batch sizes are said together."""
+    batches: dict[tuple[str, str, str], list[str]] = {}
     for (model, batch, norm), reason in reasons.items():
-        places.setdefault(reason, {}).setdefault(f"{norm} in {model}", []).append(batch)
-    return {
-        reason: join([f"{where} at batch {', '.join(batches)}" for where, batches in found.items()])
-        for reason, found in places.items()
-    }
+        batches.setdefault((reason, model, norm), []).append(batch)
+    norms: dict[tuple[str, str, str], list[str]] = {}
+    for (reason, model, norm), sizes in batches.items():
+        norms.setdefault((reason, model, ", ".join(sizes)), []).append(norm)
+    places: dict[str, list[str]] = {}
+    for (reason, model, shared), names in norms.items():
+        places.setdefault(reason, []).append(f"{join(names)} in {model} at batch {shared}")
+    return {reason: join(found) for reason, found in places.items()}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from statistics import fmean
 
 from .judge import CONFIDENCE, NEGLIGIBLE, Choice, Findings, Interval, compare_pair, cover, find_common, plain_sizes
-from .plan import Find, Study, rank
+from .plan import rank
 
 
 def name_norm(norm: str) -> str:
@@ -70,8 +71,12 @@ def say_verdict(findings: Findings, choices: Sequence[Choice]) -> str:
 def say_unjudged(findings: Findings, choices: Sequence[Choice]) -> str:
     """Which places the verdict leaves out; empty where it leaves out none."""
     judged = {(choice.model, choice.batch) for choice in choices if choice.judged}
-    places = dict.fromkeys(cell[:2] for cell in findings.rates)
-    left_out = [f"{model} at {say_batch(batch)}" for model, batch in places if (model, batch) not in judged]
+    places = Counter(cell[:2] for cell in findings.rates if cell not in findings.failures)
+    left_out = [
+        f"{model} at {say_batch(batch)}"
+        for (model, batch), norms in places.items()
+        if norms > 1 and (model, batch) not in judged
+    ]
     if not left_out or not judged:
         return ""
     return f"Not judged yet, because not every norm has two seeds: {join(left_out)}; the same command goes on."
@@ -135,7 +140,10 @@ def say_choice(findings: Findings, choice: Choice) -> str:
 def say_effects(findings: Findings) -> list[str]:
     """The visible effects in a fixed order: small batches, the two modes, normalization or none, learning rates."""
     kinds = (say_batch_effect, say_mode_effect, say_gain, say_rates)
-    return [sentence for say in kinds for model in findings.study.models if (sentence := say(findings, model))]
+    # The network where batch norm depends most on the batch size comes first.
+    effects = {model: findings.batch_effect(model, "batch") for model in findings.study.models}
+    models = sorted(effects, key=lambda model: -abs(effect.mean) if (effect := effects[model]) else 0.0)
+    return [sentence for say in kinds for model in models if (sentence := say(findings, model))]
 
 
 def say_batch_effect(findings: Findings, model: str) -> str:
@@ -223,24 +231,25 @@ def say_rates(findings: Findings, model: str) -> str:
     )
 
 
-def say_first(study: Study, find: Find) -> list[str]:
-    """A first recommendation from the short runs of the search, one line for each network."""
+def say_first(findings: Findings, choices: Sequence[Choice]) -> list[str]:
+    """What can be recommended so far, one line for each network: judged, or ahead in the short runs of the search."""
+    judged = {(choice.model, choice.batch): choice for choice in choices if choice.judged}
     lines = []
-    for model in study.models:
+    for model in findings.study.models:
         parts = []
-        for batch in study.batches:
+        for batch in findings.study.batches:
+            choice = judged.get((model, batch))
             records = [
                 record
-                for norm in study.norms
-                if (model, batch, norm) not in study.impossible and study.rungs(batch)
-                for run in study.search_runs((model, batch, norm), 0, find) or []
-                if (record := find(run)) is not None and record["status"] == "finished"
+                for norm in findings.study.norms
+                if (model, batch, norm) in findings.rates
+                for record in findings.searched((model, batch, norm))
+                if record["status"] == "finished"
             ]
-            if records:
-                best = min(records, key=rank)
-                parts.append(
-                    f"{name_norm(best['norm'])} at {say_batch(batch)} ({100 * best['validation_accuracy']:.0f} %)"
-                )
+            if choice is not None:
+                parts.append(f"{name_norm(choice.leader)} at {say_batch(batch)} ({choice.seeds} seeds)")
+            elif records:
+                parts.append(f"{name_norm(min(records, key=rank)['norm'])} at {say_batch(batch)} (one short run)")
         if parts:
             lines.append(f"{model}: {', '.join(parts)}")
     return lines
