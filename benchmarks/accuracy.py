@@ -231,8 +231,8 @@ is larger; float32 itself resolves 6e-8. The promise, at most 1e-6 in every cell
 {rest}
 
 Machine: {platform.machine()}, {torch.get_num_threads()} threads; Python {platform.python_version()},
-torch {torch.__version__}, NumPy {np.__version__}. CPU only: on other devices torch's own operations serve unless `anynorm.exact(True)`, and
-nothing is measured there.
+torch {torch.__version__}, NumPy {np.__version__}. CPU only: on other devices torch's own operations serve unless
+`anynorm.exact(True)`, and nothing is measured there.
 """
     )
     if broken:
