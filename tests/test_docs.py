@@ -115,12 +115,15 @@ def test_norm_has_a_page_that_names_it(scheme):
         assert re.search(rf"\b{name}\b", prose), f"{page.name} does not name {name}"
 
 
-@every_page
-def test_python_blocks_run(page, tmp_path, monkeypatch):
+def find_python(page: Path) -> list[Block]:
+    """The Python blocks of a page that are to run."""
     blocks = [block for block in find_blocks(page.read_text()) if block.language in ("python", "py", "pycon")]
-    blocks = [block for block in blocks if not block.text.lstrip().startswith("# not run")]
-    if not blocks:
-        pytest.skip("no Python block")
+    return [block for block in blocks if not block.text.lstrip().startswith("# not run")]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if find_python(page)], ids=lambda page: str(page.relative_to(ROOT)))
+def test_python_blocks_run(page, tmp_path, monkeypatch):
+    blocks = find_python(page)
     monkeypatch.chdir(tmp_path)
     threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
     names: dict = {"__name__": "__main__"}
