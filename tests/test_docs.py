@@ -32,7 +32,12 @@ FENCE = re.compile(
 )
 ROOTS = "work|home|root|tmp|usr|opt|etc|mnt|Users|private|proc|srv|var/|dev/"
 
-every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+def name_page(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+every_page = pytest.mark.parametrize("page", PAGES, ids=name_page)
 
 
 @dataclass(frozen=True)
@@ -121,7 +126,7 @@ def find_python(page: Path) -> list[Block]:
     return [block for block in blocks if not block.text.lstrip().startswith("# not run")]
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if find_python(page)], ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", [page for page in PAGES if find_python(page)], ids=name_page)
 def test_python_blocks_run(page, tmp_path, monkeypatch):
     blocks = find_python(page)
     monkeypatch.chdir(tmp_path)
