@@ -96,6 +96,7 @@ def test_first_axis_with_gamma_over_several_blocks(monkeypatch):
         (lambda: AnyNorm("n c h w -> c", "c", c=5)(torch.zeros(2, 3, 4, 4)), ["built for c=5", "c is 3", "with c=3"]),
         (lambda: AnyNorm("n (g k) s -> n g", g=4)(torch.zeros(2, 6, 3)), ["splits axis 1", "(2, 6, 3)", "is 6"]),
         (lambda: AnyNorm("n c s -> n c")(torch.zeros(2, 6)), ["pools nothing", "got shape (2, 6)"]),
+        (lambda: AnyNorm("n c -> c", eps=-1.0), ["eps must be non-negative; got -1.0"]),
         (lambda: AnyNorm("n (g k) s -> n g", g=0), ["sizes are whole numbers of 1 or more; got g=0"]),
         (lambda: AnyNorm("n (g k) s -> n g")(torch.zeros(2, 6, 3)), ["all sizes in (g k) but one", "pass g=..."]),
         (lambda: AnyNorm("n d -> n", affine="d", d=(3, 4))(torch.zeros(2, 4, 3)), ["built for d=(3, 4)", "(2, 4, 3)"]),
@@ -114,6 +115,14 @@ def test_one_value_per_mean_is_refused_and_nothing_moves():
         norm(torch.ones(1, 3))
     assert norm.num_batches_tracked == 0
     assert norm.eval()(torch.ones(1, 3)).shape == (1, 3)
+
+
+def test_cumulative_average():
+    ours, theirs = AnyNorm("n c s -> c", c=3, track_running_stats=True, momentum=None), nn.BatchNorm1d(3, momentum=None)
+    for step in range(3):
+        x = torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(step))
+        ours(x), theirs(x)
+    torch.testing.assert_close(ours.running_var, theirs.running_var)
 
 
 def test_integers_are_refused():

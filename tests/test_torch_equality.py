@@ -277,6 +277,37 @@ def test_a_refused_batch_changes_nothing():
     assert all(torch.equal(before[key], value) for key, value in norm.state_dict().items())
 
 
+@pytest.mark.parametrize("kind", ["BatchNorm2d", "InstanceNorm2d"])
+def test_a_subclass_may_take_other_axes(kind):
+    """Overriding torch's hook, as norms of any dimension do."""
+    x = torch.randn(2, 3, 4)
+    if kind == "InstanceNorm2d":
+        x = x[None]
+    for library in (nn, anynorm):
+        own = type("Own", (getattr(library, kind),), {"_check_input_dim": lambda self, input: None})
+        assert own(3 if kind == "BatchNorm2d" else 2)(x).shape == x.shape
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_tensors_go_to_torch(layout):
+    for kind in ("LayerNorm", "RMSNorm"):
+        norm = getattr(anynorm, kind)(4)
+        nested = torch.nested.nested_tensor([torch.randn(2, 4), torch.randn(3, 4)], layout=layout)
+        if kind == "RMSNorm" and layout == torch.strided:
+            with pytest.raises(RuntimeError):  # torch has no such operation
+                getattr(nn, kind)(4)(nested)
+            continue
+        torch.testing.assert_close(norm(nested).unbind()[1], getattr(nn, kind)(4)(nested).unbind()[1])
+
+
+def test_checkpoints_load_into_fake_tensors():
+    from torch._subclasses import FakeTensorMode
+
+    with FakeTensorMode():
+        norm = anynorm.BatchNorm1d(3)
+        norm.load_state_dict(anynorm.BatchNorm1d(3).state_dict())
+
+
 def test_signatures_of_the_functions_begin_as_torchs():
     for name in anynorm.functional.__all__:
         ours = inspect.signature(getattr(anynorm.functional, name)).parameters.values()

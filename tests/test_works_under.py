@@ -130,6 +130,18 @@ def test_fx_records_the_module_as_it_does_torchs(make, x, training):
         assert_same(list(traced.buffers()), list(twin.buffers()))
 
 
+def test_fx_records_functions_and_says_what_it_cannot():
+    class Functions(nn.Module):
+        def forward(self, x):
+            return anynorm.functional.layer_norm(x, (4,)).relu()
+
+    traced = torch.fx.symbolic_trace(Functions())
+    assert [n.target for n in traced.graph.nodes if n.op == "call_function"] == [anynorm.functional.layer_norm]
+    assert torch.equal(traced(torch.ones(2, 4)), torch.zeros(2, 4))
+    with pytest.raises(TypeError, match=r"trace torch\.nn\.Sequential"):
+        torch.fx.symbolic_trace(anynorm.GroupNorm(2, 4))
+
+
 @pytest.mark.parametrize(("make", "x"), MODULES)
 def test_torch_func(make, x):
     norm = make().eval()
@@ -249,6 +261,11 @@ def test_other_devices_get_torchs_operation_unless_exact(monkeypatch):
             norm(x)
     assert called == ["torch"] * 2
     assert not anynorm.exact.forced
+    switch = anynorm.exact(True)
+    for _ in range(2):
+        with switch:
+            assert anynorm.exact.forced
+        assert not anynorm.exact.forced
 
 
 # Each clause of the fast path's allow-list, with what it keeps away.

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
+from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
 
 class UserError(ValueError):
@@ -16,6 +18,14 @@ class UserError(ValueError):
 
 class PatternError(UserError):
     """A pattern that does not describe its tensor; the message shows the pattern, the shape and the repair."""
+
+
+def check_axes(x: Tensor, axes: tuple[int, ...]) -> None:
+    if x.dim() not in axes:
+        raise ValueError(
+            f"expected {' or '.join(f'{a}D' for a in axes)} input (got {x.dim()}D input); "
+            f"got shape {tuple(x.shape)}; use the norm of the right dimension or unsqueeze"
+        )
 
 
 def check_floating(function: str, x: Tensor) -> None:
@@ -142,9 +152,9 @@ def share_memory(a: Tensor, b: Tensor) -> bool:
 
 def find_addresses(t: Tensor) -> Tensor:
     """The address of every element."""
-    addresses = torch.tensor([t.data_ptr()])
+    addresses = torch.tensor([t.data_ptr()], device="cpu")
     for size, stride in zip(t.shape, t.stride(), strict=True):
-        addresses = (addresses[:, None] + torch.arange(size) * (stride * t.element_size())).flatten()
+        addresses = (addresses[:, None] + torch.arange(size, device="cpu") * (stride * t.element_size())).flatten()
     return addresses
 
 
@@ -158,6 +168,11 @@ def warn_of_one_value(function: str, count: int, what: str, x: Tensor, output: s
         )
 
 
+def has_values(value: Any) -> TypeGuard[Tensor]:
+    """Whether a checkpoint's entry can be looked at: neither on the meta device nor fake."""
+    return type(value) in (Tensor, Parameter) and not value.is_meta and not _len_torch_dispatch_stack()
+
+
 def check_state(state: dict[str, Any], prefix: str) -> Iterator[str]:
     """What is wrong with the norm's entries of a checkpoint; torch loads all of it without a word."""
     for name in ("weight", "bias", "running_mean", "running_var"):
@@ -165,13 +180,13 @@ def check_state(state: dict[str, Any], prefix: str) -> Iterator[str]:
         if isinstance(value, Tensor) and value.is_complex():
             yield f"{prefix}{name} must be real; got {value.dtype}, whose imaginary part would be lost; save a real one"
     var = state.get(prefix + "running_var")
-    if isinstance(var, Tensor) and var.device.type != "meta" and not var.is_complex() and bool((var < 0).any()):
+    if has_values(var) and not var.is_complex() and bool((var < 0).any()):
         yield (
             f"{prefix}running_var must not be negative; got {float(var.min()):.6g}; it was computed by a formula that "
             "cancels: estimate the statistics again from data"
         )
     counter = state.get(prefix + "num_batches_tracked")
-    if not isinstance(counter, Tensor) or counter.device.type == "meta":
+    if not has_values(counter):
         return
     if counter.numel() != 1 or counter.is_complex() or not 0 <= float(counter) == float(counter) // 1:
         got = counter.tolist()

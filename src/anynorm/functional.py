@@ -165,6 +165,11 @@ def instance_norm(
     pooling = pool(FAMILY["instance"], input)
     if use_input_stats:
         check_more_than_one("instance_norm", pooling.count(input), "channel of a sample", input, ONE_POSITION)
+        if (running_mean is None) != (running_var is None):
+            raise ValueError(
+                "instance_norm: running_mean and running_var are given together or not at all; got one of them; "
+                "pass both"
+            )
     elif running_mean is None or running_var is None:
         raise RuntimeError(
             "instance_norm: use_input_stats=False needs running statistics; got None; pass running_mean and running_var"
@@ -208,6 +213,8 @@ def layer_norm(
         tensor([[-1.,  1.]])
     """
     check_floating("layer_norm", input)
+    if input.is_nested:
+        return F.layer_norm(input, normalized_shape, weight, bias, eps)
     shape = check_normalized_shape("layer_norm", input, normalized_shape, weight=weight, bias=bias)
     if ops.prefers_torch(input):
         return F.layer_norm(input, shape, weight, bias, eps)
@@ -245,6 +252,8 @@ def rms_norm(
         tensor([[1., 1.]])
     """
     check_floating("rms_norm", input)
+    if input.is_nested:
+        return F.rms_norm(input, normalized_shape, weight, eps)
     shape = check_normalized_shape("rms_norm", input, normalized_shape, weight=weight)
     if ops.prefers_torch(input):
         return F.rms_norm(input, shape, weight, eps)
@@ -296,3 +305,8 @@ def group_norm(
     pooling = pool(FAMILY["group"], input, (("g", num_groups),))
     warn_of_one_value("group_norm", pooling.count(pooling.open(input)), "group", input, "beta whatever the input")
     return ops.normalize(input, pooling, weight, bias, eps)[0]
+
+
+# FX records a call of these as one node.
+for name in __all__:
+    torch.fx.wrap(name)

@@ -43,10 +43,11 @@ class exact:
     forced = False
 
     def __init__(self, on: bool) -> None:
-        self.before, exact.forced = exact.forced, bool(on)
+        self.on, self.before = bool(on), exact.forced
+        exact.forced = self.on
 
     def __enter__(self) -> None:
-        pass
+        exact.forced = self.on
 
     def __exit__(self, *exception: object) -> None:
         exact.forced = self.before
@@ -164,6 +165,9 @@ class Normalize(torch.autograd.Function):
         create_graph = torch.is_grad_enabled()
         bias = None if ctx.bias is None else torch.zeros(ctx.bias[0], dtype=ctx.bias[1], requires_grad=True)
         with torch.enable_grad():
+            # Views cut the outer graph off: where gamma depends on x (or x on gamma) that path is autograd's to count,
+            # and hooks on the saved tensors must not run here.
+            x, weight = x.view_as(x), weight if weight is None else weight.view_as(weight)
             y, _ = plain.compose(x, ctx.pooling, weight, bias, ctx.eps, moments if ctx.given else None)
         needed = ctx.needs_input_grad[:3]
         wanted = [t for t, need in zip((x, weight, bias), needed, strict=True) if need and t is not None]

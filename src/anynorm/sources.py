@@ -19,6 +19,16 @@ def read_running(running_mean: Tensor, running_var: Tensor, pooling: Pooling, vi
     return Moments(1, running_mean.reshape(shape), running_var.reshape(shape))
 
 
+def find_momentum(momentum: float | None, counter: Tensor | None) -> float | Tensor:
+    """Weight of the new value; without momentum that of a cumulative average, 1 / batches counted so far.
+
+    That is a tensor, so that no compiler has to wait for its value (pytorch#194504).
+    """
+    if momentum is not None:
+        return momentum
+    return 0.0 if counter is None else (counter + 1).to(find_wide_dtype(counter)).reciprocal()
+
+
 def update_running(
     running_mean: Tensor,
     running_var: Tensor,

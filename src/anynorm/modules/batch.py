@@ -11,31 +11,24 @@ import torch.nn as nn
 from torch import Tensor
 
 from .. import functional
-from ..statistics import find_wide_dtype
+from ..errors import check_axes
+from ..sources import find_momentum
 from .state import Norm
-
-
-def check_axes(input: Tensor, axes: tuple[int, ...]) -> None:
-    if input.dim() not in axes:
-        raise ValueError(
-            f"expected {' or '.join(f'{a}D' for a in axes)} input (got {input.dim()}D input); "
-            f"got shape {tuple(input.shape)}; use the norm of the right dimension or unsqueeze"
-        )
 
 
 class _BatchNorm(Norm, nn.modules.batchnorm._BatchNorm):
     _axes: tuple[int, ...]
 
+    def _check_input_dim(self, input: Tensor) -> None:
+        check_axes(input, self._axes)
+
     def normalize(self, input: Tensor) -> Tensor:
         """Choose the source, normalize, count the batch; see `anynorm.functional.batch_norm`."""
-        check_axes(input, self._axes)
+        self._check_input_dim(input)  # torch's hook: subclasses override it
         tracked = not self.training or self.track_running_stats
         running_mean, running_var = (b if tracked else None for b in (self.running_mean, self.running_var))
         counter = self.num_batches_tracked if self.training and tracked else None
-        momentum: float | Tensor = 0.0 if self.momentum is None else self.momentum
-        if self.momentum is None and counter is not None:
-            # The cumulative average; a tensor, so that no compiler has to wait for its value (pytorch#194504).
-            momentum = (counter + 1).to(find_wide_dtype(counter)).reciprocal()
+        momentum = find_momentum(self.momentum, counter)
         from_batch = self.training or (running_mean is None and running_var is None)
         y = functional.batch_norm(
             input, running_mean, running_var, self.weight, self.bias, from_batch, momentum, self.eps
@@ -48,9 +41,12 @@ class _BatchNorm(Norm, nn.modules.batchnorm._BatchNorm):
 class _InstanceNorm(Norm, nn.modules.instancenorm._InstanceNorm):
     _axes: tuple[int, int]
 
+    def _check_input_dim(self, input: Tensor) -> None:
+        check_axes(input, self._axes)
+
     def normalize(self, input: Tensor) -> Tensor:
         """Normalize with or without a sample axis; see `anynorm.functional.instance_norm`."""
-        check_axes(input, self._axes)
+        self._check_input_dim(input)
         single = input.dim() == self._axes[0]
         self._check_channels(input.shape[0 if single else 1], 0 if single else 1)
         y = functional.instance_norm(

@@ -12,6 +12,7 @@ from torch.nn import Parameter
 from ..errors import PatternError, check_floating, check_more_than_one
 from ..functional import normalize_with_running
 from ..pooling import Sizes, find_axes, find_pooling, parse
+from ..sources import find_momentum
 from .state import Norm
 
 
@@ -67,7 +68,7 @@ class AnyNorm(Norm):
         eps: in units of x squared.
         bias: learn a beta too.
         track_running_stats: keep running averages of the statistics over samples (axis ``n``), used in evaluation.
-        momentum: weight of the new value in the running averages.
+        momentum: weight of the new value in the running averages; None for a cumulative average.
         sizes: the size of each named axis that affine, a split or the running averages need.
 
     Raises:
@@ -96,7 +97,7 @@ class AnyNorm(Norm):
         eps: float = 1e-5,
         bias: bool = True,
         track_running_stats: bool = False,
-        momentum: float = 0.1,
+        momentum: float | None = 0.1,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **sizes: int | tuple[int, ...],
@@ -116,6 +117,8 @@ class AnyNorm(Norm):
                 raise PatternError(
                     f"AnyNorm: pattern {pattern!r}: sizes are whole numbers of 1 or more; got {name}={size}; correct it"
                 )
+        if eps < 0:
+            raise PatternError(f"AnyNorm: eps must be non-negative; got {eps}; the default is 1e-5")
         known = {name for names in left for name in names}
         for name in [*affine.split(), *sizes]:
             if name not in known:
@@ -178,8 +181,9 @@ class AnyNorm(Norm):
             count = pooling.count(pooling.open(input))
             check_more_than_one("AnyNorm", count, "mean", input, "pool more axes or samples")
         running = (self.running_mean, self.running_var)
+        momentum = find_momentum(self.momentum, self.num_batches_tracked)
         y = normalize_with_running(
-            "AnyNorm", input, pooling, running, self.weight, self.bias, from_batch, self.momentum, self.eps
+            "AnyNorm", input, pooling, running, self.weight, self.bias, from_batch, momentum, self.eps
         )
         if from_batch and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)

@@ -47,5 +47,10 @@ def record_call(module: nn.Module, input: Proxy) -> Any:
 
     FX traces through classes outside torch.nn, which would freeze the training mode and move the counter meanwhile.
     """
-    tracer = input.tracer
-    return tracer.create_proxy("call_module", tracer.path_of_module(module), (input,), {})  # type: ignore[attr-defined]
+    path = input.tracer.path_of_module(module)  # type: ignore[attr-defined]
+    if not path:
+        raise TypeError(
+            f"symbolic_trace: a norm cannot be the root of a trace; got {type(module).__name__}; "
+            "trace torch.nn.Sequential(norm)"
+        )
+    return input.tracer.create_proxy("call_module", path, (input,), {})

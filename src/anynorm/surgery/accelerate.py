@@ -65,8 +65,10 @@ def accelerate(model: nn.Module, undo: bool = False) -> Report:
         TypeError: `model` is not a module.
 
     Note:
-        Tools that look for torch's exact types (torch.ao.quantization.fuse_modules) or read source (torch.jit.script)
-        want ``undo=True`` first.
+        Tools that look for torch's exact types (torch.ao.quantization's fuse_modules and convert, and
+        torch.fx.experimental.optimization.fuse) or read source (torch.jit.script) want ``undo=True`` first.
+        Instance and layer norm return channels_last where their input is; torch's return contiguous, so a ``view``
+        behind them may have to become ``reshape``.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.ReLU())
