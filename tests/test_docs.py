@@ -244,3 +244,23 @@ def test_a_session_and_a_block_share_names():
     names: dict = {}
     run(Block("python", ">>> a = 1\n", 0), README, names)
     run(Block("python", "assert a == 1\n", 0), README, names)
+
+
+def test_readme_states_the_largest_errors_of_the_accuracy_page():
+    rows = re.findall(
+        r"^\|[^|]*\| (anynorm(?:, compiled)?|torch) \|(.+)\|$", (ROOT / "docs/accuracy.md").read_text(), re.M
+    )
+    largest = {"anynorm": 0.0, "torch": 0.0}
+    for path, cells in rows:
+        errors = [float(number) for number in re.findall(r"[\d.]+e[+-]\d+", cells)]
+        library = path.split(",")[0]
+        largest[library] = max(largest[library], *errors)
+    assert largest["anynorm"] <= 1e-6
+    ours, theirs = (re.sub("e([+-])0", r"e\1", f"{error:.0e}") for error in largest.values())
+    prose = " ".join(README.read_text().split())
+    assert f"The largest error measured is {ours} for anynorm and {theirs} for torch" in prose
+
+
+@every_page
+def test_no_placeholder_is_left(page):
+    assert not re.search(r"\bANYNORM_[A-Z]+\b(?<!ANYNORM_KERNELS)(?<!ANYNORM_ISA)|TODO|FIXME", page.read_text())
