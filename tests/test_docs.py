@@ -254,7 +254,7 @@ def test_readme_states_the_largest_errors_of_the_accuracy_page():
     for path, cells in rows:
         errors = [float(number) for number in re.findall(r"[\d.]+e[+-]\d+", cells)]
         library = path.split(",")[0]
-        largest[library] = max(largest[library], *errors)
+        largest[library] = max([largest[library], *errors])
     assert largest["anynorm"] <= 1e-6
     ours, theirs = (re.sub("e([+-])0", r"e\1", f"{error:.0e}") for error in largest.values())
     prose = " ".join(README.read_text().split())
