@@ -56,7 +56,7 @@ def make_findings():
                 return None
             return records.setdefault(run, invent(run))
 
-        findings = Findings(study, find)
+        findings = Findings(study, find, (3500, 500, 1000))
         return findings, choose_all(findings)
 
     return make

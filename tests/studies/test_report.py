@@ -67,6 +67,11 @@ def test_order_verdict_table_plots_method_limits(page):
     assert places == sorted(places)
 
 
+def test_the_method_says_how_short_runs_and_equal_differences_count(page):
+    assert "60 steps at least, or the whole run, where that is shorter" in page
+    assert "their standard deviation counts as one test sample (0.1 points) at least" in page
+
+
 def test_every_plot_has_words(page):
     labels = re.findall(r'<div role="img" aria-label="([^"]*)"', page)
     assert len(labels) == page.count("<figure>") == 2 * (1 + 1 + 2 * 4 + 3 + 2)

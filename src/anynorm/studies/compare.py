@@ -59,7 +59,7 @@ def compare(options: Options, *, started: float | None = None, console: Console 
                 code = 130
             workers.stop()
             screen.show(0, 0, "writing the report", [])
-            findings = Findings(study, journal.find)
+            findings = Findings(study, journal.find, context["data_sizes"])
             choices = choose_all(findings)
             facts = {"options": describe_options(options), "seconds": time.monotonic() - started, **context}
             write_results(options, journal, findings, choices, facts)
@@ -82,7 +82,7 @@ def prepare(options: Options, data: Data) -> tuple[Study, dict[str, Any]]:
     from .check import find_impossible
     from .models import find_model
 
-    models = [find_model(name) for name in options.models]
+    models = [find_model(name, data.sample_shape, data.classes) for name in options.models]
     sizes = [size for batch in options.batches for size in parse_batch(batch)]
     if max(sizes) > len(data.train_x):
         raise UserError(

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from .plan import Cell, Find, Study
+from .train import parse_batch
 
 CONFIDENCE = 0.95
 # A rate works where its short run reaches this share of the best validation accuracy of any norm.
@@ -39,8 +40,11 @@ class Interval:
         return "lower" if self.high < 0 else "no clear difference"
 
 
-def find_interval(values: Sequence[float]) -> Interval | None:
-    """Mean and 95 % t-interval of values from different seeds; None without values."""
+def find_interval(values: Sequence[float], least: float = 0.0) -> Interval | None:
+    """Mean and 95 % t-interval of values from different seeds; None without values.
+
+    Their standard deviation counts as `least` where it is smaller.
+    """
     count = len(values)
     if count == 0:
         return None
@@ -50,13 +54,19 @@ def find_interval(values: Sequence[float]) -> Interval | None:
     # scipy.stats has the same quantile, but takes seconds to import.
     from scipy.special import stdtrit
 
-    half = float(stdtrit(count - 1, (1 + CONFIDENCE) / 2)) * float(np.std(values, ddof=1)) / count**0.5
+    deviation = max(float(np.std(values, ddof=1)), least)
+    half = float(stdtrit(count - 1, (1 + CONFIDENCE) / 2)) * deviation / count**0.5
     return Interval(mean, mean - half, mean + half, count)
 
 
-def compare_pair(first: Seeds, second: Seeds) -> Interval | None:
-    """First minus second, seed by seed, over the seeds that both have."""
-    return find_interval([first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())])
+def compare_pair(first: Seeds, second: Seeds, samples: int) -> Interval | None:
+    """First minus second, seed by seed, over the seeds that both have: accuracies in percent of `samples` samples.
+
+    Accuracy moves in steps of one sample, so equal differences over few seeds may be chance: the standard deviation of
+    the differences counts as one sample at least.
+    """
+    differences = [first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())]
+    return find_interval(differences, 100 / samples)
 
 
 class Findings:
@@ -65,10 +75,12 @@ class Findings:
     Args:
         study: what was asked.
         find: gives the record of a run, or None while it is unfinished.
+        sizes: numbers of training, validation and test samples.
     """
 
-    def __init__(self, study: Study, find: Find) -> None:
+    def __init__(self, study: Study, find: Find, sizes: Sequence[int]) -> None:
         self.study, self.find = study, find
+        _, self.validation_samples, self.test_samples = sizes
         self.rates: dict[Cell, float | None] = {cell: study.find_rate(cell, find) for cell in study.cells}
         self.finals: dict[Cell, dict[int, dict[str, Any]]] = {}
         self.failures: dict[Cell, str] = {}
@@ -95,6 +107,10 @@ class Findings:
     def interval(self, cell: Cell) -> Interval | None:
         """Test accuracy of a cell in percent."""
         return find_interval(list(self.values(cell).values()))
+
+    def compare(self, first: Cell, second: Cell) -> Interval | None:
+        """Test accuracy of the first cell less that of the second, in points."""
+        return compare_pair(self.values(first), self.values(second), self.test_samples)
 
     def norms(self, model: str, batch: str) -> list[str]:
         """Norms with at least one final run here."""
@@ -125,19 +141,21 @@ class Findings:
         sizes = plain_sizes(self.study)
         if len(sizes) < 2:
             return None
-        cells = [(model, batch, norm) for batch in (sizes[-1], sizes[0])]
-        return compare_pair(self.values(cells[0]), self.values(cells[1]))
+        return self.compare((model, sizes[-1], norm), (model, sizes[0], norm))
 
     def mode_effect(self, cell: Cell, measure: str = "accuracy") -> Interval | None:
         """Evaluation mode less training mode on the same validation images: points, or units of loss."""
-        scale = 100 if measure == "accuracy" else 1
+        # Both modes see whole batches only.
+        size = parse_batch(cell[1])[-1]
+        samples = self.validation_samples // size * size
+        scale, least = (100, 100 / max(samples, 1)) if measure == "accuracy" else (1, 0.0)
         differences = []
         for record in self.finals.get(cell, {}).values():
             modes = record.get("modes") or {}
             evaluation, training = modes.get(f"evaluation_{measure}"), modes.get(f"training_{measure}")
             if evaluation is not None and training is not None:
                 differences.append(scale * (evaluation - training))
-        return find_interval(differences)
+        return find_interval(differences, least)
 
 
 def plain_sizes(study: Study) -> list[str]:
@@ -151,7 +169,8 @@ class Choice:
 
     `leader` has the best mean validation accuracy over the seeds that all norms here have; `differences` are the
     leader's test accuracies less the other norm's. Chosen on one set and judged on another, the leader is not
-    flattered by the choice. `missing` norms have no full run yet, though they can exist here.
+    flattered by the choice. `missing` norms have no full run yet, though they can exist here; `proven` norms are
+    clearly better than none.
     """
 
     model: str
@@ -160,6 +179,7 @@ class Choice:
     differences: dict[str, Interval]
     seeds: int
     missing: tuple[str, ...]
+    proven: tuple[str, ...] = ()
 
     @property
     def judged(self) -> bool:
@@ -175,6 +195,19 @@ class Choice:
         """Norms that are not clearly worse than the leader."""
         return self.with_verdict("no clear difference", "lower")
 
+    def find_answers(self, *, prove: bool) -> list[str]:
+        """Norms that may answer: the leader, and those not clearly worse and less than NEGLIGIBLE points behind it.
+
+        No clear difference alone may only mean that the interval is wide. None is no answer where a norm is proven;
+        with `prove` proven norms alone answer where there are any, if need be one that is further behind.
+        """
+        near = [self.leader, *(norm for norm in self.equals if self.differences[norm].mean < NEGLIGIBLE)]
+        near = [norm for norm in near if norm != "none" or not self.proven]
+        for norms in (near, self.equals) if prove else ():
+            if found := [norm for norm in norms if norm in self.proven]:
+                return found
+        return near
+
 
 def choose(findings: Findings, model: str, batch: str) -> Choice | None:
     """The leading norm of a network at a batch size and its differences to the others; None without final runs."""
@@ -188,12 +221,14 @@ def choose(findings: Findings, model: str, batch: str) -> Choice | None:
     leader = max(cells, key=lambda norm: fmean(validation[norm][seed] for seed in common))
     differences = {}
     for norm, cell in cells.items():
-        interval = compare_pair(findings.values(cells[leader]), findings.values(cell))
+        interval = findings.compare(cells[leader], cell)
         if norm != leader and interval is not None:
             differences[norm] = interval
     possible = [norm for norm in findings.study.norms if (model, batch, norm) in findings.rates]
     missing = [norm for norm in possible if norm not in cells and (model, batch, norm) not in findings.failures]
-    return Choice(model, batch, leader, differences, len(common), tuple(missing))
+    gains = {norm: findings.compare(cell, cells["none"]) for norm, cell in cells.items() if "none" in cells}
+    proven = [norm for norm, gain in gains.items() if gain is not None and gain.verdict == "higher"]
+    return Choice(model, batch, leader, differences, len(common), tuple(missing), tuple(proven))
 
 
 def choose_all(findings: Findings) -> list[Choice]:
@@ -211,20 +246,18 @@ def find_common(choices: Sequence[Choice]) -> list[str]:
 def cover(choices: Sequence[Choice]) -> dict[str, list[str]]:
     """As few norms as possible for all these batch sizes: each norm with the batch sizes that it is the answer for.
 
-    A norm may answer where it leads, or where it is not clearly worse and less than NEGLIGIBLE points behind: no
-    clear difference alone may only mean that the interval is wide.
+    Where no leader is clearly better than none, a norm that is must answer.
     """
-    open_batches = {
-        choice.batch: [choice.leader] + [norm for norm in choice.equals if choice.differences[norm].mean < NEGLIGIBLE]
-        for choice in choices
-    }
+    prove = "none" in find_common(choices)
+    open_batches = {choice.batch: choice.find_answers(prove=prove) for choice in choices}
+    leaders = {choice.batch: choice.leader for choice in choices}
     answers: dict[str, list[str]] = {}
     while open_batches:
         # The norm that answers most; among equals the one that leads most often.
         norms = {
             norm: [b for b, fit in open_batches.items() if norm in fit] for fit in open_batches.values() for norm in fit
         }
-        leads = {norm: sum(open_batches[b][0] == norm for b in batches) for norm, batches in norms.items()}
+        leads = {norm: sum(leaders[b] == norm for b in batches) for norm, batches in norms.items()}
         best = max(norms, key=lambda norm: (len(norms[norm]), leads[norm]))
         answers[best] = norms[best]
         for batch in norms[best]:

@@ -31,14 +31,17 @@ def write_method(findings: Findings, results: dict[str, Any]) -> str:
         "Pairing": "For a given seed every norm has the same initial weights and the same order of images; the "
         "differences are taken seed by seed.",
         "Learning rates": f"{', '.join(f'{rate:g}' for rate in study.rates)}; the same grid and rule for every norm. "
-        f"All get a short run ({100 * FIRST_SHARE:g} % of the images, {FIRST_STEPS} steps at least), the best "
-        f"{SECOND_RATES} another ({100 * SECOND_SHARE:g} % of the images) where that is longer, on seed 0; the best "
-        f"validation accuracy wins, the lower loss where equal. {search}. A short run is dropped a quarter "
-        f"through where its loss is still above {HOPELESS_LOSS:g} times that of guessing.",
+        f"All get a short run ({100 * FIRST_SHARE:g} % of the images, {FIRST_STEPS} steps at least, or the whole "
+        f"run, where that is shorter), the best {SECOND_RATES} another ({100 * SECOND_SHARE:g} % of the images) where "
+        f"that is longer, on seed 0; the best validation accuracy wins, the lower loss where equal. {search}. A short "
+        f"run is dropped a quarter through where its loss is still above {HOPELESS_LOSS:g} times that of guessing.",
         "Seeds": f"{study.seeds} planned, numbered from 0.",
-        "Judging": f"Paired differences of test accuracy with 95 % t-intervals. A learning rate works where its short "
-        f"run reaches {100 * WORKING_SHARE:.0f} % of the best validation accuracy of any norm there. The verdict "
-        f"names a norm where it leads, or is not clearly worse and less than {NEGLIGIBLE:g} point behind.",
+        "Judging": "Paired differences of test accuracy with 95 % t-intervals; their standard deviation counts as one "
+        f"test sample ({100 / findings.test_samples:.2g} points) at least, because equal differences over few seeds "
+        f"may be chance. A learning rate works where its short run reaches {100 * WORKING_SHARE:.0f} % of the best "
+        "validation accuracy of any norm there. The verdict names a norm where it leads, or is not clearly worse and "
+        f"less than {NEGLIGIBLE:g} point behind. Where no leader is clearly better than none, it names a norm that is, "
+        "if there is one.",
         "Drift": f"Inputs of the last dense or convolutional layer ({'; '.join(sorted(probed)) or 'none found'}).",
         "Data": f"{results['options']['data']}, samples of shape {tuple(results['sample_shape'])}, "
         f"{results['classes']} classes; split class by class with a fixed seed; standardized with the training part.",

@@ -5,17 +5,22 @@ from __future__ import annotations
 import hashlib
 import importlib
 import inspect
+import json
+import re
+import site
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from types import ModuleType
 
+import torch
 from torch import nn
 
 from anynorm.errors import UserError
 
-from .norms import NormFactory, check_dims
+from .norms import NORMS, NormFactory, check_dims
 
 BUILT_IN = ("cnn", "mlp")
 
@@ -64,18 +69,63 @@ def mlp(norm: NormFactory, sample_shape: tuple[int, ...], classes: int) -> nn.Mo
     return nn.Sequential(*layers, nn.Linear(width, classes))
 
 
-def find_model(name: str) -> Model:
-    """A built-in network, or the user's `module:factory` with a fingerprint of the module's source."""
+def find_model(name: str, sample_shape: tuple[int, ...], classes: int) -> Model:
+    """A built-in network, or the user's `module:factory` with a fingerprint of its sources and of what it builds."""
     if name in BUILT_IN:
         builder = cnn if name == "cnn" else mlp
         digest = hashlib.sha256(inspect.getsource(builder).encode()).hexdigest()
         return Model(name, digest, (builder.__doc__ or "").strip())
     factory = find_factory(name)
     module = sys.modules[name.partition(":")[0]]
-    path = getattr(module, "__file__", None)
-    source = Path(path).read_bytes() if path and path.endswith(".py") else repr(factory).encode()
-    digest = hashlib.sha256(name.encode() + b"\0" + source).hexdigest()
-    return Model(name, digest, f"the network that {name} builds")
+    # Built before the sources are listed, because a factory may import as well.
+    network = describe_network(name, sample_shape, classes)
+    whole = json.dumps([name, drop_addresses(repr(factory)), network, find_sources(module)])
+    return Model(name, hashlib.sha256(whole.encode()).hexdigest(), f"the network that {name} builds")
+
+
+def describe_network(name: str, sample_shape: tuple[int, ...], classes: int) -> str:
+    """Layers and shapes of parameters without a norm; what goes wrong where it cannot be built."""
+    torch.manual_seed(0)
+    try:
+        network = build(name, NORMS["none"], sample_shape, classes)
+        shapes = [(key, tuple(parameter.shape)) for key, parameter in network.named_parameters()]
+        return drop_addresses(f"{network!r} {shapes}")
+    # The check of every network with every norm reports it.
+    except Exception as problem:
+        return describe(problem)
+
+
+def find_sources(module: ModuleType) -> list[tuple[str, str]]:
+    """Name and digest of a module's file and of the files of all imported modules in or below its directory.
+
+    Python and installed packages do not count, though a virtual environment may lie there: which of their modules are
+    imported differs between a terminal and a log.
+    """
+    own = find_file(module)
+    if own is None:
+        return []
+    installed = [Path(path).resolve() for path in (sys.prefix, sys.base_prefix, site.getuserbase())]
+    installed = [path for path in installed if path.is_relative_to(own.parent)]
+    found = {module.__name__: own}
+    for name, other in list(sys.modules.items()):
+        path = find_file(other)
+        if path is None or name == "__main__" or not path.is_relative_to(own.parent):
+            continue
+        if not any(path.is_relative_to(root) for root in installed):
+            found[name] = path
+    return [(name, hashlib.sha256(path.read_bytes()).hexdigest()) for name, path in sorted(found.items())]
+
+
+def find_file(module: object) -> Path | None:
+    """The file that a module came from; None where there is none."""
+    # A lazy module's attributes may import others; its own dictionary does not.
+    path = getattr(module, "__dict__", {}).get("__file__")
+    return Path(path).resolve() if isinstance(path, str) and Path(path).is_file() else None
+
+
+def drop_addresses(text: str) -> str:
+    """Text without the addresses of objects, which differ between processes."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", text)
 
 
 def find_factory(name: str) -> Callable[[NormFactory], nn.Module]:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from statistics import fmean
 
-from .judge import CONFIDENCE, NEGLIGIBLE, Choice, Findings, Interval, compare_pair, cover, find_common, plain_sizes
+from .judge import CONFIDENCE, NEGLIGIBLE, Choice, Findings, Interval, cover, find_common, plain_sizes
 from .plan import rank
 
 
@@ -89,11 +89,12 @@ def say_model_verdict(findings: Findings, model: str, choices: Sequence[Choice])
     where = where or f"at batch {join([choice.batch.replace(':', ' then ') for choice in choices])}"
     order = [choice.batch for choice in choices]
     common, answers = find_common(choices), cover(choices)
-    if "none" in common:
+    if "none" in common and not any(choice.proven for choice in choices):
         return f"for the {model}, no norm was clearly better than none {where}"
     if len(answers) == 1:
         best = next(iter(answers))
-        others = [name_norm(norm) for norm in common if norm != best]
+        # None that is common is beaten somewhere, so it is worse than the answer.
+        others = [name_norm(norm) for norm in common if norm not in (best, "none")]
         rest = f" ({join(others)} {'is' if len(others) == 1 else 'are'} not clearly worse)" if others else ""
         return f"for the {model}, use {name_norm(best)} {where}{rest}"
     listed = [
@@ -197,7 +198,7 @@ def say_gain(findings: Findings, model: str) -> str:
         if "none" not in values or not norms:
             continue
         best = max(norms, key=lambda norm: fmean(values[norm].values()))
-        gain = compare_pair(findings.values((model, batch, best)), findings.values((model, batch, "none")))
+        gain = findings.compare((model, batch, best), (model, batch, "none"))
         if gain is not None:
             verdict = "" if gain.verdict in ("higher", "lower") else f", {gain.verdict}"
             parts.append(f"{signed(gain.mean)} points at {say_batch(batch)} ({name_norm(best)}{verdict})")

@@ -75,7 +75,7 @@ class Session:
         if not due:
             return
         self.refreshed = elapsed
-        findings = Findings(study, self.journal.find)
+        findings = Findings(study, self.journal.find, self.journal.context["data_sizes"])
         lines = say_first(findings, choose_all(findings)) if len(study.norms) > 1 else []
         self.screen.first = lines
         if first and lines:
