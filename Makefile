@@ -6,12 +6,12 @@ READY := $(VENV)/.ready
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup compare try explain list test check accuracy format clean
+.PHONY: help setup compare try explain env list test check accuracy format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
 
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/kernels/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch numpy
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[compare,dev]'
@@ -28,11 +28,15 @@ try: $(READY) ## a model before and after accelerate (ARGS=resnet18)
 explain: $(READY) ## the three steps in real numbers
 	$(BIN)/anynorm explain $(ARGS)
 
+env: $(READY) ## versions, and whether the compiled kernels are in use
+	$(BIN)/anynorm env
+
 list: $(READY) ## the family
 	$(BIN)/anynorm list
 
 test: check ## lint, types, tests and doctests
 	$(BIN)/pytest -n 2 $(ARGS)
+	ANYNORM_KERNELS=0 $(BIN)/pytest -n 2 tests/test_family.py tests/test_accuracy.py
 
 check: $(READY) ## lint and types
 	$(BIN)/ruff check .

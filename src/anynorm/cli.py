@@ -120,6 +120,15 @@ def compare_norms(
     raise typer.Exit(compare(options, started=process_start()))
 
 
+@app.command("env")
+def show_environment() -> None:
+    """Show versions, and whether the compiled kernels are in use."""
+    from anynorm.ops import describe_environment
+
+    for name, value in describe_environment().items():
+        typer.echo(f"{name:12} {value}")
+
+
 def main() -> None:
     """Run the command line; what the user can repair ends in one sentence and exit code 2."""
     try:

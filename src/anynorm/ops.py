@@ -2,13 +2,15 @@
 
 Three paths, in order of preference:
 
-- block by block on the CPU, for plain eager tensors (`is_plain`);
+- block by block on the CPU, for plain eager tensors (`is_plain`): compiled, or `plain` where there is no kernel;
 - torch's own operation, on other devices and in exported graphs, where torch has it (`prefers_torch`);
 - `plain.compose`, the formula in differentiable operations, for everything else.
 """
 
 from __future__ import annotations
 
+import platform
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from torch.overrides import _get_current_function_mode_stack, _len_torch_functio
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
-from . import plain
+from . import kernels, plain
 from .pooling import Pooling
 from .statistics import Moments
 
@@ -74,6 +76,17 @@ def is_plain(*tensors: Tensor | None) -> bool:
     )
 
 
+def describe_environment() -> dict[str, str]:
+    """Versions, and which path serves plain CPU tensors; what `anynorm env` prints."""
+    return {
+        "anynorm": version("anynorm"),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads",
+        **kernels.describe(),
+    }
+
+
 def only_default_device() -> bool:
     """Whether the function modes in force merely choose where new tensors live, as torch.set_default_device does."""
     return all(type(mode) is DeviceContext for mode in _get_current_function_mode_stack())
@@ -116,8 +129,8 @@ def normalize(
         y, mean, m2 = Normalize.apply(x, weight, bias, pooling, eps, given)
         return y, Moments(pooling.count(pooling.open(x)), mean, m2)
     if given is not None:
-        return plain.forward_given(x, pooling, weight, bias, eps, given), given
-    return plain.forward(x, pooling, weight, bias, eps)
+        return kernels.forward_given(x, pooling, weight, bias, eps, given), given
+    return kernels.forward(x, pooling, weight, bias, eps)
 
 
 class Normalize(torch.autograd.Function):
@@ -134,9 +147,9 @@ class Normalize(torch.autograd.Function):
         given: Moments | None,
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         if given is None:
-            y, moments = plain.forward(x, pooling, weight, bias, eps)
+            y, moments = kernels.forward(x, pooling, weight, bias, eps)
         else:
-            y, moments = plain.forward_given(x, pooling, weight, bias, eps, given), given
+            y, moments = kernels.forward_given(x, pooling, weight, bias, eps, given), given
         ctx.save_for_backward(x, weight, moments.mean, moments.m2)
         # Of beta only the shape is needed, so that changing it before backward is no error, as in torch.
         ctx.bias = None if bias is None else (bias.shape, bias.dtype)
@@ -150,11 +163,12 @@ class Normalize(torch.autograd.Function):
         moments = Moments(ctx.count, mean, m2)
         if torch.is_grad_enabled() or not is_plain(g) or is_legacy_batchedtensor(g):
             return (*Normalize.backward_differentiable(ctx, g, x, weight, moments), None, None, None)
-        dx, sums = plain.backward(
-            g, x, ctx.pooling, weight, moments, ctx.eps, given=ctx.given, needs_dx=ctx.needs_input_grad[0]
+        dx, dgamma, dbeta = kernels.backward(
+            g, x, ctx.pooling, weight, moments, ctx.eps, given=ctx.given, needs=ctx.needs_input_grad
         )
-        dweight = sums.gamma.reshape(weight.shape).to(weight.dtype) if ctx.needs_input_grad[1] else None
-        dbias = sums.beta.reshape(ctx.bias[0]).to(ctx.bias[1]) if ctx.needs_input_grad[2] else None
+        _, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        dweight = dgamma.reshape(weight.shape).to(weight.dtype) if needs_weight and dgamma is not None else None
+        dbias = dbeta.reshape(ctx.bias[0]).to(ctx.bias[1]) if needs_bias and dbeta is not None else None
         return dx, dweight, dbias, None, None, None
 
     @staticmethod

@@ -7,6 +7,7 @@ x is kept but x itself. The tests compare them with `compose` and with the refer
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import product
 
 import torch
@@ -171,15 +172,21 @@ def backward(
     eps: float,
     *,
     given: bool,
-    needs_dx: bool,
-) -> tuple[Tensor | None, GradSums]:
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of the formula, by blocks; the statistics are constants where they were `given`.
 
     xhat   = (x - mean) * rstd
     dbeta  = sum g,  dgamma = sum g * xhat                        over everything that shares a gamma
     dx     = rstd * (gamma * g - mean(gamma * g) - xhat * mean(gamma * g * xhat))      means over the pool
+
+    Args:
+        needs: which of dx, dgamma and dbeta are wanted.
+
+    Returns:
+        dx, dgamma and dbeta, the latter two as wide as the computation and flat or shaped as their axes.
     """
-    out = torch.empty_like(x, memory_format=find_memory_format(x)) if needs_dx else None
+    out = torch.empty_like(x, memory_format=find_memory_format(x)) if needs[0] else None
     grad, view = pooling.open(g), pooling.open(x)
     groups = find_groups(view, pooling)
     rstd = moments.rstd(eps)
@@ -207,4 +214,4 @@ def backward(
                 wide_g -= xhat.mul_(part(sums.pool_xhat, block) / count)
             wide_g *= part(rstd, block)
             pooling.open(out)[block].copy_(wide_g)  # type: ignore[arg-type]
-    return out, sums
+    return out, sums.gamma, sums.beta

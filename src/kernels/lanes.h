@@ -1,0 +1,249 @@
+// Vectors of doubles and of floats, and how each element type becomes one. The only place that knows element types.
+//
+// Sums are double: with them no square overflows and no mean costs a digit. What is written is computed in float from
+// coefficients that were found in double, because conversions, not memory, would be the limit otherwise.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#if defined(__F16C__) || defined(__AVX512VL__)
+#include <immintrin.h>
+#endif
+
+#define INLINE inline __attribute__((always_inline))
+#define INLINE_LAMBDA __attribute__((always_inline))
+
+namespace anynorm::ANYNORM_TARGET {
+
+#if defined(__AVX512F__)
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+
+using Lanes = double __attribute__((vector_size(8 * W)));
+using Floats = float __attribute__((vector_size(4 * W)));
+using Words = uint32_t __attribute__((vector_size(4 * W)));
+using Shorts = uint16_t __attribute__((vector_size(2 * W)));
+using Singles = float __attribute__((vector_size(8 * W)));  // twice as many lanes
+using SingleWords = uint32_t __attribute__((vector_size(8 * W)));
+using SingleShorts = uint16_t __attribute__((vector_size(4 * W)));
+using Indices = int64_t __attribute__((vector_size(8 * W)));
+
+struct bfloat16 {
+    uint16_t bits;
+};
+struct float16 {
+    uint16_t bits;
+};
+
+// How many lanes are in use: all, known to the compiler, or the first n.
+struct Full {};
+struct Part {
+    int64_t n;
+};
+
+template <class To, class From>
+INLINE To bits_of(From from) {
+    static_assert(sizeof(To) == sizeof(From));
+    To to;
+    std::memcpy(&to, &from, sizeof(to));
+    return to;
+}
+
+template <class Vector>
+INLINE Vector raw_load(const void* p) {
+    Vector v;
+    std::memcpy(&v, p, sizeof(v));
+    return v;
+}
+
+INLINE Lanes load(const double* p, Full) { return raw_load<Lanes>(p); }
+INLINE Lanes load(const float* p, Full) { return __builtin_convertvector(raw_load<Floats>(p), Lanes); }
+INLINE Lanes load(const bfloat16* p, Full) {
+    const Words wide = __builtin_convertvector(raw_load<Shorts>(p), Words) << 16;
+    return __builtin_convertvector(bits_of<Floats>(wide), Lanes);
+}
+INLINE Lanes load(const float16* p, Full) {
+    Floats f;
+#if defined(__F16C__) && defined(__AVX512F__)
+    f = bits_of<Floats>(_mm256_cvtph_ps(raw_load<__m128i>(p)));
+#elif defined(__F16C__)
+    f = bits_of<Floats>(_mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
+    for (int i = 0; i < W; ++i) f[i] = static_cast<float>(bits_of<_Float16>(p[i].bits));
+#endif
+    return __builtin_convertvector(f, Lanes);
+}
+
+INLINE void store(double* p, Lanes v, Full) { std::memcpy(p, &v, sizeof(v)); }
+INLINE void store(float* p, Lanes v, Full) {
+    const Floats f = __builtin_convertvector(v, Floats);
+    std::memcpy(p, &f, sizeof(f));
+}
+INLINE void store(bfloat16* p, Lanes v, Full) {
+    const Words w = bits_of<Words>(__builtin_convertvector(v, Floats));
+    const Words rounded = (w + 0x7fff + ((w >> 16) & 1)) >> 16;  // to nearest, ties to even
+    const Words is_nan = (Words)((w & 0x7fffffff) > 0x7f800000);
+    const Shorts h = __builtin_convertvector((is_nan & 0x7fc0) | (~is_nan & rounded), Shorts);
+    std::memcpy(p, &h, sizeof(h));
+}
+INLINE void store(float16* p, Lanes v, Full) {
+    const Floats f = __builtin_convertvector(v, Floats);
+#if defined(__F16C__) && defined(__AVX512F__)
+    const __m128i h = _mm256_cvtps_ph(bits_of<__m256>(f), 0);
+    std::memcpy(p, &h, 16);
+#elif defined(__F16C__)
+    const __m128i h = _mm_cvtps_ph(bits_of<__m128>(f), 0);
+    std::memcpy(p, &h, 8);
+#else
+    for (int i = 0; i < W; ++i) p[i].bits = bits_of<uint16_t>(static_cast<_Float16>(f[i]));
+#endif
+}
+
+INLINE Singles load_singles(const float* p, Full) { return raw_load<Singles>(p); }
+INLINE Singles load_singles(const bfloat16* p, Full) {
+    return bits_of<Singles>(__builtin_convertvector(raw_load<SingleShorts>(p), SingleWords) << 16);
+}
+INLINE Singles load_singles(const float16* p, Full) {
+#if defined(__F16C__) && defined(__AVX512F__)
+    return bits_of<Singles>(_mm512_cvtph_ps(raw_load<__m256i>(p)));
+#elif defined(__F16C__)
+    return bits_of<Singles>(_mm256_cvtph_ps(raw_load<__m128i>(p)));
+#else
+    Singles f;
+    for (int i = 0; i < 2 * W; ++i) f[i] = static_cast<float>(bits_of<_Float16>(p[i].bits));
+    return f;
+#endif
+}
+
+INLINE void store(float* p, Singles v, Full) { std::memcpy(p, &v, sizeof(v)); }
+INLINE void store(bfloat16* p, Singles v, Full) {
+    const SingleWords w = bits_of<SingleWords>(v);
+    const SingleWords rounded = (w + 0x7fff + ((w >> 16) & 1)) >> 16;  // to nearest, ties to even
+    const SingleWords is_nan = (SingleWords)((w & 0x7fffffff) > 0x7f800000);
+    const SingleShorts h = __builtin_convertvector((is_nan & 0x7fc0) | (~is_nan & rounded), SingleShorts);
+    std::memcpy(p, &h, sizeof(h));
+}
+INLINE void store(float16* p, Singles v, Full) {
+#if defined(__F16C__) && defined(__AVX512F__)
+    const __m256i h = _mm512_cvtps_ph(bits_of<__m512>(v), 0);
+    std::memcpy(p, &h, sizeof(h));
+#elif defined(__F16C__)
+    const __m128i h = _mm256_cvtps_ph(bits_of<__m256>(v), 0);
+    std::memcpy(p, &h, sizeof(h));
+#else
+    for (int i = 0; i < 2 * W; ++i) p[i].bits = bits_of<uint16_t>(static_cast<_Float16>(v[i]));
+#endif
+}
+
+// The first n lanes, the others 0, without touching memory beyond them.
+template <class T>
+INLINE Lanes load(const T* p, Part part) {
+    T some[W] = {};
+    for (int64_t i = 0; i < part.n; ++i) some[i] = p[i];
+    return load(some, Full{});
+}
+template <class T>
+INLINE Singles load_singles(const T* p, Part part) {
+    T some[2 * W] = {};
+    for (int64_t i = 0; i < part.n; ++i) some[i] = p[i];
+    return load_singles(some, Full{});
+}
+template <class T, class Vector>
+INLINE void store(T* p, Vector v, Part part) {
+    T some[2 * W];
+    store(some, v, Full{});
+    for (int64_t i = 0; i < part.n; ++i) p[i] = some[i];
+}
+#if defined(__AVX512VL__)
+INLINE Lanes load(const float* p, Part part) {
+    const auto f = _mm256_maskz_loadu_ps(static_cast<__mmask8>((1u << part.n) - 1), p);
+    return __builtin_convertvector(bits_of<Floats>(f), Lanes);
+}
+INLINE Lanes load(const double* p, Part part) {
+    return bits_of<Lanes>(_mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << part.n) - 1), p));
+}
+INLINE void store(double* p, Lanes v, Part part) {
+    _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1u << part.n) - 1), bits_of<__m512d>(v));
+}
+INLINE Singles load_singles(const float* p, Part part) {
+    return bits_of<Singles>(_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << part.n) - 1), p));
+}
+INLINE void store(float* p, Singles v, Part part) {
+    _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << part.n) - 1), bits_of<__m512>(v));
+}
+#endif
+
+// What a loop computes in, by name: double or float.
+template <class Compute>
+struct LanesOf {
+    using type = Lanes;
+    static constexpr int width = W;
+};
+template <>
+struct LanesOf<float> {
+    using type = Singles;
+    static constexpr int width = 2 * W;
+};
+template <class Compute, class T, class Some>
+INLINE typename LanesOf<Compute>::type load_as(const T* p, Some some) {
+    if constexpr (LanesOf<Compute>::width == W) {
+        return load(p, some);
+    } else {
+        return load_singles(p, some);
+    }
+}
+
+template <class T>
+INLINE double scalar(const T* p) {
+    return load(p, Part{1})[0];
+}
+
+// A sum on the multiplier: the adder is busy with conversions. The compiler must not see that `one` is 1.
+INLINE Lanes hidden_one() {
+    Lanes one = Lanes{} + 1.0;
+#if defined(__FMA__)
+    __asm__("" : "+x"(one));
+#endif
+    return one;
+}
+INLINE Lanes add_by_multiplier(Lanes sum, Lanes v, [[maybe_unused]] Lanes one) {
+#if defined(__FMA__)
+    return v * one + sum;
+#else
+    return sum + v;
+#endif
+}
+
+// Zero in the lanes that are not in use, whatever they hold.
+INLINE Lanes keep(Lanes v, Full) { return v; }
+INLINE Lanes keep(Lanes v, Part part) {
+    Indices index;
+    for (int i = 0; i < W; ++i) index[i] = i;
+    return index < part.n ? v : Lanes{};
+}
+
+INLINE double add_lanes(Lanes v) {
+    double sum = 0;
+    for (int half = W / 2; half > 0; half /= 2) {
+        for (int i = 0; i < half; ++i) v[i] += v[i + half];
+    }
+    return sum + v[0];
+}
+
+// body(start, Full or Part, which of four accumulators) over [0, length), in vectors of `Width`.
+template <int Width = W, class Body>
+INLINE void sweep(int64_t length, Body body) {
+    int64_t i = 0;
+    for (; i + 4 * Width <= length; i += 4 * Width) {
+        body(i, Full{}, 0);
+        body(i + Width, Full{}, 1);
+        body(i + 2 * Width, Full{}, 2);
+        body(i + 3 * Width, Full{}, 3);
+    }
+    for (; i + Width <= length; i += Width) body(i, Full{}, 0);
+    if (i < length) body(i, Part{length - i}, 1);
+}
+
+}  // namespace anynorm::ANYNORM_TARGET
