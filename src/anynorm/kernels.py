@@ -1,7 +1,7 @@
-"""The compiled path: `plain.forward`, `forward_given` and `backward` once more, in C++, for tensors in ordinary memory.
+"""The compiled path: the formula once more, in C++, for tensors in ordinary memory.
 
-Imported by `ops` alone. A pooling and a tensor become a `Plan`, eight integers that say how memory is walked; what has
-no plan goes to `plain`, and so does everything where the compiled module is missing or ANYNORM_KERNELS=0.
+Imported by `ops` alone. A pooling and a tensor become a `Plan`, ten integers that say how memory is walked; what has no
+plan goes to `plain`, and so does everything where the compiled module is missing or ANYNORM_KERNELS=0.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import plain
+from .activations import ACTIVATIONS
 from .plain import find_memory_format
 from .pooling import Pooling, remember
 from .statistics import Moments
@@ -26,6 +27,10 @@ except ImportError:
     compiled = None
 
 CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+CHOICES = {name: code for code, name in enumerate((None, *ACTIVATIONS))}  # as enum Activation counts them
+PLANS_KEPT = 4096  # for each pooling
+
+Running = tuple[Tensor, Tensor, float]  # running mean and variance, and the weight of the new value
 
 # Axes in the order of memory, one letter for each run of alike: n keeps statistics of its own, a does and has a gamma
 # of its own, p is pooled, b is pooled and has a gamma of its own.
@@ -39,18 +44,21 @@ class Plan:
     """How a tensor is walked.
 
     Attributes:
-        packed: what the compiled module takes: n, g, k, s, channels last, pooled over n, centred, dtype.
+        walk: sizes, as the compiled module keeps them.
+        packed: the same, to look at: n, g, k, s, channels last, pooled over n, centred, dtype, given, rows of a sample.
         pools: how many elements share nothing: the size of mean and m2.
         channels: the size of gamma and beta.
         shape: of mean and m2, as they broadcast over the view.
         count: elements of a pool.
     """
 
+    walk: Any
     packed: tuple[int, ...]
     pools: int
     channels: int
     shape: tuple[int, ...]
     count: int
+    centred: bool
 
 
 def why_off() -> str:
@@ -93,13 +101,14 @@ def describe() -> dict[str, str]:
 
 @remember
 def find_plan(
-    pooling: Pooling, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, given: bool
+    pooling: Pooling, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, given: int
 ) -> Plan | None:
     """The walk over x, or None where it is not one of the two.
 
     Args:
         shape, strides: of x.
-        given: statistics are given, one for every channel, so samples share them.
+        given: 1 where statistics are given in the dtype of the parameters, 2 in float64, one for every channel, so that
+            samples share them; else 0.
     """
     if dtype not in CODES:
         return None
@@ -119,8 +128,9 @@ def find_plan(
     elif not SAMPLES_FIRST.fullmatch(letters):
         return None
     statistics = tuple(1 if axis in hidden else extent for axis, extent in enumerate(extents))
-    packed = (n, g, k, s, int(last), int(pool_n), int(pooling.centred), CODES[dtype])
-    return Plan(packed, prod(statistics), g * k, statistics, n * s if pool_n else k * s)
+    packed = (n, g, k, s, last, pool_n, pooling.centred, CODES[dtype], given, 0)
+    count = n * s if pool_n else k * s
+    return Plan(compiled.Plan(*packed), packed, prod(statistics), g * k, statistics, count, pooling.centred)
 
 
 def find_letters(pooling: Pooling, hidden: set[int], sizes: list[int], strides: list[int]) -> tuple[str, list[int]]:
@@ -149,23 +159,14 @@ def find_letters(pooling: Pooling, hidden: set[int], sizes: list[int], strides: 
     return letters, merged
 
 
-def has_memory(*tensors: Tensor | None) -> bool:
-    """Whether the elements stand in memory as they read; -x and zeros that are only noted do not."""
-    return all(t is None or not (t.is_neg() or t._is_zerotensor()) for t in tensors)
-
-
 def arrange(x: Tensor) -> Tensor:
     """x itself where its result is laid out alike, else a contiguous copy: cheaper than walks in torch operations."""
-    return x if x.is_contiguous(memory_format=find_memory_format(x)) else x.contiguous()
+    return x if x.is_contiguous() or x.is_contiguous(memory_format=find_memory_format(x)) else x.contiguous()
 
 
-def empty_output(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=find_memory_format(x))
-
-
-def arrange_like(g: Tensor, x: Tensor) -> Tensor:
-    """g laid out as x is; a gradient may arrive expanded."""
-    return g if g.stride() == x.stride() else empty_output(x).copy_(g)
+def arrange_like(t: Tensor, x: Tensor) -> Tensor:
+    """t laid out as x is; a gradient may arrive expanded."""
+    return t if t.stride() == x.stride() else torch.empty_like(x).copy_(t)
 
 
 def ready(t: Tensor | None, dtype: torch.dtype, size: int) -> Tensor | None:
@@ -174,96 +175,142 @@ def ready(t: Tensor | None, dtype: torch.dtype, size: int) -> Tensor | None:
         return None
     if t.numel() != size:
         raise RuntimeError(f"kernels: a parameter has {t.numel()} elements where {size} are needed")
-    if t.dtype != dtype:
-        t = t.to(dtype)
-    return t if t.is_contiguous() else t.contiguous()
+    return t if t.dtype is dtype and t.is_contiguous() else t.to(dtype).contiguous()
+
+
+def parameter_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype is torch.float64 else torch.float32
 
 
 def address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
-def find_parameter_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def prepare(x: Tensor, pooling: Pooling, given: bool, *others: Tensor | None) -> tuple[Tensor, Plan] | None:
-    """x as the kernels read it, and its walk; None where `plain` must serve."""
-    if OFF or not has_memory(x, *others):
-        return None
-    x = arrange(x)
-    plan = find_plan(pooling, x.shape, x.stride(), x.dtype, given)
-    return None if plan is None else (x, plan)
+def find_walk(x: Tensor, pooling: Pooling, given: int = 0) -> Plan | None:
+    """The plan of x, remembered with its pooling; None where `plain` must serve."""
+    key = (x.shape, x.stride(), x.dtype, given)
+    try:
+        return pooling.plans[key]
+    except KeyError:
+        plan = None if OFF or x.numel() == 0 else find_plan(pooling, *key)
+        if len(pooling.plans) >= PLANS_KEPT:
+            pooling.plans.clear()
+        pooling.plans[key] = plan
+        return plan
 
 
 def forward(
-    x: Tensor, pooling: Pooling, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Moments]:
-    """See `plain.forward`."""
-    prepared = prepare(x, pooling, False, weight, bias)
-    if prepared is None:
-        return plain.forward(x, pooling, weight, bias, eps)
-    x, plan = prepared
-    y = empty_output(x)
-    dtype = find_parameter_dtype(x)
-    gamma, beta = ready(weight, dtype, plan.channels), ready(bias, dtype, plan.channels)
-    mean = torch.empty(plan.shape, dtype=torch.float64) if pooling.centred else None
-    m2 = torch.empty(plan.shape, dtype=torch.float64)
-    compiled.forward(
-        plan.packed, eps, torch.get_num_threads(),
-        x.data_ptr(), y.data_ptr(), address(gamma), address(beta), address(mean), m2.data_ptr(),
-    )  # fmt: skip
-    return y, Moments(plan.count, mean, m2)
-
-
-def forward_given(
-    x: Tensor, pooling: Pooling, weight: Tensor | None, bias: Tensor | None, eps: float, given: Moments
+    x: Tensor,
+    plan: Plan,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    statistics: tuple[Tensor | None, Tensor] | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    running: Running | None = None,
 ) -> Tensor:
-    """See `plain.forward_given`."""
-    prepared = prepare(x, pooling, True, weight, bias, given.mean, given.m2)
-    if prepared is None or given.count != 1:
-        return plain.forward_given(x, pooling, weight, bias, eps, given)
-    x, plan = prepared
-    y = empty_output(x)
-    dtype = find_parameter_dtype(x)
-    gamma, beta = ready(weight, dtype, plan.channels), ready(bias, dtype, plan.channels)
-    mean, var = ready(given.mean, dtype, plan.pools), ready(given.m2, dtype, plan.pools)
-    compiled.forward_given(
-        plan.packed, eps, torch.get_num_threads(),
-        x.data_ptr(), y.data_ptr(), address(gamma), address(beta), address(mean), address(var),
+    """y = activation(norm(x) + residual), see `plain.forward`.
+
+    Args:
+        x: as `arrange` leaves it.
+        statistics: room for mean and m2, or the given mean and variance; None where nobody wants them.
+        running: averages to move.
+    """
+    y = torch.empty_like(x)
+    dtype = parameter_dtype(x)
+    gamma = weight if weight is None else ready(weight, dtype, plan.channels)
+    beta = bias if bias is None else ready(bias, dtype, plan.channels)
+    if residual is not None:
+        residual = arrange_like(residual, x)
+    mean, m2 = (None, None) if statistics is None else statistics
+    averages = (0, 0, 0, 0.0) if running is None else (running[0].data_ptr(), running[1].data_ptr(), 0, running[2])
+    compiled.forward(
+        plan.walk, eps, torch.get_num_threads(), CHOICES[activation],
+        x.data_ptr(), address(residual), y.data_ptr(), address(gamma), address(beta), address(mean), address(m2), 0,
+        *averages,
     )  # fmt: skip
     return y
+
+
+def make_statistics(plan: Plan) -> tuple[Tensor | None, Tensor]:
+    """Room for a mean and m2; of an uncentred norm there is no mean."""
+    if not plan.centred:
+        return None, torch.empty(plan.shape, dtype=torch.float64)
+    mean, m2 = torch.empty((2, *plan.shape), dtype=torch.float64).unbind()
+    return mean, m2
+
+
+def ready_statistics(given: tuple[Tensor, Tensor], plan: Plan, x: Tensor) -> tuple[Tensor, Tensor]:
+    """A given mean and variance as the kernels read them."""
+    dtype = parameter_dtype(x)
+    mean, var = (ready(t, dtype, plan.pools) for t in given)
+    assert mean is not None
+    assert var is not None
+    return mean, var
+
+
+def find_moments(x: Tensor, pooling: Pooling) -> Moments | None:
+    """Statistics alone, as synchronization and recalibration need them; None where x has no walk."""
+    x = arrange(x)
+    plan = find_walk(x, pooling)
+    if plan is None:
+        return None
+    mean, m2 = make_statistics(plan)
+    compiled.forward(
+        plan.walk, 0.0, torch.get_num_threads(), 0, x.data_ptr(), 0, 0, 0, 0, address(mean), m2.data_ptr(), 0, 0, 0, 0, 0.0
+    )
+    return Moments(plan.count, mean, m2)
+
+
+def can_move(plan: Plan, x: Tensor, mean: Tensor, var: Tensor, momentum: float | Tensor) -> bool:
+    """Whether the kernels can move running averages: in memory, as wide as parameters are, by a plain number."""
+    dtype = parameter_dtype(x)
+    return (
+        type(momentum) is float
+        and momentum >= 0
+        and mean.dtype is dtype
+        and var.dtype is dtype
+        and mean.is_contiguous()
+        and var.is_contiguous()
+        and mean.numel() == var.numel() == plan.channels
+    )
 
 
 def backward(
     g: Tensor,
     x: Tensor,
-    pooling: Pooling,
+    plan: Plan,
     weight: Tensor | None,
-    moments: Moments,
+    bias: Tensor | None,
+    statistics: tuple[Tensor | None, Tensor],
     eps: float,
     *,
-    given: bool,
+    activation: str | None = None,
+    residual: Tensor | None = None,
     needs: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """See `plain.backward`."""
-    prepared = prepare(x, pooling, given, g, weight, moments.mean, moments.m2)
-    if prepared is None or (given and moments.count != 1):
-        return plain.backward(g, x, pooling, weight, moments, eps, given=given, needs=needs)
-    x, plan = prepared
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, gamma, beta and the residual, see `plain.backward`.
+
+    Args:
+        x: as `arrange` left it for `forward`.
+        needs: which of the four are wanted.
+    """
     g = arrange_like(g, x)
-    dtype = find_parameter_dtype(x)
-    wide = dtype if given else torch.float64
-    gamma, mean, m2 = (
-        ready(weight, dtype, plan.channels),
-        ready(moments.mean, wide, plan.pools),
-        ready(moments.m2, wide, plan.pools),
-    )
-    dx = empty_output(x) if needs[0] else None
-    dgamma, dbeta = (torch.empty(plan.channels, dtype=dtype) if needed else None for needed in needs[1:3])
+    dtype = parameter_dtype(x)
+    gamma = weight if weight is None else ready(weight, dtype, plan.channels)
+    beta = bias if bias is None else ready(bias, dtype, plan.channels)
+    if residual is not None:
+        residual = arrange_like(residual, x)
+    dx = torch.empty_like(x) if needs[0] else None
+    dgamma = torch.empty(plan.channels, dtype=dtype) if needs[1] else None
+    dbeta = torch.empty(plan.channels, dtype=dtype) if needs[2] else None
+    dresidual = torch.empty_like(x) if needs[3] else None
+    mean, m2 = statistics
     compiled.backward(
-        plan.packed, eps, torch.get_num_threads(), given,
-        g.data_ptr(), x.data_ptr(), address(dx), address(gamma), address(mean), address(m2), address(dgamma),
-        address(dbeta),
+        plan.walk, eps, torch.get_num_threads(), CHOICES[activation],
+        g.data_ptr(), x.data_ptr(), address(residual), address(dx), address(dresidual), address(gamma), address(beta),
+        address(mean), m2.data_ptr(), 0, address(dgamma), address(dbeta),
     )  # fmt: skip
-    return dx, dgamma, dbeta
+    return dx, dgamma, dbeta, dresidual

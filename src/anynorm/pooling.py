@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache, wraps
 from typing import Any, TypeVar
 
@@ -32,6 +32,7 @@ class Pooling:
         affine: axes of the view that gamma and beta vary over.
         samples: axes of the view that are samples and keep statistics of their own; running averages are over them.
         centred: whether the mean is subtracted.
+        plans: how tensors of each shape and layout are walked, remembered by `kernels`.
     """
 
     splits: tuple[tuple[int, tuple[int, ...]], ...]
@@ -39,6 +40,7 @@ class Pooling:
     affine: tuple[int, ...]
     samples: tuple[int, ...]
     centred: bool
+    plans: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def open(self, x: Tensor) -> Tensor:
         """View x with its composed axes split; never a copy."""

@@ -1,4 +1,4 @@
-// The compiled module: checks what Python says about sizes and pointers, releases the GIL, calls the kernels.
+// The compiled module: checks what Python says about sizes and addresses, releases the GIL, calls the kernels.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
@@ -13,98 +13,159 @@
 
 namespace nb = nanobind;
 using anynorm::Call;
+using Address = uintptr_t;
 
 namespace {
 
-template <class T = void>
-T* pointer(uintptr_t address) {
-    return reinterpret_cast<T*>(address);
-}
+[[noreturn]] void refuse(const std::string& what) { throw std::invalid_argument("kernels: " + what); }
 
-// Sizes are positive and everything that is computed from them fits; dtype and threads are in range.
-void check_sizes(const Call& call) {
-    int64_t total = 16;  // bytes of the widest thing kept per element
-    for (int64_t size : {call.n, call.g, call.k, call.s}) {
-        if (size < 1 || __builtin_mul_overflow(total, size, &total)) throw std::invalid_argument("kernels: sizes");
+// What a call reads and writes. Nothing that is written may overlap anything else.
+class Memory {
+  public:
+    template <class T>
+    void reads(T*& to, Address address, int64_t size, const char* name) {
+        add(to, address, size, name, false);
     }
-    if (call.dtype < 0 || call.dtype > anynorm::kFloat16) throw std::invalid_argument("kernels: dtype");
-    if (call.threads < 1) throw std::invalid_argument("kernels: threads");
-    if (call.pool_n && (call.k != 1 || call.last)) throw std::invalid_argument("kernels: layout");
-    if (call.given && !call.pool_n) throw std::invalid_argument("kernels: given statistics are one per channel");
-}
+    template <class T>
+    void writes(T*& to, Address address, int64_t size, const char* name) {
+        add(to, address, size, name, true);
+    }
+    void check() const {
+        for (int i = 0; i < count_; ++i) {
+            for (int j = 0; spans_[i].is_written && j < count_; ++j) {
+                if (i != j && spans_[i].begin < spans_[j].end && spans_[j].begin < spans_[i].end) {
+                    refuse(std::string(spans_[i].name) + " shares memory with " + spans_[j].name);
+                }
+            }
+        }
+    }
 
-void need(bool held, const char* what) {
-    if (!held) throw std::invalid_argument(std::string("kernels: missing ") + what);
-}
+  private:
+    struct Span {
+        Address begin, end;
+        const char* name;
+        bool is_written;
+    };
+    template <class T>
+    void add(T*& to, Address address, int64_t size, const char* name, bool is_written) {
+        to = reinterpret_cast<T*>(address);
+        if (address) spans_[count_++] = {address, address + static_cast<Address>(size), name, is_written};
+    }
+    Span spans_[16];
+    int count_ = 0;
+};
 
-// Sizes as Python packs them: (n, g, k, s, last, pool_n, centred, dtype).
-Call make_call(const nb::tuple& plan, double eps, int threads) {
-    if (plan.size() != 8) throw std::invalid_argument("kernels: plan");
-    auto integer = [&](int i) { return nb::cast<int64_t>(plan[i]); };
+// How a tensor is walked: sizes that were checked once, made by `kernels.find_plan` and kept.
+struct Plan {
     Call call{};
-    call.n = integer(0);
-    call.g = integer(1);
-    call.k = integer(2);
-    call.s = integer(3);
-    call.last = integer(4) != 0;
-    call.pool_n = integer(5) != 0;
-    call.centred = integer(6) != 0;
-    call.dtype = static_cast<int>(integer(7));
+    int64_t element, parameter;  // bytes
+    bool given_as_parameters;
+
+    // given: 0 statistics come from x; 1 they are given in the dtype of the parameters; 2 in double.
+    Plan(int64_t n, int64_t g, int64_t k, int64_t s, bool last, bool pool_n, bool centred, int dtype, int given,
+         int64_t sample_rows) {
+        int64_t total = 16;  // bytes of the widest thing kept per element
+        for (int64_t size : {n, g, k, s}) {
+            if (size < 1 || __builtin_mul_overflow(total, size, &total)) refuse("sizes must be positive and fit 63 bits");
+        }
+        if (dtype < 0 || dtype > anynorm::kFloat16) refuse("dtype");
+        if (pool_n && (k != 1 || last)) refuse("layout");
+        if (given < 0 || given > 2 || (given && !centred)) refuse("given");
+        if (given && !pool_n) refuse("given statistics are one per channel");
+        if (sample_rows < 0 || (sample_rows > 0 && n % sample_rows)) refuse("sample_rows must divide n");
+        call.n = n;
+        call.g = g;
+        call.k = k;
+        call.s = s;
+        call.last = last;
+        call.pool_n = pool_n;
+        call.centred = centred;
+        call.given = given != 0;
+        given_as_parameters = given == 1;
+        call.dtype = dtype;
+        call.sample_rows = sample_rows;
+        element = dtype == anynorm::kFloat64 ? 8 : dtype == anynorm::kFloat32 ? 4 : 2;
+        parameter = dtype == anynorm::kFloat64 ? 8 : 4;
+    }
+    int64_t all() const { return call.n * call.g * call.k * call.s * element; }
+    int64_t per_channel() const { return call.channels() * parameter; }
+    int64_t per_pool() const { return call.pools() * (given_as_parameters ? parameter : 8); }
+    int64_t per_position() const { return call.n * call.s * 4; }
+    void reads_statistics(Memory& memory, Call& to, Address mean, Address m2) const {
+        if (given_as_parameters) {
+            memory.reads(to.given_mean, mean, per_pool(), "mean");
+            memory.reads(to.given_var, m2, per_pool(), "var");
+        } else {
+            memory.reads(to.mean, mean, per_pool(), "mean");
+            memory.reads(to.m2, m2, per_pool(), "m2");
+        }
+    }
+};
+
+Call begin(const Plan& plan, double eps, int threads, int activation) {
+    if (threads < 1) refuse("threads must be positive");
+    if (activation < 0 || activation > anynorm::kGelu) refuse("activation");
+    Call call = plan.call;
     call.eps = eps;
     call.threads = threads;
+    call.activation = activation;
     return call;
 }
+void need(bool held, const char* what) {
+    if (!held) refuse(std::string("missing ") + what);
+}
 
-void forward(const nb::tuple& plan, double eps, int threads, uintptr_t x, uintptr_t y, uintptr_t gamma, uintptr_t beta,
-             uintptr_t mean, uintptr_t m2) {
-    Call call = make_call(plan, eps, threads);
-    call.x = pointer(x);
-    call.out = pointer(y);
-    call.gamma = pointer(gamma);
-    call.beta = pointer(beta);
-    call.mean = pointer<double>(mean);
-    call.m2 = pointer<double>(m2);
-    check_sizes(call);
-    need(x && y && m2 && (mean || !call.centred), "tensor");
+void forward(const Plan& plan, double eps, int threads, int activation, Address x, Address residual, Address y,
+             Address gamma, Address beta, Address mean, Address m2, Address weight, Address running_mean,
+             Address running_var, Address counter, double momentum) {
+    Call call = begin(plan, eps, threads, activation);
+    Memory memory;
+    memory.reads(call.x, x, plan.all(), "x");
+    memory.reads(call.residual, residual, plan.all(), "residual");
+    memory.writes(call.out, y, plan.all(), "y");
+    memory.reads(call.gamma, gamma, plan.per_channel(), "gamma");
+    memory.reads(call.beta, beta, plan.per_channel(), "beta");
+    if (call.given) {
+        plan.reads_statistics(memory, call, mean, m2);
+        need(mean && m2 && y, "given statistics or y");
+        need(!running_mean && !running_var && !counter, "statistics of this batch for the running averages");
+    } else {
+        memory.writes(call.mean, mean, plan.per_pool(), "mean");
+        memory.writes(call.m2, m2, plan.per_pool(), "m2");
+    }
+    memory.reads(call.weight, weight, plan.per_position(), "weight");
+    memory.writes(call.running_mean, running_mean, call.g * plan.parameter, "running_mean");
+    memory.writes(call.running_var, running_var, call.g * plan.parameter, "running_var");
+    memory.writes(call.counter, counter, 8, "num_batches_tracked");
+    call.momentum = momentum;
+    need(x && (y || m2), "x, or a result");
+    need((running_mean != 0) == (running_var != 0) && (running_mean || !counter), "running_mean or running_var");
+    need(counter || momentum >= 0, "num_batches_tracked for a cumulative average");
+    if (running_mean && (call.k != 1 || !call.centred)) refuse("running averages are one per channel");
+    memory.check();
     nb::gil_scoped_release release;
     anynorm::kernels().forward(call);
 }
 
-void forward_given(const nb::tuple& plan, double eps, int threads, uintptr_t x, uintptr_t y, uintptr_t gamma,
-                   uintptr_t beta, uintptr_t mean, uintptr_t var) {
-    Call call = make_call(plan, eps, threads);
-    call.given = true;
-    call.x = pointer(x);
-    call.out = pointer(y);
-    call.gamma = pointer(gamma);
-    call.beta = pointer(beta);
-    call.given_mean = pointer(mean);
-    call.given_var = pointer(var);
-    check_sizes(call);
-    need(x && y && mean && var, "tensor");
-    nb::gil_scoped_release release;
-    anynorm::kernels().forward_given(call);
-}
-
-void backward(const nb::tuple& plan, double eps, int threads, bool given, uintptr_t grad, uintptr_t x, uintptr_t dx,
-              uintptr_t gamma, uintptr_t mean, uintptr_t m2, uintptr_t dgamma, uintptr_t dbeta) {
-    Call call = make_call(plan, eps, threads);
-    call.given = given;
-    call.grad = pointer(grad);
-    call.x = pointer(x);
-    call.out = pointer(dx);
-    call.gamma = pointer(gamma);
-    if (given) {
-        call.given_mean = pointer(mean);
-        call.given_var = pointer(m2);
-    } else {
-        call.mean = pointer<double>(mean);
-        call.m2 = pointer<double>(m2);
-    }
-    call.dgamma = pointer(dgamma);
-    call.dbeta = pointer(dbeta);
-    check_sizes(call);
-    need(grad && x && m2 && (mean || !call.centred), "tensor");
+void backward(const Plan& plan, double eps, int threads, int activation, Address grad, Address x, Address residual,
+              Address dx, Address dresidual, Address gamma, Address beta, Address mean, Address m2, Address weight,
+              Address dgamma, Address dbeta) {
+    Call call = begin(plan, eps, threads, activation);
+    Memory memory;
+    memory.reads(call.grad, grad, plan.all(), "grad");
+    memory.reads(call.x, x, plan.all(), "x");
+    memory.reads(call.residual, residual, plan.all(), "residual");
+    memory.writes(call.out, dx, plan.all(), "dx");
+    memory.writes(call.dresidual, dresidual, plan.all(), "dresidual");
+    memory.reads(call.gamma, gamma, plan.per_channel(), "gamma");
+    memory.reads(call.beta, beta, plan.per_channel(), "beta");
+    plan.reads_statistics(memory, call, mean, m2);
+    memory.reads(call.weight, weight, plan.per_position(), "weight");
+    memory.writes(call.dgamma, dgamma, plan.per_channel(), "dgamma");
+    memory.writes(call.dbeta, dbeta, plan.per_channel(), "dbeta");
+    need(grad && x && m2 && (mean || !call.centred), "grad, x, mean or m2");
+    // grad and x may be one tensor, as in y = norm(x), y.backward(x): both are only read.
+    memory.check();
     nb::gil_scoped_release release;
     anynorm::kernels().backward(call);
 }
@@ -112,8 +173,10 @@ void backward(const nb::tuple& plan, double eps, int threads, bool given, uintpt
 }  // namespace
 
 NB_MODULE(_kernels, module) {
+    nb::set_leak_warnings(false);  // plans are kept for the life of the process
+    nb::class_<Plan>(module, "Plan")
+        .def(nb::init<int64_t, int64_t, int64_t, int64_t, bool, bool, bool, int, int, int64_t>());
     module.def("forward", &forward);
-    module.def("forward_given", &forward_given);
     module.def("backward", &backward);
     module.def("choose_instruction_set", &anynorm::choose_instruction_set);
     module.def("instruction_set", &anynorm::instruction_set);

@@ -6,36 +6,44 @@
 namespace anynorm {
 
 enum Dtype : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
+enum Activation : int { kIdentity = 0, kRelu = 1, kLeakyRelu = 2, kSilu = 3, kGelu = 4 };
 
 // Memory is [n][g][k][s], or [n][s][g][k] where `last`. A pool is one (n, g); one g where `pool_n`.
 // gamma and beta vary over channels c = (g, k). Parameters are float, or double where x is double.
 struct Call {
     int64_t n, g, k, s;
-    bool last, pool_n, centred, given;
-    int dtype, threads;
+    bool last, pool_n, centred;
+    bool given;  // statistics are given, one per g, and are constants: in `mean` and `m2`, or as parameters are
+    int dtype, activation, threads;
     double eps;
     const void* x;
-    const void* grad;   // backward: dL/dy, laid out as x
-    void* out;          // forward: y; backward: dx or null
-    const void* gamma;  // [c] or null
-    const void* beta;   // [c] or null
-    double* mean;       // [pools] or null where nothing is subtracted
-    double* m2;         // [pools] sum of squared deviations
-    const void* given_mean;  // [g], where statistics are given
+    const void* residual;  // added before the activation; laid out as x, or null
+    const void* grad;      // backward: dL/dy, laid out as x
+    void* out;             // forward: y, or null for statistics alone; backward: dx or null
+    void* dresidual;       // backward: gradient of the residual, or null
+    const void* gamma;     // [c] or null
+    const void* beta;      // [c] or null
+    double* mean;          // [pools], null where nothing is subtracted
+    double* m2;            // [pools] sum of squared deviations; the variance where given
+    const void* given_mean;  // [g], instead of `mean` and `m2`
     const void* given_var;
-    void* dgamma;  // [c] or null
+    void* running_mean;    // [g], moved by `momentum` in a forward, or null
+    void* running_var;
+    int64_t* counter;  // of batches, or null
+    double momentum;   // weight of the new value
+    const float* weight;  // [n][s], 0 for positions that do not count; null where all do
+    int64_t sample_rows;  // with `weight`, where samples and positions were made one axis n: rows of a sample
+    void* dgamma;         // [c] or null
     void* dbeta;
 
     int64_t channels() const { return g * k; }
-    int64_t total() const { return n * g * k * s; }
     int64_t pools() const { return pool_n ? g : n * g; }
-    int64_t count() const { return pool_n ? n * k * s : k * s; }
+    bool is_active() const { return activation != kIdentity || residual || weight; }
 };
 
 // One instruction set's kernels.
 struct Kernels {
     void (*forward)(const Call&);
-    void (*forward_given)(const Call&);
     void (*backward)(const Call&);
 };
 

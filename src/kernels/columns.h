@@ -2,12 +2,12 @@
 // waste the vectors: there each position of a channel is a column of its own, and the channel a pool of columns.
 #pragma once
 
+#include "tiles.h"
 #include "walk.h"
 
 namespace anynorm::ANYNORM_TARGET {
 
-constexpr int64_t kTileBytes = 1 << 18;   // of x, for what is read once; leaves room in cache for y or g and dx
-constexpr int64_t kSlabBytes = 1 << 18;   // the most that is read twice while it is in cache
+constexpr int64_t kTileBytes = 1 << 17;  // of x, for what is read once
 
 template <class T>
 struct Columns {
@@ -15,91 +15,115 @@ struct Columns {
     const T* x = static_cast<const T*>(call.x);
     const T* grad = static_cast<const T*>(call.grad);
     T* out = static_cast<T*>(call.out);
-    int64_t samples = call.last ? call.n : 1;  // that have statistics of their own
+    T* gradient = find_gradient_room<T>(call);
+    bool by_sample = call.last;  // whether samples have statistics of their own
+    int64_t samples = by_sample ? call.n : 1;
     int64_t rows = call.last ? call.s : call.n;
     int64_t width = call.channels() * (call.last ? 1 : call.s);
     int64_t columns = call.last ? call.k : call.k * call.s;  // in a pool
+    int64_t tensors = call.grad ? (gradient ? 3 : 2) : 1;    // that are read twice
     int64_t slab = find_slab();
-    bool fused = rows * slab * static_cast<int64_t>(sizeof(T)) <= kSlabBytes;
+    bool fused = rows * slab * tensors * static_cast<int64_t>(sizeof(T)) <= 2 * kSlabBytes;
     int64_t slabs = fused ? divide_up(width, slab) : 1;
-    int64_t tile_rows = least(rows, most(kRowsAtOnce, kTileBytes / (width * static_cast<int64_t>(sizeof(T)))));
-    int64_t tiles = divide_up(rows, tile_rows);
+    int64_t stretch = call.weight && call.sample_rows > 0 ? call.sample_rows : rows;  // tiles begin anew with each
+    int64_t tile_rows = least(stretch, most(2 * kSumRows, kTileBytes / (width * static_cast<int64_t>(sizeof(T)))));
+    int64_t per_stretch = divide_up(stretch, tile_rows), tiles = rows / stretch * per_stretch;
+    Statistics<T> found{call};
 
     // Columns that are finished together: whole pools, and 512 bytes at least, which memory delivers well.
     int64_t find_slab() const {
-        const int64_t wanted = most(128, kTileBytes / (static_cast<int64_t>(sizeof(T)) * rows));
+        const int64_t wanted = most(128, kSlabBytes / (static_cast<int64_t>(sizeof(T)) * rows * tensors));
         return least(width, divide_up(least(wanted, width), columns) * columns);
     }
 
-    // Some columns of a sample, with what is known of each: coefficients and sums.
+    // Some columns of a sample, with what is known of each. Tables are floats where `is_float`.
     struct Panel {
         int64_t sample, begin, width;
-        double *mean, *a, *b, *c, *first, *second;
-        double* is_narrow;  // not 0 where mean, a, b and c have become floats
-        Panel(int64_t sample, int64_t begin, int64_t width, double* room)
-            : sample(sample), begin(begin), width(width), mean(room), a(room + width), b(room + 2 * width),
-              c(room + 3 * width), first(room + 4 * width), second(room + 5 * width), is_narrow(room + 6 * width) {}
+        double *mean, *first, *second, *tables;
+        bool* is_float;
+        template <class Compute>
+        Compute* table(int i) const { return reinterpret_cast<Compute*>(tables) + i * width; }
+        template <class Compute>
+        Lines<Compute> lines() const { return {table<Compute>(0), table<Compute>(1), table<Compute>(2)}; }
     };
-    static int64_t room_size(int64_t width) { return 6 * width + 1; }
+    Panel make_panel(int64_t sample, int64_t begin, int64_t size, double* room) const {
+        return {sample, begin, size, room, room + size, room + 2 * size, room + 3 * size, reinterpret_cast<bool*>(room + 7 * size)};
+    }
+    static int64_t room_size(int64_t width) { return 7 * width + 1; }
 
     int64_t at(const Panel& p, int64_t row) const { return (p.sample * rows + row) * width + p.begin; }
-    int64_t first_pool(const Panel& p) const { return (call.given ? 0 : p.sample * call.g) + p.begin / columns; }
+    int64_t first_pool(const Panel& p) const { return (by_sample ? p.sample * call.g : 0) + p.begin / columns; }
     Tile tile(const Panel& p, int64_t row_count) const { return {row_count, p.width, width}; }
-    int64_t tile_begin(int64_t t) const { return t * tile_rows; }
-    int64_t tile_size(int64_t t) const { return least(tile_rows, rows - t * tile_rows); }
+    const float* weight(const Panel& p, int64_t row) const {
+        return call.weight ? call.weight + p.sample * rows + row : nullptr;
+    }
+    TileAfter<T> after(const Panel& p, int64_t row) const {
+        const int64_t from = at(p, row);
+        const auto* residual = static_cast<const T*>(call.residual);
+        return {call.activation, residual ? residual + from : nullptr, weight(p, row), gradient ? gradient + from : nullptr};
+    }
+    int64_t tile_begin(int64_t t) const { return t / per_stretch * stretch + t % per_stretch * tile_rows; }
+    int64_t tile_size(int64_t t) const { return least(tile_rows, stretch - t % per_stretch * tile_rows); }
+    static void clear(double* values, int64_t size) {
+        for (int64_t i = 0; i < size; ++i) values[i] = 0;
+    }
 
-    // start(panel), then `add(panel, row, rows, first, second)` over all rows, then finish(panel) (false: sum again,
-    // about the means found), then `write(panel, row, rows)` over all rows.
+    // start(panel), then add(panel, row, rows, first, second, attempt) over all rows and finish(panel, attempt), which
+    // names the attempt to make next or -1, then write(panel, row, rows) over all rows.
     template <class Start, class Add, class Finish, class Write>
-    void walk(Start start, Add add, Finish finish, Write write) const {
+    void walk(Start start, Add add, Finish finish, Write write) {
         if (!fused) return walk_tiles(start, add, finish, write);
         share(call, samples * slabs, rows * slab, [&](int64_t begin, int64_t end) {
             Room<double> room(room_size(slab));
             for (int64_t i = begin; i < end; ++i) {
                 const int64_t from = (i % slabs) * slab;
-                const Panel p(i / slabs, from, least(slab, width - from), room.get());
+                const Panel p = make_panel(i / slabs, from, least(slab, width - from), room.get());
                 start(p);
-                for (int round = 0; round < 2; ++round) {
+                for (int attempt = kIsNarrow<T> ? kFloatGuess : kDoubleZero; attempt >= 0;) {
                     clear(p.first, 2 * p.width);  // `second` follows `first`
-                    add(p, 0, rows, p.first, p.second, round);
-                    if (finish(p)) break;
+                    for (int64_t t = 0; t < tiles; ++t) add(p, tile_begin(t), tile_size(t), p.first, p.second, attempt);
+                    attempt = finish(p, attempt);
                 }
-                write(p, 0, rows);
+                if (out) write(p, 0, rows);
             }
         });
     }
 
     // The same over tiles of rows: the sums of all of them come first, in their order.
     template <class Start, class Add, class Finish, class Write>
-    void walk_tiles(Start start, Add add, Finish finish, Write write) const {
+    void walk_tiles(Start start, Add add, Finish finish, Write write) {
         Room<double> room(samples * room_size(width)), partial(samples * tiles * 2 * width);
-        auto panel = [&](int64_t sample) { return Panel(sample, 0, width, room.get() + sample * room_size(width)); };
-        for (int64_t n = 0; n < samples; ++n) start(panel(n));
-        bool is_done = false;
-        for (int round = 0; round < 2 && !is_done; ++round) {
+        Room<int> attempts(samples);
+        auto panel = [&](int64_t sample) { return make_panel(sample, 0, width, room.get() + sample * room_size(width)); };
+        for (int64_t n = 0; n < samples; ++n) {
+            start(panel(n));
+            attempts[n] = kIsNarrow<T> ? kFloatGuess : kDoubleZero;
+        }
+        for (bool is_done = false; !is_done;) {
             each_tile([&](int64_t n, int64_t t) {
+                if (attempts[n] < 0) return;
                 double* sums = partial.get() + (n * tiles + t) * 2 * width;
                 clear(sums, 2 * width);
-                add(panel(n), tile_begin(t), tile_size(t), sums, sums + width, round);
+                add(panel(n), tile_begin(t), tile_size(t), sums, sums + width, attempts[n]);
             });
             is_done = true;
             for (int64_t n = 0; n < samples; ++n) {
+                if (attempts[n] < 0) continue;
                 const Panel p = panel(n);
                 clear(p.first, 2 * width);
                 for (int64_t t = 0; t < tiles; ++t) {
                     const double* sums = partial.get() + (n * tiles + t) * 2 * width;
                     for (int64_t i = 0; i < 2 * width; ++i) p.first[i] += sums[i];
                 }
-                is_done &= finish(p);
+                attempts[n] = finish(p, attempts[n]);
+                is_done = is_done && attempts[n] < 0;
             }
         }
+        if (!out) return;
         // Backwards: what was read last is still in cache.
         each_tile([&](int64_t n, int64_t t) {
             write(panel(samples - 1 - n), tile_begin(tiles - 1 - t), tile_size(tiles - 1 - t));
         });
-    }
-    static void clear(double* values, int64_t size) {
-        for (int64_t i = 0; i < size; ++i) values[i] = 0;
     }
     template <class Body>
     void each_tile(Body body) const {
@@ -108,62 +132,93 @@ struct Columns {
         });
     }
 
-    void forward() const {
-        Statistics<T> found(call);
-        auto start = [&](const Panel& p) { clear(p.mean, p.width); };
-        auto add = [&](const Panel& p, int64_t row, int64_t row_count, double* first, double* second, int round) {
-            const T* from = x + at(p, row);
-            if (!round) return column_sums<false>(from, tile(p, row_count), p.mean, first, second);
-            column_sums<true>(from, tile(p, row_count), p.mean, first, second);
+    // ---- forward ------------------------------------------------------------------------------------------------
+
+    void forward() {
+        if (call.given) return forward_given();
+        auto start = [&](const Panel& p) { guess(p); };
+        auto add = [&](const Panel& p, int64_t row, int64_t row_count, double* first, double* second, int attempt) {
+            with_compute<T>(attempt <= kFloatMean, [&](auto zero) {
+                column_moments(x + at(p, row), tile(p, row_count), p.template table<decltype(zero)>(0), weight(p, row), first, second);
+            });
         };
-        Room<char> seen(samples * slabs, true);
-        auto finish = [&](const Panel& p) {
-            char& is_second = seen[p.sample * slabs + p.begin / slab];
-            if (is_second > 1) return true;  // finished when another sample was not
-            if (cancels_anywhere(p) && !is_second) {
-                for (int64_t i = 0; i < p.width; ++i) p.mean[i] += p.a[i];
-                is_second = 1;
-                return false;
-            }
-            is_second = 2;
-            for (int64_t i = 0; i < p.width; i += columns) merge(p, i, found);
-            coefficients(p, found);
-            narrow(p);
-            return true;
+        auto finish = [&](const Panel& p, int attempt) {
+            const int next = judge(p, attempt);
+            if (next >= 0) return next;
+            for (int64_t i = 0; i < p.width; i += columns) merge(p, i);
+            coefficients(p);
+            return -1;
         };
         walk(start, add, finish, [&](const Panel& p, int64_t row, int64_t n) { apply(p, row, n); });
+        found.move_running();
     }
-    // Leaves each column's distance from the shift to its mean in `a`, for `merge`.
-    bool cancels_anywhere(const Panel& p) const {
-        const double count = static_cast<double>(rows);
-        int found = 0;
-        for (int64_t i = 0; i < p.width; ++i) {
-            p.a[i] = p.first[i] / count;
-            found |= cancels<T>(call, p.second[i] - p.first[i] * p.a[i], p.second[i]);
-        }
-        return found != 0;
+    void forward_given() {
+        found.read();
+        Room<double> room(room_size(width));
+        const Panel p = make_panel(0, 0, width, room.get());
+        coefficients(p);
+        each_tile([&](int64_t, int64_t t) { apply(p, tile_begin(t), tile_size(t)); });
     }
-    void apply(const Panel& p, int64_t row, int64_t row_count) const {
-        const int64_t from = at(p, row);
-        if constexpr (sizeof(T) < 8) {
-            if (*p.is_narrow) {
-                column_apply(x + from, out + from, tile(p, row_count), floats(p.mean), floats(p.a), floats(p.b));
-                return;
+
+    // Each column's shift: the mean of a few of its values, or the first that counts.
+    void guess(const Panel& p) const {
+        clear(p.mean, p.width);
+        if (call.centred && kIsNarrow<T>) {
+            const int64_t spots = call.weight ? 1 : least(8, rows);
+            for (int64_t j = 0; j < spots; ++j) {
+                int64_t row = j * rows / spots;
+                while (call.weight && row < rows - 1 && !(*weight(p, row) > 0)) ++row;
+                const T* from = x + at(p, row);
+                sweep<W>(p.width, [&](int64_t i, auto some, int) INLINE_LAMBDA {
+                    store(p.mean + i, load(p.mean + i, some) + load(from + i, some), some);
+                });
             }
+            for (int64_t i = 0; i < p.width; ++i) p.mean[i] /= static_cast<double>(spots);
         }
-        column_apply(x + from, out + from, tile(p, row_count), p.mean, p.a, p.b);
+        put_shifts(p, kIsNarrow<T>);
+    }
+    static void put_shifts(const Panel& p, bool is_float) {
+        with_compute<T>(is_float, [&](auto zero) {
+            using Compute = decltype(zero);
+            Compute* shift = p.template table<Compute>(0);
+            for (int64_t i = 0; i < p.width; ++i) p.mean[i] = shift[i] = static_cast<Compute>(p.mean[i]);
+        });
+    }
+
+    // Which attempt comes next, about the means that were found, or -1. Means that a float cannot hold go to doubles.
+    int judge(const Panel& p, int attempt) {
+        bool is_good = true, is_small = true;
+        for (int64_t i = 0; i < p.width; ++i) {
+            const double size = column_count(p), step = call.centred ? p.first[i] / size : 0;
+            is_good &= found.is_good(p.second[i] - p.first[i] * step, p.second[i], size, attempt);
+            is_small &= std::fabs(p.mean[i] + step) < 1e18;
+        }
+        if (is_good) return -1;
+        int next = attempt + 1;
+        if (attempt == kFloatGuess && !(is_small && call.centred)) next = kDoubleZero;
+        for (int64_t i = 0; i < p.width; ++i) {
+            p.mean[i] = next == kDoubleZero || !call.centred ? 0 : p.mean[i] + p.first[i] / column_count(p);
+        }
+        put_shifts(p, next == kFloatMean);
+        return next;
+    }
+    // Rows that count.
+    double column_count(const Panel& p) {
+        return call.weight ? most(1, static_cast<int64_t>(found.count(by_sample ? p.sample * call.g : 0)) / columns) : static_cast<double>(rows);
     }
 
     // A pool's moments from those of its columns, which have a shift each.
-    void merge(const Panel& p, int64_t from, Statistics<T>& found) const {
+    void merge(const Panel& p, int64_t from) {
         const int64_t pool = first_pool(p) + from / columns;
-        const double count = static_cast<double>(rows);
-        double m2 = 0, sum = 0, about = p.mean[from] + p.a[from];
+        const double count = column_count(p);
+        double m2 = 0, sum = 0, about = 0;
         for (int64_t i = from; i < from + columns; ++i) {
             m2 += p.second[i];
             if (!call.centred) continue;
-            m2 -= p.first[i] * p.a[i];
-            p.mean[i] += p.a[i];
+            const double step = p.first[i] / count;
+            m2 -= p.first[i] * step;
+            p.mean[i] += step;
+            if (i == from) about = p.mean[i];
             sum += p.mean[i] - about;
         }
         if (call.centred) {
@@ -183,110 +238,120 @@ struct Columns {
         }
     }
 
-    // y = (x - mean) * a + b, for each column.
-    void coefficients(const Panel& p, Statistics<T>& found) const {
-        each_column(p, [&](int64_t i, int64_t pool, int64_t c) {
-            p.mean[i] = found.mean[pool];
-            p.a[i] = found.rstd[pool] * gamma_of<T>(call, c);
-            p.b[i] = beta_of<T>(call, c);
-            p.c[i] = p.a[i];  // what `narrow` subtracts from b for the rest of the mean
+    // y = (x - mean) * a + b
+    void coefficients(const Panel& p) {
+        bool fits = true;
+        each_column(p, [&](int64_t, int64_t pool, int64_t c) {
+            fits = fits && fits_float<T>(found.mean[pool], found.rstd[pool] * gamma_of<T>(call, c), beta_of<T>(call, c));
+        });
+        *p.is_float = fits;
+        with_compute<T>(fits, [&](auto zero) {
+            auto lines = p.template lines<decltype(zero)>();
+            each_column(p, [&](int64_t i, int64_t pool, int64_t c) INLINE_LAMBDA {
+                lines.put(i, found.mean[pool], found.rstd[pool] * gamma_of<T>(call, c), beta_of<T>(call, c));
+            });
+        });
+    }
+    void apply(const Panel& p, int64_t row, int64_t row_count) const {
+        const int64_t from = at(p, row);
+        with_compute<T>(*p.is_float, [&](auto zero) {
+            const auto lines = p.template lines<decltype(zero)>();
+            const Tile part = tile(p, row_count);
+            if (call.is_active()) return column_apply<decltype(zero), true>(x + from, out + from, part, lines, after(p, row));
+            column_apply<decltype(zero), false>(x + from, out + from, part, lines, TileAfter<T>{});
         });
     }
 
-    // Turns coefficients into floats, in place, where floats can hold them: mean is a pair of floats, and what the
-    // first leaves over goes to b, as rest * c, where c is a in forward.
-    void narrow(const Panel& p) const {
-        *p.is_narrow = 0;
-        bool fits = true;
-        for (int64_t i = 0; i < p.width; ++i) fits &= fits_float<T>(p.mean[i], p.a[i], p.b[i], p.c[i]);
-        if (!fits) return;
-        *p.is_narrow = 1;
-        for (int64_t i = 0; i < p.width; ++i) {
-            const float high = static_cast<float>(p.mean[i]);
-            const double rest = p.mean[i] - high;
-            put_float(p.b, i, p.b[i] - rest * p.c[i]);
-            put_float(p.mean, i, high);
-            put_float(p.a, i, p.a[i]);
-            put_float(p.c, i, p.c[i]);
-        }
-    }
-    // Float i stands in the first half of double i / 2, which has been read.
-    static INLINE void put_float(double* table, int64_t i, double value) {
-        const float narrowed = static_cast<float>(value);
-        std::memcpy(reinterpret_cast<char*>(table) + i * sizeof(float), &narrowed, sizeof(narrowed));
-    }
-    static const float* floats(const double* table) { return reinterpret_cast<const float*>(table); }
+    // ---- backward -----------------------------------------------------------------------------------------------
 
-    void forward_given() const {
-        Statistics<T> found(call);
-        found.read_given();
-        Room<double> room(room_size(width));
-        const Panel p(0, 0, width, room.get());
-        coefficients(p, found);
-        narrow(p);
-        each_tile([&](int64_t, int64_t t) { apply(p, tile_begin(t), tile_size(t)); });
-    }
-
-    void backward() const {
-        Statistics<T> found(call);
-        call.given ? found.read_given() : found.read();
+    void backward() {
+        found.read();
         Room<Sums> channel_sums(samples * call.channels(), true);
-        auto start = [&](const Panel& p) { coefficients(p, found); };
+        const bool needs_sums = !call.given || call.dgamma || call.dbeta || call.is_active();
+        auto start = [&](const Panel& p) { coefficients(p); };
         auto add = [&](const Panel& p, int64_t row, int64_t row_count, double* first, double* second, int) {
-            if (call.given && !call.dgamma && !call.dbeta) return;
-            column_grad_sums(grad + at(p, row), x + at(p, row), tile(p, row_count), p.mean, first, second);
+            if (!needs_sums) return;
+            const int64_t from = at(p, row);
+            const Tile part = tile(p, row_count);
+            with_compute<T>(*p.is_float, [&](auto zero) {
+                const auto lines = p.template lines<decltype(zero)>();
+                if (call.is_active()) {
+                    return column_grad_sums<decltype(zero), true>(grad + from, x + from, part, lines, after(p, row), first, second);
+                }
+                column_grad_sums<decltype(zero), false>(grad + from, x + from, part, lines, TileAfter<T>{}, first, second);
+            });
         };
-        auto finish = [&](const Panel& p) {
+        auto finish = [&](const Panel& p, int) {
+            about_means(p);
             each_column(p, [&](int64_t i, int64_t, int64_t c) {
-                if (sizeof(T) < 8) p.second[i] -= p.mean[i] * p.first[i];
                 channel_sums[p.sample * call.channels() + c].add({p.first[i], p.second[i]});
             });
-            for (int64_t i = 0; i < p.width; i += columns) slopes(p, i, found);
-            narrow(p);
-            return true;
+            slopes(p);
+            return -1;
         };
         walk(start, add, finish, [&](const Panel& p, int64_t row, int64_t n) { write_dx(p, row, n); });
-        put_parameters(found, channel_sums);
+        put_parameters(channel_sums);
+    }
+    // Sums of g * (x - high) become those of g * (x - mean).
+    void about_means(const Panel& p) const {
+        with_compute<T>(*p.is_float, [&](auto zero) {
+            const auto* high = p.template table<decltype(zero)>(0);
+            each_column(p, [&](int64_t i, int64_t pool, int64_t) INLINE_LAMBDA {
+                p.second[i] += (static_cast<double>(high[i]) - found.mean[pool]) * p.first[i];
+            });
+        });
+    }
+
+    // dx = g * a - c1 - (x - mean) * c2, for each column of a pool. Leaves c1 and c2 in the place of the sums.
+    void slopes(const Panel& p) {
+        bool fits = true;
+        for (int64_t from = 0; from < p.width; from += columns) {
+            const int64_t pool = first_pool(p) + from / columns;
+            Sums scaled;
+            for (int64_t i = from; i < from + columns; ++i) {
+                const double gamma = gamma_of<T>(call, call.last ? p.begin + i : (p.begin + from) / columns);
+                scaled.add({p.first[i] * gamma, p.second[i] * gamma});
+            }
+            const Slopes slope = call.given ? Slopes() : Slopes(call.centred, scaled, found.rstd[pool], found.count(pool));
+            for (int64_t i = from; i < from + columns; ++i) {
+                p.first[i] = slope.c1;
+                p.second[i] = slope.c2;
+            }
+            fits = fits && fits_float<T>(found.mean[pool], slope.c1, slope.c2);
+        }
+        each_column(p, [&](int64_t, int64_t pool, int64_t c) {
+            fits = fits && fits_float<T>(0, found.rstd[pool] * gamma_of<T>(call, c));
+        });
+        *p.is_float = fits;
+        with_compute<T>(fits, [&](auto zero) {
+            auto lines = p.template lines<decltype(zero)>();
+            auto* a = p.template table<decltype(zero)>(3);
+            each_column(p, [&](int64_t i, int64_t pool, int64_t c) INLINE_LAMBDA {
+                lines.put(i, found.mean[pool], p.second[i], p.first[i]);
+                a[i] = static_cast<decltype(zero)>(found.rstd[pool] * gamma_of<T>(call, c));
+            });
+        });
     }
 
     void write_dx(const Panel& p, int64_t row, int64_t row_count) const {
-        if (!out) return;
         const int64_t from = at(p, row);
+        const T* g = (gradient ? gradient : grad) + from;
         const Tile part = tile(p, row_count);
-        if constexpr (sizeof(T) < 8) {
-            if (*p.is_narrow) {
-                const float* a = floats(p.a);
-                if (call.given) return column_scale(grad + from, out + from, part, a);
-                column_dx(grad + from, x + from, out + from, part, floats(p.mean), a, floats(p.b), floats(p.c));
-                return;
-            }
-        }
-        if (call.given) return column_scale(grad + from, out + from, part, p.a);
-        column_dx(grad + from, x + from, out + from, part, p.mean, p.a, p.b, p.c);
+        with_compute<T>(*p.is_float, [&](auto zero) {
+            const auto* a = p.template table<decltype(zero)>(3);
+            if (call.given && !call.weight) return column_scale(g, out + from, part, a);
+            column_dx(g, x + from, out + from, part, a, p.template lines<decltype(zero)>(), weight(p, row));
+        });
     }
 
-    // dx = g * a - b - (x - mean) * c, for each column of a pool.
-    void slopes(const Panel& p, int64_t from, Statistics<T>& found) const {
-        Sums scaled;
-        for (int64_t i = from; i < from + columns; ++i) {
-            const double gamma = gamma_of<T>(call, call.last ? p.begin + i : (p.begin + from) / columns);
-            scaled.add({p.first[i] * gamma, p.second[i] * gamma});
-        }
-        const Slopes slope(call, scaled, found.rstd[first_pool(p) + from / columns]);
-        for (int64_t i = from; i < from + columns; ++i) {
-            p.b[i] = slope.c1;
-            p.c[i] = slope.c2;
-        }
-    }
-
-    void put_parameters(Statistics<T>& found, Room<Sums>& channel_sums) const {
+    void put_parameters(Room<Sums>& channel_sums) {
         if (!call.dgamma && !call.dbeta) return;
         for (int64_t c = 0; c < call.channels(); ++c) {
             double dgamma = 0, dbeta = 0;
             for (int64_t n = 0; n < samples; ++n) {
                 const Sums& sums = channel_sums[n * call.channels() + c];
                 dbeta += sums.first;
-                dgamma += sums.second * found.rstd[(call.given ? 0 : n * call.g) + c / call.k];
+                dgamma += sums.second * found.rstd[(by_sample ? n * call.g : 0) + c / call.k];
             }
             put_gradients<T>(call, c, dgamma, dbeta);
         }

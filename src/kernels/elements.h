@@ -9,98 +9,177 @@ namespace anynorm::ANYNORM_TARGET {
 template <class T>
 struct Elements {
     using P = Parameter<T>;
+    static constexpr int kPoolsAtOnce = 4, kFlushEvery = 8;  // times kPoolsAtOnce, in sums of floats
+
     const Call& call;
     const T* x = static_cast<const T*>(call.x);
+    const T* residual = static_cast<const T*>(call.residual);
     const T* grad = static_cast<const T*>(call.grad);
     T* out = static_cast<T*>(call.out);
-    int64_t length = call.k * call.s;         // of a pool
+    T* gradient = find_gradient_room<T>(call);
+    int64_t length = call.k * call.s;           // of a pool
     int64_t period = call.channels() * call.s;  // of gamma and beta
-    bool expands = call.s > 1;
-    Room<P> own_gamma{table_size(call.gamma)}, own_beta{table_size(call.beta)};
-    const P* gamma = table(call.gamma, own_gamma.get(), 1);
-    const P* beta = table(call.beta, own_beta.get(), 0);
+    Room<P> own_gamma{table_size(call.gamma, true)}, own_beta{table_size(call.beta, false)};
+    const P* gamma = table(call.gamma, own_gamma.get(), 1, true);
+    const P* beta = table(call.beta, own_beta.get(), 0, false);
+    Statistics<T> found{call};
 
-    explicit Elements(const Call& call) : call(call) {}
-
-    int64_t table_size(const void* parameter) const { return parameter && !expands ? 0 : period; }
-
+    int64_t table_size(const void* parameter, bool is_needed) const {
+        return (parameter && call.s > 1) || (!parameter && is_needed) ? period : 0;
+    }
     // A value per element of the period: the parameter itself where a channel has one position.
-    const P* table(const void* parameter, P* own, P otherwise) const {
+    const P* table(const void* parameter, P* own, P otherwise, bool is_needed) const {
         const auto* values = static_cast<const P*>(parameter);
-        if (values && !expands) return values;
+        if (!table_size(parameter, is_needed)) return values;
         for (int64_t i = 0; i < period; ++i) own[i] = values ? values[i / call.s] : otherwise;
         return own;
     }
     int64_t offset(int64_t pool) const { return (pool % call.g) * length; }
-
-    void moments(Statistics<T>& found, int64_t pool) const {
-        const T* run = x + pool * length;
-        if (!call.centred) return (void)found.finish(pool, {0, run_squares(run, length)}, 0);
-        if (found.finish(pool, run_powers(run, length), 0)) return;
-        const double mean = found.mean[pool];
-        found.finish(pool, run_sums(run, length, mean), mean);
+    bool is_skipped(int64_t pool) const { return call.weight && !(call.weight[pool / call.g] > 0); }
+    After<T> after(int64_t pool) const {
+        const int64_t at = pool * length;
+        return {call.activation, residual ? residual + at : nullptr, nullptr, gradient ? gradient + at : nullptr};
     }
+    static void clear(T* values, int64_t size) { std::memset(static_cast<void*>(values), 0, size * sizeof(T)); }
 
-    void apply(double mean, double rstd, int64_t pool) const {
-        if constexpr (sizeof(T) < 8) {
-            if (fits_float<T>(mean, rstd)) return apply_in<float>(mean, rstd, pool);
+    void moments(int64_t pool) {
+        const T* run = x + pool * length;
+        if (is_skipped(pool)) {
+            if (call.centred) found.mean[pool] = 0;
+            return found.put(pool, 0);
         }
-        apply_in<double>(mean, rstd, pool);
-    }
-    template <class Compute>
-    void apply_in(double mean, double rstd, int64_t pool) const {
-        const T* run = x + pool * length;
-        T* y = out + pool * length;
-        const P *scale = gamma + offset(pool), *shift = beta + offset(pool);
-        if (call.centred) return run_apply_table<Compute, true, true>(run, y, length, mean, rstd, scale, shift);
-        if (call.beta) return run_apply_table<Compute, false, true>(run, y, length, mean, rstd, scale, shift);
-        run_apply_table<Compute, false, false>(run, y, length, mean, rstd, scale, shift);
-    }
-
-    void forward() const {
-        Statistics<T> found(call);
-        share(call, call.pools(), length, [&](int64_t begin, int64_t end) {
-            for (int64_t p = begin; p < end; ++p) {
-                moments(found, p);
-                apply(found.mean[p], found.rstd[p], p);
-            }
+        const int64_t size = least(W, length);
+        const double guess = call.centred ? add_lanes(load(run, Part{size})) / static_cast<double>(size) : 0;
+        found.find(pool, guess, [&](bool is_float, double shift) {
+            Sums sums;
+            with_compute<T>(is_float, [&](auto zero) {
+                using Compute = decltype(zero);
+                sums = call.centred ? run_moments<Compute, false>(run, {1, 0, length}, shift, nullptr, 0)
+                                    : Sums{0, run_squares<Compute>(run, length)};
+            });
+            return sums;
         });
     }
 
-    void backward() const {
-        Statistics<T> found(call);
+    void apply(int64_t pool) {
+        const T* run = x + pool * length;
+        T* y = out + pool * length;
+        if (is_skipped(pool)) return clear(y, length);
+        const double mean = found.mean[pool], rstd = found.rstd[pool];
+        with_compute<T>(fits_float<T>(mean, rstd), [&](auto zero) {
+            using Compute = decltype(zero);
+            const Line<Compute> line(mean, rstd, 0);
+            const P *scale = gamma + offset(pool), *shift = beta ? beta + offset(pool) : nullptr;
+            if (call.is_active()) {
+                if (beta) return run_apply_table<Compute, true, true>(run, y, length, line, scale, shift, after(pool));
+                return run_apply_table<Compute, true, false>(run, y, length, line, scale, shift, after(pool));
+            }
+            if (beta) return run_apply_table<Compute, false, true, T, P>(run, y, length, line, scale, shift, {});
+            run_apply_table<Compute, false, false, T, P>(run, y, length, line, scale, shift, {});
+        });
+    }
+
+    void forward() {
+        share(call, call.pools(), length, [&](int64_t begin, int64_t end) {
+            for (int64_t p = begin; p < end; ++p) {
+                moments(p);
+                if (out) apply(p);
+            }
+        });
+        found.move_running();
+    }
+
+    // Each chunk of samples adds up its own gradients; how many there are depends on the sizes alone.
+    void backward() {
         found.read();
         const bool parameters = call.dgamma || call.dbeta;
-        // Each chunk of samples adds up its own gradients; how many there are depends on the sizes alone.
-        const int64_t samples = most(16, divide_up(call.n, 64)), chunks = divide_up(call.n, samples);
+        const int64_t samples = most(kPoolsAtOnce * kFlushEvery, divide_up(call.n, 64)), chunks = divide_up(call.n, samples);
         Room<double> partial(parameters ? chunks * 2 * period : 0, true);
         share(call, chunks, samples * period, [&](int64_t begin, int64_t end) {
             for (int64_t chunk = begin; chunk < end; ++chunk) {
-                double* dgamma = partial.get() + (parameters ? chunk * 2 * period : 0);
-                const int64_t last = least(call.n, (chunk + 1) * samples) * call.g;
-                for (int64_t p = chunk * samples * call.g; p < last; ++p) {
-                    one_pool(p, found.mean[p], found.rstd[p], parameters ? dgamma + offset(p) : nullptr);
-                }
+                double* sums = parameters ? partial.get() + chunk * 2 * period : nullptr;
+                const int64_t first = chunk * samples, last = least(call.n, first + samples);
+                for (int64_t g = 0; g < call.g; ++g) one_group(g, first, last, sums ? sums + g * length : nullptr);
             }
         });
         if (parameters) put_parameters(partial, chunks);
     }
 
-    void one_pool(int64_t pool, double mean, double rstd, double* dgamma) const {
-        const int64_t at = pool * length;
-        const P* scale = gamma + offset(pool);
-        const Sums scaled =
-            dgamma ? run_grad_sums_table<true>(grad + at, x + at, length, mean, rstd, scale, dgamma, dgamma + period)
-                   : run_grad_sums_table<false>(grad + at, x + at, length, mean, rstd, scale, dgamma, dgamma);
-        if (!out) return;
-        const Slopes slopes(call, scaled, rstd);
-        if constexpr (sizeof(T) < 8) {
-            if (fits_float<T>(mean, rstd, slopes.c1, slopes.c2)) {
-                run_dx_table<float>(grad + at, x + at, out + at, length, mean, rstd, scale, slopes.c1, slopes.c2);
-                return;
+    // The pools of one group in some samples: float where all their numbers allow it.
+    void one_group(int64_t g, int64_t first, int64_t last, double* sums) {
+        bool fits = true;
+        for (int64_t n = first; n < last; ++n) fits = fits && fits_float<T>(found.mean[n * call.g + g], found.rstd[n * call.g + g]);
+        with_compute<T>(fits, [&](auto zero) { walk_samples<decltype(zero)>(g, first, last, sums); });
+    }
+
+    template <class Compute>
+    void walk_samples(int64_t g, int64_t first, int64_t last, double* sums) {
+        Room<Compute> waiting(sums ? 2 * length : 0, true);
+        Compute* dgamma = sums ? waiting.get() : nullptr;
+        int64_t unflushed = 0;
+        for (int64_t n = first; n < last;) {
+            const bool four = n + kPoolsAtOnce <= last && !call.weight;
+            const int64_t pool = n * call.g + g;
+            if (four) {
+                some_pools<Compute, kPoolsAtOnce>(pool, dgamma);
+            } else if (!is_skipped(pool)) {
+                some_pools<Compute, 1>(pool, dgamma);
+            } else {
+                skip(pool);
+            }
+            n += four ? kPoolsAtOnce : 1;
+            if (sums && (++unflushed == kFlushEvery || n >= last)) {
+                unflushed = 0;
+                for (int64_t i = 0; i < length; ++i) {
+                    sums[i] += dgamma[i];
+                    sums[period + i] += dgamma[length + i];
+                    dgamma[i] = dgamma[length + i] = 0;
+                }
             }
         }
-        run_dx_table<double>(grad + at, x + at, out + at, length, mean, rstd, scale, slopes.c1, slopes.c2);
+    }
+    void skip(int64_t pool) {
+        if (out) clear(out + pool * length, length);
+        if (gradient) clear(gradient + pool * length, length);
+    }
+
+    // R pools, one group's in neighbouring samples.
+    template <class Compute, int R>
+    void some_pools(int64_t pool, Compute* dgamma) {
+        const int64_t at = pool * length, stride = call.g * length;
+        const P *scale = gamma + offset(pool), *shift = beta ? beta + offset(pool) : nullptr;
+        Line<Compute> lines[R];
+        After<T> afters[R];
+        Sums scaled[R];
+        for (int r = 0; r < R; ++r) {
+            const int64_t p = pool + r * call.g;
+            lines[r] = Line<Compute>(found.mean[p], found.rstd[p], 0);
+            afters[r] = after(p);
+        }
+        Compute* dbeta = dgamma + length;
+        auto sum = [&](auto active, auto parameters) {
+            run_grad_sums_table<Compute, R, active, parameters>(grad + at, x + at, length, stride, lines, scale, shift,
+                                                                afters, dgamma, dbeta, scaled);
+        };
+        using Yes = std::true_type;
+        using No = std::false_type;
+        const bool is_active = call.activation != kIdentity || call.residual || call.dresidual;
+        if (is_active) dgamma ? sum(Yes{}, Yes{}) : sum(Yes{}, No{});
+        else dgamma ? sum(No{}, Yes{}) : sum(No{}, No{});
+        for (int r = 0; out && r < R; ++r) write_dx(pool + r * call.g, scaled[r]);
+    }
+
+    // scaled: sums of gamma * g and gamma * g * xhat.
+    void write_dx(int64_t pool, Sums scaled) {
+        const int64_t at = pool * length;
+        const double mean = found.mean[pool], rstd = found.rstd[pool];
+        scaled.second /= rstd;
+        const Slopes slopes(call.centred, scaled, rstd, found.count(pool));
+        const T* g = (gradient ? gradient : grad) + at;
+        with_compute<T>(fits_float<T>(mean, rstd, slopes.c1, slopes.c2), [&](auto zero) {
+            const Line<decltype(zero)> line(mean, slopes.c2, slopes.c1);
+            run_dx_table(g, x + at, out + at, length, rstd, line, gamma + offset(pool));
+        });
     }
 
     void put_parameters(Room<double>& partial, int64_t chunks) const {

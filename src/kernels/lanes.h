@@ -29,6 +29,10 @@ using Singles = float __attribute__((vector_size(8 * W)));  // twice as many lan
 using SingleWords = uint32_t __attribute__((vector_size(8 * W)));
 using SingleShorts = uint16_t __attribute__((vector_size(4 * W)));
 using Indices = int64_t __attribute__((vector_size(8 * W)));
+using SingleIndices = int32_t __attribute__((vector_size(8 * W)));
+struct Halves {
+    Floats low, high;
+};
 
 struct bfloat16 {
     uint16_t bits;
@@ -200,40 +204,40 @@ INLINE double scalar(const T* p) {
     return load(p, Part{1})[0];
 }
 
-// A sum on the multiplier: the adder is busy with conversions. The compiler must not see that `one` is 1.
-INLINE Lanes hidden_one() {
-    Lanes one = Lanes{} + 1.0;
-#if defined(__FMA__)
-    __asm__("" : "+x"(one));
-#endif
-    return one;
-}
-INLINE Lanes add_by_multiplier(Lanes sum, Lanes v, [[maybe_unused]] Lanes one) {
-#if defined(__FMA__)
-    return v * one + sum;
-#else
-    return sum + v;
-#endif
-}
-
 // Zero in the lanes that are not in use, whatever they hold.
-INLINE Lanes keep(Lanes v, Full) { return v; }
+template <class V>
+INLINE V keep(V v, Full) {
+    return v;
+}
 INLINE Lanes keep(Lanes v, Part part) {
     Indices index;
     for (int i = 0; i < W; ++i) index[i] = i;
     return index < part.n ? v : Lanes{};
 }
-
-INLINE double add_lanes(Lanes v) {
-    double sum = 0;
-    for (int half = W / 2; half > 0; half /= 2) {
-        for (int i = 0; i < half; ++i) v[i] += v[i + half];
-    }
-    return sum + v[0];
+INLINE Singles keep(Singles v, Part part) {
+    SingleIndices index;
+    for (int i = 0; i < 2 * W; ++i) index[i] = i;
+    return index < static_cast<int32_t>(part.n) ? v : Singles{};
 }
 
+INLINE double add_lanes(Lanes v) {
+    using Pair = double __attribute__((vector_size(16)));
+    struct Pairs {
+        Pair p[W / 2];
+    };
+    Pairs pairs = bits_of<Pairs>(v);
+    for (int half = W / 4; half > 0; half /= 2) {
+        for (int i = 0; i < half; ++i) pairs.p[i] += pairs.p[i + half];
+    }
+    return pairs.p[0][0] + pairs.p[0][1];
+}
+
+// Both halves of a vector of floats, as doubles.
+INLINE Lanes low_half(Singles v) { return __builtin_convertvector(bits_of<Halves>(v).low, Lanes); }
+INLINE Lanes high_half(Singles v) { return __builtin_convertvector(bits_of<Halves>(v).high, Lanes); }
+
 // body(start, Full or Part, which of four accumulators) over [0, length), in vectors of `Width`.
-template <int Width = W, class Body>
+template <int Width, class Body>
 INLINE void sweep(int64_t length, Body body) {
     int64_t i = 0;
     for (; i + 4 * Width <= length; i += 4 * Width) {
@@ -242,8 +246,16 @@ INLINE void sweep(int64_t length, Body body) {
         body(i + 2 * Width, Full{}, 2);
         body(i + 3 * Width, Full{}, 3);
     }
-    for (; i + Width <= length; i += Width) body(i, Full{}, 0);
-    if (i < length) body(i, Part{length - i}, 1);
+    if (i + 2 * Width <= length) {
+        body(i, Full{}, 0);
+        body(i + Width, Full{}, 1);
+        i += 2 * Width;
+    }
+    if (i + Width <= length) {
+        body(i, Full{}, 2);
+        i += Width;
+    }
+    if (i < length) body(i, Part{length - i}, 3);
 }
 
 }  // namespace anynorm::ANYNORM_TARGET

@@ -1,6 +1,7 @@
 // The walk along contiguous runs whose gamma and beta are constant: batch, instance and group norm, channels first.
 //
-// A pool is a number of rows of `s` elements; rows are cut into segments where few pools must keep many threads busy.
+// A pool is a number of runs: of batch norm one a sample, else one for each of its channels, and those follow one
+// another. Few large pools are cut into segments, to keep many threads busy.
 #pragma once
 
 #include "walk.h"
@@ -13,143 +14,268 @@ template <class T>
 struct Rows {
     const Call& call;
     const T* x = static_cast<const T*>(call.x);
+    const T* residual = static_cast<const T*>(call.residual);
     const T* grad = static_cast<const T*>(call.grad);
     T* out = static_cast<T*>(call.out);
-    int64_t rows = call.pool_n ? call.n : call.k;  // in a pool
-    int64_t pieces = divide_up(call.s, kSegment);  // of a row
-    int64_t segments = rows * pieces;
-    int64_t elements = rows * call.s;
-    // A pool that is finished while it is in cache is read once; too few or too large ones are walked twice.
-    bool fused = elements <= kSegment || (call.pools() >= 16 && elements <= (1 << 22));
+    T* gradient = find_gradient_room<T>(call);
+    bool by_sample = call.pool_n || call.given;      // whether a pool has a run in each sample
+    int64_t pools = by_sample ? call.g : call.pools();
+    int64_t runs = by_sample ? call.n : call.k;  // of a pool
+    int64_t elements = runs * call.s;            // of a pool
+    int64_t pieces = divide_up(call.s, kSegment);
+    int64_t segments = runs * pieces;
+    bool whole = pools >= 16 || elements <= kSegment;  // whether a pool is one thread's
+    Statistics<T> found{call};
 
-    int64_t row(int64_t pool, int64_t segment) const {
-        const int64_t j = segment / pieces;
-        return call.pool_n ? j * call.g + pool : pool * call.k + j;
+    int64_t stride() const { return by_sample ? call.g * call.s : call.s; }
+    int64_t start(int64_t pool) const { return by_sample ? pool * call.s : pool * elements; }
+    int64_t channel(int64_t pool, int64_t run) const {
+        return by_sample ? pool : (pool % call.g) * call.k + run;
     }
-    int64_t channel(int64_t pool, int64_t segment) const {
-        return call.pool_n ? pool : (pool % call.g) * call.k + segment / pieces;
+    const float* weight(int64_t pool, int64_t run) const {
+        if (!call.weight) return nullptr;
+        return call.weight + (by_sample ? run : pool / call.g) * call.s;
     }
-    int64_t start(int64_t pool, int64_t segment) const {
-        return row(pool, segment) * call.s + (segment % pieces) * kSegment;
+    After<T> after(int64_t pool, int64_t run, int64_t at, int64_t from) const {
+        const float* counted = weight(pool, run);
+        return {call.activation, residual ? residual + at : nullptr, counted ? counted + from : nullptr,
+                gradient ? gradient + at : nullptr};
     }
-    int64_t length(int64_t segment) const { return least(kSegment, call.s - (segment % pieces) * kSegment); }
 
-    Sums sums(int64_t pool, int64_t segment, double shift) const {
-        return run_sums(x + start(pool, segment), length(segment), shift);
-    }
-    Sums grad_sums(int64_t pool, int64_t segment, double mean) const {
-        const int64_t at = start(pool, segment);
-        return run_grad_sums(grad + at, x + at, length(segment), mean);
-    }
-    void apply(int64_t pool, int64_t segment, double mean, double rstd) const {
-        const int64_t at = start(pool, segment), c = channel(pool, segment), size = length(segment);
-        const double a = rstd * gamma_of<T>(call, c), b = beta_of<T>(call, c);
-        if constexpr (sizeof(T) < 8) {
-            if (fits_float<T>(mean, rstd, a, b)) return run_apply<float>(x + at, out + at, size, mean, a, b);
+    // ---- moments ----------------------------------------------------------------------------------------------
+
+    // The mean of a few values, exact where all are alike; of the first that counts where some do not.
+    double guess(int64_t pool) const {
+        if (!call.centred) return 0;
+        if (call.weight) return first_counted(pool);
+        const int64_t length = by_sample ? call.s : elements, spots = most(1, least(8, elements / 512));
+        const int64_t here = least(spots, by_sample ? runs : 1), per_run = spots / here;
+        const int64_t size = least(W, length);
+        Lanes sum{};
+        for (int64_t j = 0; j < here; ++j) {
+            const T* run = x + start(pool) + (j * runs / here) * (by_sample ? stride() : 0);
+            for (int64_t u = 0; u < per_run; ++u) sum += load(run + (length - size) / per_run * u, Part{size});
         }
-        run_apply<double>(x + at, out + at, size, mean, a, b);
+        return add_lanes(sum) / static_cast<double>(size * here * per_run);
     }
-    void dx(int64_t pool, int64_t segment, double mean, double rstd, const Slopes& slopes) const {
-        const int64_t at = start(pool, segment), size = length(segment);
-        const double a = rstd * gamma_of<T>(call, channel(pool, segment));
-        if constexpr (sizeof(T) < 8) {
-            if (fits_float<T>(mean, rstd, a, slopes.c1, slopes.c2)) {
-                if (call.given) return run_scale<float>(grad + at, out + at, size, a);
-                return run_dx<float>(grad + at, x + at, out + at, size, mean, a, slopes.c1, slopes.c2);
+    double first_counted(int64_t pool) const {
+        for (int64_t j = 0; j < runs; ++j) {
+            const float* counted = weight(pool, j);
+            for (int64_t i = 0; i < call.s; ++i) {
+                if (counted[i] > 0) return scalar(x + start(pool) + j * stride() + i);
             }
         }
-        if (call.given) return run_scale<double>(grad + at, out + at, size, a);
-        run_dx<double>(grad + at, x + at, out + at, size, mean, a, slopes.c1, slopes.c2);
+        return 0;
     }
 
-    template <class Body>
-    void each_segment(Body body) const {
-        share(call, call.pools() * segments, elements / segments, [&](int64_t begin, int64_t end) {
-            for (int64_t i = begin; i < end; ++i) body(i / segments, i % segments);
+    template <class Compute>
+    Sums moments_in(int64_t at, const Runs& all, const float* counted, int64_t weight_stride, double shift) const {
+        if (counted) return run_moments<Compute, true>(x + at, all, shift, counted, weight_stride);
+        return run_moments<Compute, false>(x + at, all, shift, nullptr, 0);
+    }
+    Sums moments(bool is_float, int64_t at, const Runs& all, const float* counted, double shift) const {
+        const int64_t weight_stride = by_sample ? call.s : 0;
+        if constexpr (kIsNarrow<T>) {
+            if (is_float) return moments_in<float>(at, all, counted, weight_stride, shift);
+        }
+        return moments_in<double>(at, all, counted, weight_stride, shift);
+    }
+    Runs all_runs() const {
+        if (by_sample || call.weight) return {runs, stride(), call.s};
+        return {1, 0, elements};  // they follow one another
+    }
+
+    void find_whole(int64_t pool) {
+        found.find(pool, guess(pool), [&](bool is_float, double shift) {
+            return moments(is_float, start(pool), all_runs(), weight(pool, 0), shift);
+        });
+    }
+    void find_in_segments(int64_t pool, Sums* parts) {
+        found.find(pool, guess(pool), [&](bool is_float, double shift) {
+            each_segment([&](int64_t j) {
+                const int64_t run = j / pieces, from = (j % pieces) * kSegment;
+                const float* counted = weight(pool, run);
+                parts[j] = moments(is_float, start(pool) + run * stride() + from, {1, 0, piece(from)},
+                                   counted ? counted + from : nullptr, shift);
+            });
+            return total(parts);
         });
     }
 
-    // Each segment's `first`, then a pool's `finish` with all of them (false: once more), then each segment's `second`.
-    template <class First, class Finish, class Second>
-    void walk(First first, Finish finish, Second second) const {
-        if (fused) {
-            share(call, call.pools(), elements, [&](int64_t begin, int64_t end) {
+    int64_t piece(int64_t from) const { return least(kSegment, call.s - from); }
+    Sums total(const Sums* parts) const {
+        Sums sum;
+        for (int64_t j = 0; j < segments; ++j) sum.add(parts[j]);
+        return sum;
+    }
+    template <class Body>
+    void each_segment(Body body) const {
+        share(call, segments, elements / segments, [&](int64_t begin, int64_t end) {
+            for (int64_t j = begin; j < end; ++j) body(j);
+        });
+    }
+    // body(pool, run, from, length), over all of a pool or a segment of it.
+    template <class Body>
+    void each_run(int64_t pool, Body body) const {
+        for (int64_t j = 0; j < runs; ++j) body(pool, j, int64_t{0}, call.s);
+    }
+
+    // ---- forward ------------------------------------------------------------------------------------------------
+
+    void apply(int64_t pool, int64_t run, int64_t from, int64_t length) {
+        const int64_t c = channel(pool, run), at = start(pool) + run * stride() + from;
+        const double mean = found.mean[pool], a = found.rstd[pool] * gamma_of<T>(call, c), b = beta_of<T>(call, c);
+        with_compute<T>(fits_float<T>(mean, a, b), [&](auto zero) {
+            const Line<decltype(zero)> line(mean, a, b);
+            if (!call.is_active()) return run_apply<decltype(zero), false, T>(x + at, out + at, length, line, {});
+            run_apply<decltype(zero), true>(x + at, out + at, length, line, after(pool, run, at, from));
+        });
+    }
+
+    void forward() {
+        auto write = [&](int64_t p, int64_t j, int64_t from, int64_t length) { apply(p, j, from, length); };
+        if (call.given) {
+            found.read();
+            return each_piece(write);
+        }
+        if (!whole) {
+            Room<Sums> parts(segments);
+            for (int64_t p = 0; p < pools; ++p) {
+                find_in_segments(p, parts.get());
+                if (out) each_segment_of(p, write);
+            }
+            return found.move_running();
+        }
+        each_slab(1, [&](int64_t begin, int64_t end) {
+            for (int64_t p = begin; p < end; ++p) find_whole(p);
+            for (int64_t p = begin; out && p < end; ++p) each_run(p, write);
+        });
+        found.move_running();
+    }
+
+    // body(begin, end) over slabs of pools whose `tensors` stay in a core's cache.
+    template <class Body>
+    void each_slab(int64_t tensors, Body body) const {
+        const int64_t size = most(1, kSlabBytes / (elements * static_cast<int64_t>(sizeof(T)) * tensors));
+        share(call, pools, elements, [&](int64_t begin, int64_t end) {
+            for (int64_t p = begin; p < end; p += size) body(p, least(end, p + size));
+        });
+    }
+    template <class Body>
+    void each_segment_of(int64_t pool, Body body) const {
+        each_segment([&](int64_t j) {
+            const int64_t from = (j % pieces) * kSegment;
+            body(pool, j / pieces, from, piece(from));
+        });
+    }
+    // In the order of memory, where no sums are needed first.
+    template <class Body>
+    void each_piece(Body body) const {
+        const int64_t samples = by_sample ? call.n : 1, rows = by_sample ? pools : pools * runs;
+        share(call, samples * rows * pieces, elements / segments, [&](int64_t begin, int64_t end) {
+            for (int64_t i = begin; i < end; ++i) {
+                const int64_t from = pieces == 1 ? 0 : (i % pieces) * kSegment, row = pieces == 1 ? i : i / pieces;
+                if (by_sample) {
+                    body(row % pools, row / pools, from, piece(from));
+                } else {
+                    body(row / runs, row % runs, from, piece(from));
+                }
+            }
+        });
+    }
+
+    // ---- backward -----------------------------------------------------------------------------------------------
+
+    // Sums of a channel's g and g * (x - mean), over all its runs or a part of one.
+    Sums grad_sums(int64_t pool, int64_t run, int64_t from, const Runs& all) const {
+        const int64_t c = channel(pool, run), at = start(pool) + run * stride() + from;
+        const double mean = found.mean[pool], a = rstd(pool) * gamma_of<T>(call, c), b = beta_of<T>(call, c);
+        Sums sums;
+        with_compute<T>(fits_float<T>(mean, a, b), [&](auto zero) {
+            using Compute = decltype(zero);
+            const Line<Compute> line(mean, a, b);
+            if (!call.is_active()) {
+                sums = run_grad_sums<Compute, false>(grad + at, x + at, all, line, [](int64_t) { return After<T>{}; });
+            } else {
+                sums = run_grad_sums<Compute, true>(grad + at, x + at, all, line, [&](int64_t r) {
+                    return after(pool, run + r, at + r * all.stride, from);
+                });
+            }
+            sums.second += (static_cast<double>(line.high) - mean) * sums.first;
+        });
+        return sums;
+    }
+    double rstd(int64_t pool) const { return const_cast<Statistics<T>&>(found).rstd[pool]; }
+
+    void write_dx(int64_t pool, int64_t run, int64_t from, int64_t length, const Slopes& slopes) const {
+        const int64_t c = channel(pool, run), at = start(pool) + run * stride() + from;
+        const double mean = found.mean[pool], a = rstd(pool) * gamma_of<T>(call, c);
+        const T* g = (gradient ? gradient : grad) + at;
+        const float* counted = weight(pool, run);
+        with_compute<T>(fits_float<T>(mean, a, slopes.c1, slopes.c2), [&](auto zero) {
+            using Compute = decltype(zero);
+            if (call.given && !counted) return run_scale<Compute>(g, out + at, length, a);
+            run_dx(g, x + at, out + at, length, a, Line<Compute>(mean, slopes.c2, slopes.c1), counted ? counted + from : nullptr);
+        });
+    }
+
+    void backward() {
+        found.read();
+        const bool needs_sums = !call.given || call.dgamma || call.dbeta || call.is_active();
+        if (!needs_sums) {
+            return each_piece([&](int64_t p, int64_t j, int64_t from, int64_t length) { write_dx(p, j, from, length, {}); });
+        }
+        // One entry for each channel of a pool.
+        const int64_t channels = by_sample ? 1 : runs;
+        Room<Sums> sums(pools * channels, true);
+        if (whole) {
+            each_slab(gradient ? 3 : 2, [&](int64_t begin, int64_t end) {
                 for (int64_t p = begin; p < end; ++p) {
-                    auto sums_of = [&](int64_t j) { return first(p, j); };
-                    if (!finish(p, sums_of)) finish(p, sums_of);
-                    for (int64_t j = 0; j < segments; ++j) second(p, j);
+                    for (int64_t j = 0; j < channels; ++j) {
+                        sums[p * channels + j] = grad_sums(p, j, 0, {by_sample ? runs : 1, stride(), call.s});
+                    }
+                }
+                for (int64_t p = begin; out && p < end; ++p) {
+                    const Slopes slopes = slopes_of(p, &sums[p * channels], channels);
+                    each_run(p, [&](int64_t, int64_t j, int64_t from, int64_t size) { write_dx(p, j, from, size, slopes); });
                 }
             });
-            return;
-        }
-        Room<Sums> found(call.pools() * segments);
-        bool is_done = false;
-        for (int round = 0; round < 2 && !is_done; ++round) {
-            each_segment([&](int64_t p, int64_t j) { found[p * segments + j] = first(p, j); });
-            is_done = true;
-            for (int64_t p = 0; p < call.pools(); ++p) {
-                is_done &= finish(p, [&](int64_t j) { return found[p * segments + j]; });
+        } else {
+            Room<Sums> parts(segments);
+            for (int64_t p = 0; p < pools; ++p) {
+                each_segment_of(p, [&](int64_t, int64_t j, int64_t from, int64_t size) {
+                    parts[j * pieces + from / kSegment] = grad_sums(p, j, from, {1, 0, size});
+                });
+                for (int64_t j = 0; j < segments; ++j) sums[p * channels + (by_sample ? 0 : j / pieces)].add(parts[j]);
+                if (!out) continue;
+                const Slopes slopes = slopes_of(p, &sums[p * channels], channels);
+                each_segment_of(p, [&](int64_t, int64_t j, int64_t from, int64_t size) { write_dx(p, j, from, size, slopes); });
             }
         }
-        each_segment(second);
+        put_parameters(sums, channels);
     }
 
-    void forward() const {
-        Statistics<T> found(call);
-        Room<double> shift(call.pools(), true);
-        auto first = [&](int64_t p, int64_t j) { return sums(p, j, shift[p]); };
-        auto finish = [&](int64_t p, auto sums_of) {
-            Sums total;
-            for (int64_t j = 0; j < segments; ++j) total.add(sums_of(j));
-            const bool is_good = found.finish(p, total, shift[p]);
-            if (!is_good) shift[p] = found.mean[p];
-            return is_good;
-        };
-        walk(first, finish, [&](int64_t p, int64_t j) { apply(p, j, found.mean[p], found.rstd[p]); });
-    }
-
-    void forward_given() const {
-        Statistics<T> found(call);
-        found.read_given();
-        each_segment([&](int64_t p, int64_t j) { apply(p, j, found.mean[p], found.rstd[p]); });
-    }
-
-    void backward() const {
-        Statistics<T> found(call);
-        call.given ? found.read_given() : found.read();
-        Room<Sums> row_sums(call.pools() * rows, true);
-        Room<Slopes> slopes(call.pools());
-        auto first = [&](int64_t p, int64_t j) { return grad_sums(p, j, found.mean[p]); };
-        auto finish = [&](int64_t p, auto sums_of) {
-            Sums scaled;
-            for (int64_t j = 0; j < segments; ++j) {
-                const Sums sums = sums_of(j);
-                const double gamma = gamma_of<T>(call, channel(p, j));
-                row_sums[p * rows + j / pieces].add(sums);
-                scaled.add({sums.first * gamma, sums.second * gamma});
-            }
-            slopes[p] = Slopes(call, scaled, found.rstd[p]);
-            return true;
-        };
-        auto second = [&](int64_t p, int64_t j) {
-            if (out) dx(p, j, found.mean[p], found.rstd[p], slopes[p]);
-        };
-        if (call.given && !call.dgamma && !call.dbeta) return each_segment(second);
-        walk(first, finish, second);
-        put_parameters(found, row_sums);
+    Slopes slopes_of(int64_t pool, const Sums* sums, int64_t channels) {
+        if (call.given) return {};
+        Sums scaled;
+        for (int64_t j = 0; j < channels; ++j) {
+            const double gamma = gamma_of<T>(call, channel(pool, j));
+            scaled.add({sums[j].first * gamma, sums[j].second * gamma});
+        }
+        return {call.centred, scaled, rstd(pool), found.count(pool)};
     }
 
     // A channel's sums over samples, in their order.
-    void put_parameters(Statistics<T>& found, Room<Sums>& row_sums) const {
+    void put_parameters(Room<Sums>& sums, int64_t channels) {
         if (!call.dgamma && !call.dbeta) return;
-        const int64_t samples = call.pool_n ? rows : call.n;
+        const int64_t samples = by_sample ? 1 : call.n;
         for (int64_t c = 0; c < call.channels(); ++c) {
             double dgamma = 0, dbeta = 0;
             for (int64_t n = 0; n < samples; ++n) {
-                const int64_t p = call.pool_n ? c : n * call.g + c / call.k;
-                const Sums& sums = row_sums[call.pool_n ? c * rows + n : p * rows + c % call.k];
-                dbeta += sums.first;
-                dgamma += sums.second * found.rstd[p];
+                const int64_t p = by_sample ? c : n * call.g + c / call.k;
+                const Sums& of = sums[p * channels + (by_sample ? 0 : c % call.k)];
+                dbeta += of.first;
+                dgamma += of.second * rstd(p);
             }
             put_gradients<T>(call, c, dgamma, dbeta);
         }

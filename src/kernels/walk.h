@@ -1,4 +1,4 @@
-// What the walks share: room, threads, and how sums become moments and coefficients.
+// What the walks share: room, threads, and how sums become moments, coefficients and gradients.
 #pragma once
 
 #include <cmath>
@@ -6,46 +6,50 @@
 #include <new>
 
 #include "call.h"
-#include "loops.h"
+#include "runs.h"
 #include "threads.h"
 
 namespace anynorm::ANYNORM_TARGET {
 
 // Parameters are as wide as x where x is double, else float.
 template <class T>
-struct ParameterOf {
-    using type = float;
-};
-template <>
-struct ParameterOf<double> {
-    using type = double;
-};
+using Parameter = std::conditional_t<sizeof(T) == 8, double, float>;
 template <class T>
-using Parameter = typename ParameterOf<T>::type;
+constexpr bool kIsNarrow = sizeof(T) < 8;
 
 // Elements that are worth a task, and below which threads cost more than they bring.
 constexpr int64_t kTask = 1 << 14;
+// The most that is read twice while it is in a core's own cache.
+constexpr int64_t kSlabBytes = 1 << 18;
 
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 INLINE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Room for `size` values; freed with its owner.
+// Room for `size` values, zero where asked; freed with its owner. Little of it comes from the stack.
 template <class V>
 class Room {
   public:
     explicit Room(int64_t size, bool zero = false) {
         const size_t bytes = static_cast<size_t>(most(size, 1)) * sizeof(V);
+        if (bytes <= sizeof(own_)) {
+            data_ = reinterpret_cast<V*>(own_);
+            if (zero) std::memset(own_, 0, bytes);
+            return;
+        }
         data_ = static_cast<V*>(zero ? std::calloc(bytes, 1) : std::malloc(bytes));
         if (!data_) throw std::bad_alloc();
     }
-    ~Room() { std::free(data_); }
+    ~Room() {
+        if (data_ != reinterpret_cast<V*>(own_)) std::free(data_);
+    }
     Room(const Room&) = delete;
     Room& operator=(const Room&) = delete;
     V* get() { return data_; }
     V& operator[](int64_t i) { return data_[i]; }
 
   private:
+    alignas(64) char own_[512];
     V* data_;
 };
 
@@ -53,6 +57,7 @@ class Room {
 template <class Body>
 void share(const Call& call, int64_t total, int64_t elements_each, Body body) {
     const int64_t step = most(1, kTask / most(1, elements_each));
+    if (total <= step) return body(int64_t{0}, total);
     struct Context {
         Body& body;
         int64_t total, step;
@@ -64,12 +69,9 @@ void share(const Call& call, int64_t total, int64_t elements_each, Body body) {
     run_tasks(call.threads, divide_up(total, step), run, &context);
 }
 
-// Whether the squares about 0 (or another shift) cost the deviations too many digits: a mean of a thousand standard
-// deviations takes 6 of the 15 that a double has. Sums of doubles round as they go, and are always taken twice.
-template <class T>
-INLINE bool cancels(const Call& call, double m2, double squares) {
-    return call.centred && (sizeof(T) == 8 || m2 < 1e-6 * squares);
-}
+// How sums are taken: in float about a guess, in float about the mean that gave, in double about 0, in double about the
+// mean that gave. The first that is good enough is the last; sums of doubles round as they go and are always taken twice.
+enum Attempt : int { kFloatGuess = 0, kFloatMean = 1, kDoubleZero = 2, kDoubleMean = 3 };
 
 // What is written is computed in float where x is narrow and every coefficient is far from a float's limits.
 INLINE bool is_tame(double coefficient) {
@@ -78,48 +80,127 @@ INLINE bool is_tame(double coefficient) {
 }
 template <class T, class... Coefficients>
 INLINE bool fits_float(double mean, Coefficients... coefficients) {
-    return sizeof(T) < 8 && std::fabs(mean) < 1e30 && (is_tame(coefficients) && ...);
+    return kIsNarrow<T> && std::fabs(mean) < 1e30 && (is_tame(coefficients) && ...);
+}
+// body(float or double), as the coefficients need.
+template <class T, class Body>
+INLINE void with_compute(bool fits, Body body) {
+    if constexpr (kIsNarrow<T>) {
+        if (fits) return body(float{});
+    }
+    body(double{});
 }
 
 // What a norm needs of x beside x, one entry per pool. Given statistics take the place of the pools'.
 template <class T>
 struct Statistics {
     const Call& call;
-    Room<double> own_mean, rstd;
-    double* mean;
+    const int64_t pools = call.given ? call.g : call.pools();
+    Room<double> own_mean, own_m2, rstd, counts;
+    double *mean, *m2;
+    double all = static_cast<double>((call.pool_n ? call.n : call.k) * call.s);
 
     explicit Statistics(const Call& call)
-        : call(call), own_mean(call.mean ? 0 : call.pools(), true), rstd(call.pools()), mean(call.mean) {
-        if (!mean) mean = own_mean.get();
+        : call(call), own_mean(call.mean ? 0 : pools, true), own_m2(call.m2 ? 0 : pools), rstd(pools),
+          counts(call.weight ? call.n : 0), mean(call.mean ? call.mean : own_mean.get()),
+          m2(call.m2 ? call.m2 : own_m2.get()) {
+        if (call.weight) count_positions();
     }
 
-    // From the sums about a shift. False where too little was left of the squares: sum again, about the mean.
-    bool finish(int64_t pool, const Sums& sums, double shift) {
-        const double count = static_cast<double>(call.count());
-        double m2 = sums.second;
+    // Elements of a pool that count.
+    INLINE double count(int64_t pool) {
+        if (!call.weight) return all;
+        return counts[call.pool_n ? 0 : pool / call.g];
+    }
+    void count_positions() {
+        for (int64_t n = 0; n < call.n; ++n) {
+            int64_t found = 0;
+            for (int64_t s = 0; s < call.s; ++s) found += call.weight[n * call.s + s] > 0;
+            counts[n] = static_cast<double>(found * (call.pool_n ? 1 : call.k));
+            if (call.pool_n && n > 0) counts[0] += counts[n];
+        }
+    }
+
+    // From the sums about a shift. False where they cannot be trusted: too little was left of the squares, or they came
+    // near a float's limits.
+    bool finish(int64_t pool, const Sums& sums, double shift, int attempt) {
+        const double size = count(pool), divisor = size > 0 ? size : 1;
+        double deviations = sums.second;
         if (call.centred) {
-            mean[pool] = shift + sums.first / count;
-            m2 -= sums.first * (sums.first / count);
+            mean[pool] = shift + sums.first / divisor;
+            deviations -= sums.first * (sums.first / divisor);
         }
-        put(pool, m2 < 0 ? 0 : m2);
-        return !cancels<T>(call, m2, sums.second);
+        put(pool, deviations < 0 ? 0 : deviations);
+        return is_good(deviations, sums.second, divisor, attempt);
     }
-    void put(int64_t pool, double m2) {
-        call.m2[pool] = m2;
-        rstd[pool] = 1 / std::sqrt(m2 / static_cast<double>(call.count()) + call.eps);
+    bool is_good(double deviations, double squares, double size, int attempt) const {
+        if (attempt == kDoubleMean) return true;
+        if (attempt == kDoubleZero) return kIsNarrow<T> && (!call.centred || deviations >= 1e-6 * squares);
+        if (!(squares < 1e34) || (squares < 1e-30 * size && call.eps < 1e-20)) return false;
+        return !call.centred || squares == 0 || squares <= 4 * deviations;
+    }
+    void put(int64_t pool, double deviations) {
+        m2[pool] = deviations;
+        const double size = count(pool);
+        rstd[pool] = 1 / std::sqrt(deviations / (size > 0 ? size : 1) + call.eps);
     }
 
-    // From what a forward kept.
-    void read() {
-        for (int64_t p = 0; p < call.pools(); ++p) put(p, call.m2[p]);
-    }
-    void read_given() {
-        const auto* given_mean = static_cast<const Parameter<T>*>(call.given_mean);
-        const auto* given_var = static_cast<const Parameter<T>*>(call.given_var);
-        for (int64_t c = 0; c < call.g; ++c) {
-            mean[c] = given_mean[c];
-            rstd[c] = 1 / std::sqrt(static_cast<double>(given_var[c]) + call.eps);
+    // Sums by `sums_of(is_float, shift)`, as often as it takes. `guess` is near the values.
+    template <class SumsOf>
+    void find(int64_t pool, double guess, SumsOf sums_of) {
+        if constexpr (kIsNarrow<T>) {
+            const float shift = static_cast<float>(guess);
+            if (finish(pool, sums_of(true, shift), shift, kFloatGuess)) return;
+            const float about = static_cast<float>(mean[pool]);
+            if (call.centred && std::fabs(about) < 1e18f &&
+                finish(pool, sums_of(true, about), about, kFloatMean)) return;
         }
+        if (finish(pool, sums_of(false, 0), 0, kDoubleZero)) return;
+        const double about = mean[pool];
+        finish(pool, sums_of(false, about), about, kDoubleMean);
+    }
+
+    // From what a forward kept, or what is given.
+    void read() {
+        if (call.given_mean) {
+            for (int64_t c = 0; c < pools; ++c) {
+                mean[c] = static_cast<const Parameter<T>*>(call.given_mean)[c];
+                m2[c] = static_cast<const Parameter<T>*>(call.given_var)[c];
+            }
+        }
+        const double scale = call.given ? 1 : 1 / all;
+        if (call.weight && !call.given) {
+            for (int64_t p = 0; p < pools; ++p) put(p, m2[p]);
+        } else {
+            for (int64_t p = 0; p < pools; ++p) rstd[p] = 1 / std::sqrt(m2[p] * scale + call.eps);
+        }
+    }
+
+    // running = (1 - momentum) * running + momentum * new, rounded once; a negative momentum is that of a cumulative
+    // average. Pools of several samples are averaged. Nothing that counts changes nothing.
+    void move_running() {
+        if (!call.running_mean) return;
+        const int64_t samples = pools / call.g;
+        double counted = 0;
+        for (int64_t n = 0; n < samples; ++n) counted += count(n * call.g) > 0;
+        if (counted == 0) return;
+        const double weight = call.momentum < 0 ? 1 / static_cast<double>(*call.counter + 1) : call.momentum;
+        auto move = [&](void* running, int64_t c, double value) {
+            auto& old = static_cast<Parameter<T>*>(running)[c];
+            old = static_cast<Parameter<T>>(old * (1 - weight) + value / counted * weight);
+        };
+        for (int64_t c = 0; c < call.g; ++c) {
+            double means = 0, variances = 0;
+            for (int64_t n = 0; n < samples; ++n) {
+                const int64_t p = n * call.g + c;
+                if (!(count(p) > 0)) continue;
+                means += mean[p];
+                variances += m2[p] / (count(p) > 1 ? count(p) - 1 : 1);
+            }
+            move(call.running_mean, c, means);
+            move(call.running_var, c, variances);
+        }
+        if (call.counter) ++*call.counter;
     }
 };
 
@@ -141,11 +222,18 @@ INLINE void put_gradients(const Call& call, int64_t channel, double dgamma, doub
 struct Slopes {
     double c1 = 0, c2 = 0;
     Slopes() = default;
-    INLINE Slopes(const Call& call, const Sums& scaled, double rstd) {
-        const double count = static_cast<double>(call.count());
-        c1 = call.centred ? rstd * (scaled.first / count) : 0;
+    INLINE Slopes(bool centred, const Sums& scaled, double rstd, double count) {
+        if (!(count > 0)) return;
+        c1 = centred ? rstd * (scaled.first / count) : 0;
         c2 = rstd * rstd * (rstd * (scaled.second / count));
     }
 };
+
+// Where the gradient before the activation goes: to the residual's, or to dx, which is written over it.
+template <class T>
+INLINE T* find_gradient_room(const Call& call) {
+    if (call.activation == kIdentity && !call.dresidual) return nullptr;
+    return static_cast<T*>(call.dresidual ? call.dresidual : call.out);
+}
 
 }  // namespace anynorm::ANYNORM_TARGET

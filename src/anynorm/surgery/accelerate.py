@@ -1,68 +1,46 @@
-"""`accelerate`: every torch.nn norm of a model becomes ours, in place."""
+"""`accelerate`: every torch.nn norm of a model becomes ours, in place; and what follows a norm can be fused with it."""
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass, field
+import dataclasses
 
 import torch
 import torch.nn as nn
 
-from ..modules import batch, lazy, sample
+from .fuse import fuse_graph
+from .report import PAIRS, Entry, Report, describe
+from .sequential import Place, find_fused, find_places, fuse_place, take_apart
+from .trace import Traces, build, copy_sharing, trace
 
-PAIRS: dict[type[nn.Module], type[nn.Module]] = {
-    getattr(nn, name): getattr(room, name)
-    for room, names in (
-        (batch, [f"{kind}{n}d" for kind in ("BatchNorm", "InstanceNorm") for n in (1, 2, 3)]),
-        (lazy, [f"Lazy{kind}{n}d" for kind in ("BatchNorm", "InstanceNorm") for n in (1, 2, 3)]),
-        (sample, ["LayerNorm", "RMSNorm", "GroupNorm"]),
-    )
-    for name in names
-}
 BASES = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One norm of a model: its first name there, its class before, its class now, and why it was left."""
-
-    name: str
-    kind: str
-    became: str = ""
-    reason: str = ""
-
-
-@dataclass
-class Report:
-    """What `accelerate` changed and what it left, each norm once."""
-
-    changed: list[Entry] = field(default_factory=list)
-    left: list[Entry] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        kinds = Counter(f"{entry.kind} -> {entry.became}" for entry in self.changed)
-        lines = [f"{len(self.changed)} norms changed, {len(self.left)} left"]
-        lines += [f"  {count} x {kind}" for kind, count in kinds.items()]
-        lines += [f"  left {entry.name} ({entry.kind}): {entry.reason}" for entry in self.left]
-        return "\n".join(lines)
-
-
-def accelerate(model: nn.Module, undo: bool = False) -> Report:
+def accelerate(model: nn.Module, undo: bool = False, fuse: bool = False) -> Report:
     """Turn every torch.nn norm of a model into ours, in place: the same objects, with another class.
 
     Parameters, buffers, mode, hooks, sharing and names stay, so optimizers and references go on working.
 
     Args:
         model: any module; a norm itself is allowed.
-        undo: turn ours back into torch's.
+        undo: turn ours back into torch's, and take fused norms in Sequentials apart.
+        fuse: also fuse norms with the activation behind them, and with a sum between; see below.
 
     Returns:
         A report of what changed, and of what was left and why: subclasses of torch's norms with code of their own,
         norms whose `forward` was replaced on the object, SyncBatchNorm, and norms of nn.TransformerEncoderLayer, whose
-        fast path in evaluation reads their weights and never calls them.
+        fast path in evaluation reads their weights and never calls them. With `fuse` also the norms that an activation
+        follows and that were not fused. Its `model` is the one to go on with.
 
     Raises:
         TypeError: `model` is not a module.
+        ValueError: `undo` and `fuse` together.
+
+    Fusing:
+        In place, wherever norm and activation are neighbours in a Sequential: the norm becomes `BatchNormAct2d` and its
+        like, the activation's place takes nn.Identity. In a new model, where torch.fx can trace the model and finds
+        norm, sum and activation, or a functional activation: ``report.model`` is then a GraphModule with the model's
+        parameters, buffers, names and attributes; train and call it in place of the model, which keeps its own code.
+        Without such a place ``report.model`` is the model. If anything raises, nothing was changed.
 
     Note:
         Tools that look for torch's exact types (torch.ao.quantization's fuse_modules and convert, and
@@ -82,10 +60,33 @@ def accelerate(model: nn.Module, undo: bool = False) -> Report:
         raise TypeError(
             f"accelerate: model must be a torch.nn.Module; got {type(model).__name__}; pass the model itself"
         )
+    if undo and fuse:
+        raise ValueError("accelerate: undo and fuse exclude each other; got both; call it twice")
+    report = Report(model=model)
+    swaps = find_swaps(model, undo, report)
+    if undo:
+        for place in (fused := find_fused(model, report)):
+            report.changed.append(tell_apart(model, place))
+        carry_out(model, swaps)
+        for place in fused:
+            take_apart(model, place)
+        return report
+    places = []
+    if fuse:
+        traces = trace(model)
+        places = find_places(model, traces.graphs, report)
+        tell_fused(model, swaps, places, report)
+        report.model = make_new(model, swaps, places, traces, report)
+    carry_out(model, swaps, places)
+    return report
+
+
+def find_swaps(model: nn.Module, undo: bool, report: Report) -> dict[str, type[nn.Module]]:
+    """Which norm, by name, becomes which class; reported, and so is what is left."""
     pairs = {ours: theirs for theirs, ours in PAIRS.items()} if undo else PAIRS
     others = set(pairs.values())
     bypassed = {} if undo else find_bypassed(model)
-    report = Report()
+    swaps: dict[str, type[nn.Module]] = {}
     for name, module in model.named_modules():
         kind = type(module)
         scripted = getattr(module, "original_name", None) in {theirs.__name__ for theirs in PAIRS}
@@ -97,18 +98,9 @@ def accelerate(model: nn.Module, undo: bool = False) -> Report:
         if reason:
             report.left.append(Entry(name, describe(kind), reason=reason))
         elif kind in pairs:
-            module.__class__ = pairs[kind]  # type: ignore[assignment]
+            swaps[name] = pairs[kind]
             report.changed.append(Entry(name, describe(kind), became=describe(pairs[kind])))
-    return report
-
-
-def describe(kind: type[nn.Module]) -> str:
-    """The class as people write it."""
-    if kind in PAIRS:
-        return f"torch.nn.{kind.__name__}"
-    if kind in PAIRS.values():
-        return f"anynorm.{kind.__name__}"
-    return f"{kind.__module__}.{kind.__qualname__}"
+    return swaps
 
 
 def find_bypassed(model: nn.Module) -> dict[int, str]:

@@ -1,0 +1,259 @@
+// Every loop along a contiguous run. The scalar formula stands above each.
+//
+// `Compute` is float, or double where x is double or the numbers are near a float's limits. Sums of floats are short: after
+// kBlock elements they are added to sums of doubles.
+#pragma once
+
+#include "activations.h"
+#include "lanes.h"
+
+namespace anynorm::ANYNORM_TARGET {
+
+struct Sums {
+    double first = 0, second = 0;
+    void add(const Sums& other) {
+        first += other.first;
+        second += other.second;
+    }
+};
+
+// Runs of `length` elements, `stride` apart.
+struct Runs {
+    int64_t count, stride, length;
+};
+
+// (x - high) * scale + shift. In float, high is the mean as far as a float goes, and the rest is in shift.
+template <class Compute>
+struct Line {
+    Compute high = 0, scale = 0, shift = 0;
+    Line() = default;
+    INLINE Line(double mean, double a, double b)
+        : high(static_cast<Compute>(mean)), scale(static_cast<Compute>(a)),
+          shift(static_cast<Compute>(b + (high - mean) * a)) {}
+};
+
+// What follows a run's norm: an activation, a residual before it, positions that count, and where the gradient before
+// the activation goes.
+template <class T>
+struct After {
+    int activation = kIdentity;
+    const T* residual = nullptr;
+    const float* weight = nullptr;
+    T* gradient = nullptr;
+
+    template <class V, class Compute, class Some>
+    INLINE V forward(V v, int64_t i, Some some) const {
+        if (residual) v += load_as<Compute>(residual + i, some);
+        v = activate(activation, v);
+        if (weight) v = load_as<Compute>(weight + i, some) > 0 ? v : V{};
+        return v;
+    }
+    // g times the derivative, kept.
+    template <class V, class Compute, class Some>
+    INLINE V backward(V g, V v, int64_t i, Some some) const {
+        if (residual) v += load_as<Compute>(residual + i, some);
+        if (activation != kIdentity) g *= derivative(activation, v);
+        if (weight) g = load_as<Compute>(weight + i, some) > 0 ? g : V{};
+        if (gradient) store(gradient + i, g, some);
+        return g;
+    }
+};
+
+template <class Compute>
+using VectorOf = typename LanesOf<Compute>::type;
+template <class Compute>
+constexpr int kWidth = LanesOf<Compute>::width;
+template <class Compute>
+constexpr int64_t kBlock = 128 * kWidth<Compute>;
+
+// Two sums at once, in four vectors each so that additions do not wait for one another.
+template <class Compute>
+struct Accumulator {
+    VectorOf<Compute> first[4] = {}, second[4] = {};
+    Lanes wide[4] = {};
+    int64_t waiting = 0;  // elements in the sums of floats
+
+    INLINE void flush() {
+        waiting = 0;
+        const auto a = (first[0] + first[1]) + (first[2] + first[3]);
+        const auto b = (second[0] + second[1]) + (second[2] + second[3]);
+        if constexpr (kWidth<Compute> == W) {
+            wide[0] += a;
+            wide[2] += b;
+        } else {
+            wide[0] += low_half(a);
+            wide[1] += high_half(a);
+            wide[2] += low_half(b);
+            wide[3] += high_half(b);
+        }
+        for (int u = 0; u < 4; ++u) first[u] = second[u] = VectorOf<Compute>{};
+    }
+    INLINE Sums total() {
+        flush();
+        return {add_lanes(wide[0] + wide[1]), add_lanes(wide[2] + wide[3])};
+    }
+    // body(start, Full or Part, which of four) over all runs. With `restart` sums are flushed at the end of each run, so
+    // that zeros behind its real elements change no bit.
+    template <class Body>
+    INLINE void sweep_runs(const Runs& runs, bool restart, Body body) {
+        for (int64_t r = 0; r < runs.count; ++r) {
+            for (int64_t from = 0; from < runs.length; from += kBlock<Compute>) {
+                const int64_t left = runs.length - from, size = left < kBlock<Compute> ? left : kBlock<Compute>;
+                sweep<kWidth<Compute>>(size, [&](int64_t i, auto some, int u) INLINE_LAMBDA {
+                    body(r, from + i, some, u);
+                });
+                waiting += size;
+                if (restart || waiting >= kBlock<Compute>) flush();
+            }
+        }
+    }
+};
+
+// first = sum(x[i] - shift), second = sum((x[i] - shift)^2), over positions that count
+template <class Compute, bool Weighted, class T>
+Sums run_moments(const T* x, const Runs& runs, double about, const float* weight, int64_t weight_stride) {
+    using V = VectorOf<Compute>;
+    Accumulator<Compute> sums;
+    const V shift = V{} + static_cast<Compute>(about);
+    sums.sweep_runs(runs, Weighted, [&](int64_t r, int64_t i, auto some, int u) INLINE_LAMBDA {
+        V d = load_as<Compute>(x + r * runs.stride + i, some) - shift;
+        if constexpr (Weighted) {
+            d = load_as<Compute>(weight + r * weight_stride + i, some) > 0 ? d : V{};
+        } else {
+            d = keep(d, some);
+        }
+        sums.first[u] += d;
+        sums.second[u] += d * d;
+    });
+    return sums.total();
+}
+
+// sum(x[i]^2)
+template <class Compute, class T>
+double run_squares(const T* x, int64_t length) {
+    Accumulator<Compute> sums;
+    sums.sweep_runs({1, 0, length}, false, [&](int64_t, int64_t i, auto some, int u) INLINE_LAMBDA {
+        const auto v = load_as<Compute>(x + i, some);
+        sums.second[u] += v * v;
+    });
+    return sums.total().second;
+}
+
+// y[i] = after((x[i] - high) * scale + shift)
+template <class Compute, bool Active, class T>
+void run_apply(const T* x, T* y, int64_t length, Line<Compute> line, After<T> after) {
+    using V = VectorOf<Compute>;
+    sweep<kWidth<Compute>>(length, [&](int64_t i, auto some, int) INLINE_LAMBDA {
+        V v = (load_as<Compute>(x + i, some) - line.high) * line.scale + line.shift;
+        if constexpr (Active) v = after.template forward<V, Compute>(v, i, some);
+        store(y + i, v, some);
+    });
+}
+
+// first = sum(g[i]), second = sum(g[i] * (x[i] - high)), g before the activation; after_of(run) says what follows it
+template <class Compute, bool Active, class T, class AfterOf>
+Sums run_grad_sums(const T* g, const T* x, const Runs& runs, Line<Compute> line, AfterOf after_of) {
+    using V = VectorOf<Compute>;
+    Accumulator<Compute> sums;
+    sums.sweep_runs(runs, false, [&](int64_t r, int64_t i, auto some, int u) INLINE_LAMBDA {
+        V v = load_as<Compute>(g + r * runs.stride + i, some);
+        const V d = load_as<Compute>(x + r * runs.stride + i, some) - line.high;
+        if constexpr (Active) {
+            v = after_of(r).template backward<V, Compute>(v, d * line.scale + line.shift, i, some);
+        }
+        sums.first[u] += v;
+        sums.second[u] += v * d;
+    });
+    return sums.total();
+}
+
+// dx[i] = g[i] * a - ((x[i] - high) * slope + constant), 0 where a position does not count
+template <class Compute, class T>
+void run_dx(const T* g, const T* x, T* dx, int64_t length, double a, Line<Compute> line, const float* weight) {
+    using V = VectorOf<Compute>;
+    const Compute scale = static_cast<Compute>(a);
+    sweep<kWidth<Compute>>(length, [&](int64_t i, auto some, int) INLINE_LAMBDA {
+        const V centred = load_as<Compute>(x + i, some) - line.high;
+        V v = load_as<Compute>(g + i, some) * scale - (centred * line.scale + line.shift);
+        if (weight) v = load_as<Compute>(weight + i, some) > 0 ? v : V{};
+        store(dx + i, v, some);
+    });
+}
+
+// dx[i] = g[i] * a
+template <class Compute, class T>
+void run_scale(const T* g, T* dx, int64_t length, double a) {
+    const Compute scale = static_cast<Compute>(a);
+    sweep<kWidth<Compute>>(length, [&](int64_t i, auto some, int) INLINE_LAMBDA {
+        store(dx + i, load_as<Compute>(g + i, some) * scale, some);
+    });
+}
+
+// ---- gamma and beta from element to element ----------------------------------------------------------------------
+
+// y[i] = after(((x[i] - high) * scale + shift) * gamma[i] + beta[i])
+template <class Compute, bool Active, bool Beta, class T, class P>
+void run_apply_table(const T* x, T* y, int64_t length, Line<Compute> line, const P* gamma, const P* beta, After<T> after) {
+    using V = VectorOf<Compute>;
+    sweep<kWidth<Compute>>(length, [&](int64_t i, auto some, int) INLINE_LAMBDA {
+        V v = (load_as<Compute>(x + i, some) - line.high) * line.scale + line.shift;
+        v *= load_as<Compute>(gamma + i, some);
+        if constexpr (Beta) v += load_as<Compute>(beta + i, some);
+        if constexpr (Active) v = after.template forward<V, Compute>(v, i, some);
+        store(y + i, v, some);
+    });
+}
+
+// Of R pools at once, `stride` apart: first = sum(gamma[i] * g[i]), second = sum(gamma[i] * g[i] * xhat[i]); and for the
+// parameters dbeta[i] += g[i], dgamma[i] += g[i] * xhat[i], in sums that the caller flushes.
+template <class Compute, int R, bool Active, bool Parameters, class T, class P>
+void run_grad_sums_table(const T* g, const T* x, int64_t length, int64_t stride, const Line<Compute>* lines,
+                         const P* gamma, const P* beta, const After<T>* after, Compute* dgamma, Compute* dbeta,
+                         Sums* found) {
+    using V = VectorOf<Compute>;
+    Accumulator<Compute> sums[R];
+    for (int64_t from = 0; from < length; from += kBlock<Compute> / 4) {
+        const int64_t left = length - from, size = left < kBlock<Compute> / 4 ? left : kBlock<Compute> / 4;
+        const auto body = [&](int64_t at, auto some) INLINE_LAMBDA {
+            const int64_t i = from + at;
+            const V scale = load_as<Compute>(gamma + i, some);
+            V by_beta{}, by_gamma{};
+            for (int r = 0; r < R; ++r) {
+                V v = load_as<Compute>(g + r * stride + i, some);
+                const V xhat = (load_as<Compute>(x + r * stride + i, some) - lines[r].high) * lines[r].scale + lines[r].shift;
+                if constexpr (Active) {
+                    V z = xhat * scale;
+                    if (beta) z += load_as<Compute>(beta + i, some);
+                    v = after[r].template backward<V, Compute>(v, z, i, some);
+                }
+                by_beta += v;
+                by_gamma += v * xhat;
+                const V scaled = v * scale;
+                sums[r].first[0] += keep(scaled, some);
+                sums[r].second[0] += keep(scaled * xhat, some);
+            }
+            if constexpr (Parameters) {
+                store(dbeta + i, load_as<Compute>(dbeta + i, some) + by_beta, some);
+                store(dgamma + i, load_as<Compute>(dgamma + i, some) + by_gamma, some);
+            }
+        };
+        int64_t i = 0;
+        for (; i + kWidth<Compute> <= size; i += kWidth<Compute>) body(i, Full{});
+        if (i < size) body(i, Part{size - i});
+        for (int r = 0; r < R; ++r) sums[r].flush();
+    }
+    for (int r = 0; r < R; ++r) found[r] = sums[r].total();
+}
+
+// dx[i] = g[i] * gamma[i] * rstd - ((x[i] - high) * slope + constant)
+template <class Compute, class T, class P>
+void run_dx_table(const T* g, const T* x, T* dx, int64_t length, double rstd, Line<Compute> line, const P* gamma) {
+    const Compute scale = static_cast<Compute>(rstd);
+    sweep<kWidth<Compute>>(length, [&](int64_t i, auto some, int) INLINE_LAMBDA {
+        const auto scaled = load_as<Compute>(g + i, some) * load_as<Compute>(gamma + i, some);
+        const auto centred = load_as<Compute>(x + i, some) - line.high;
+        store(dx + i, scaled * scale - (centred * line.scale + line.shift), some);
+    });
+}
+
+}  // namespace anynorm::ANYNORM_TARGET

@@ -1,0 +1,204 @@
+// Every loop down a tile of columns: `rows` rows of `width` elements, `stride` apart. The scalar formula stands above each.
+//
+// Coefficients are tables, one value a column. Several rows are taken for one load of them, and sums stay in registers for
+// kSumRows rows before they are added to sums of doubles.
+#pragma once
+
+#include "runs.h"
+
+namespace anynorm::ANYNORM_TARGET {
+
+struct Tile {
+    int64_t rows, width, stride;
+};
+
+constexpr int kSumRows = 32, kApplyRows = 4;
+
+// Adds vectors of Compute to sums of doubles.
+template <class Compute, class Some>
+INLINE void add_to(double* sums, VectorOf<Compute> v, Some some) {
+    if constexpr (kWidth<Compute> == W) {
+        store(sums, load(sums, some) + v, some);
+    } else if constexpr (std::is_same_v<Some, Full>) {
+        store(sums, load(sums, Full{}) + low_half(v), Full{});
+        store(sums + W, load(sums + W, Full{}) + high_half(v), Full{});
+    } else {
+        const Part low{some.n < W ? some.n : W}, high{some.n < W ? 0 : some.n - W};
+        store(sums, load(sums, low) + low_half(v), low);
+        store(sums + W, load(sums + W, high) + high_half(v), high);
+    }
+}
+
+// body(column, Full or Part, how many vectors as a constant) over [0, width).
+template <int Width, class Body>
+INLINE void sweep_columns(int64_t width, Body body) {
+    int64_t i = 0;
+    for (; i + 4 * Width <= width; i += 4 * Width) body(i, Full{}, std::integral_constant<int, 4>{});
+    if (i + 2 * Width <= width) {
+        body(i, Full{}, std::integral_constant<int, 2>{});
+        i += 2 * Width;
+    }
+    if (i + Width <= width) {
+        body(i, Full{}, std::integral_constant<int, 1>{});
+        i += Width;
+    }
+    if (i < width) body(i, Part{width - i}, std::integral_constant<int, 1>{});
+}
+
+// first[i] += sum over rows of x[r][i] - shift[i], second[i] += sum over rows of (x[r][i] - shift[i])^2, over rows that
+// count
+template <class Compute, class T>
+void column_moments(const T* x, const Tile& tile, const Compute* shift, const float* weight, double* first,
+                    double* second) {
+    using V = VectorOf<Compute>;
+    constexpr int width = kWidth<Compute>;
+    for (int64_t row = 0; row < tile.rows; row += kSumRows) {
+        const int64_t end = row + kSumRows < tile.rows ? row + kSumRows : tile.rows;
+        sweep_columns<width>(tile.width, [&](int64_t i, auto some, auto vectors) INLINE_LAMBDA {
+            V sum[vectors] = {}, squares[vectors] = {}, about[vectors];
+            for (int u = 0; u < vectors; ++u) about[u] = load_as<Compute>(shift + i + u * width, some);
+            for (int64_t r = row; r < end; ++r) {
+                if (weight && !(weight[r] > 0)) continue;
+                for (int u = 0; u < vectors; ++u) {
+                    const V d = load_as<Compute>(x + r * tile.stride + i + u * width, some) - about[u];
+                    sum[u] += d;
+                    squares[u] += d * d;
+                }
+            }
+            for (int u = 0; u < vectors; ++u) {
+                add_to<Compute>(first + i + u * width, sum[u], some);
+                add_to<Compute>(second + i + u * width, squares[u], some);
+            }
+        });
+    }
+}
+
+// What follows a tile's norm; `at` is an element's place in the tile.
+template <class T>
+struct TileAfter {
+    int activation = kIdentity;
+    const T* residual = nullptr;
+    const float* weight = nullptr;  // one for each row
+    T* gradient = nullptr;
+
+    template <class V, class Compute, class Some>
+    INLINE V forward(V v, int64_t row, int64_t at, Some some) const {
+        if (weight && !(weight[row] > 0)) return V{};
+        if (residual) v += load_as<Compute>(residual + at, some);
+        return activate(activation, v);
+    }
+    template <class V, class Compute, class Some>
+    INLINE V backward(V g, V v, int64_t row, int64_t at, Some some) const {
+        if (residual) v += load_as<Compute>(residual + at, some);
+        if (activation != kIdentity) g *= derivative(activation, v);
+        if (weight && !(weight[row] > 0)) g = V{};
+        if (gradient) store(gradient + at, g, some);
+        return g;
+    }
+};
+
+// Tables of a column's coefficients: (x - high) * scale + shift.
+template <class Compute>
+struct Lines {
+    Compute *high, *scale, *shift;
+    INLINE void put(int64_t i, double mean, double a, double b) {
+        const Line<Compute> line(mean, a, b);
+        high[i] = line.high;
+        scale[i] = line.scale;
+        shift[i] = line.shift;
+    }
+};
+
+// body(row, column, Full or Part, how many rows as a constant)
+template <class Compute, class Body>
+INLINE void sweep_tile(const Tile& tile, Body body) {
+    int64_t r = 0;
+    for (; r + kApplyRows <= tile.rows; r += kApplyRows) {
+        sweep<kWidth<Compute>>(tile.width, [&](int64_t i, auto some, int) INLINE_LAMBDA { body(r, i, some, kApplyRows); });
+    }
+    for (; r < tile.rows; ++r) {
+        sweep<kWidth<Compute>>(tile.width, [&](int64_t i, auto some, int) INLINE_LAMBDA { body(r, i, some, 1); });
+    }
+}
+
+// y[r][i] = after((x[r][i] - high[i]) * scale[i] + shift[i])
+template <class Compute, bool Active, class T>
+void column_apply(const T* x, T* y, const Tile& tile, const Lines<Compute>& lines, const TileAfter<T>& after) {
+    using V = VectorOf<Compute>;
+    sweep_tile<Compute>(tile, [&](int64_t r, int64_t i, auto some, int rows) INLINE_LAMBDA {
+        const V high = load_as<Compute>(lines.high + i, some), scale = load_as<Compute>(lines.scale + i, some);
+        const V shift = load_as<Compute>(lines.shift + i, some);
+        for (int u = 0; u < rows; ++u) {
+            const int64_t at = (r + u) * tile.stride + i;
+            V v = (load_as<Compute>(x + at, some) - high) * scale + shift;
+            if constexpr (Active) v = after.template forward<V, Compute>(v, r + u, at, some);
+            store(y + at, v, some);
+        }
+    });
+}
+
+// first[i] += sum over rows of g[r][i], second[i] += sum over rows of g[r][i] * (x[r][i] - high[i]), g before the activation
+template <class Compute, bool Active, class T>
+void column_grad_sums(const T* g, const T* x, const Tile& tile, const Lines<Compute>& lines, const TileAfter<T>& after,
+                      double* first, double* second) {
+    using V = VectorOf<Compute>;
+    constexpr int width = kWidth<Compute>;
+    for (int64_t row = 0; row < tile.rows; row += kSumRows) {
+        const int64_t end = row + kSumRows < tile.rows ? row + kSumRows : tile.rows;
+        sweep_columns<width>(tile.width, [&](int64_t i, auto some, auto vectors) INLINE_LAMBDA {
+            V sum[vectors] = {}, products[vectors] = {}, high[vectors];
+            for (int u = 0; u < vectors; ++u) high[u] = load_as<Compute>(lines.high + i + u * width, some);
+            for (int64_t r = row; r < end; ++r) {
+                for (int u = 0; u < vectors; ++u) {
+                    const int64_t at = r * tile.stride + i + u * width;
+                    V v = load_as<Compute>(g + at, some);
+                    const V d = load_as<Compute>(x + at, some) - high[u];
+                    if constexpr (Active) {
+                        const V scale = load_as<Compute>(lines.scale + i + u * width, some);
+                        const V shift = load_as<Compute>(lines.shift + i + u * width, some);
+                        v = after.template backward<V, Compute>(v, d * scale + shift, r, at, some);
+                        if (after.weight && !(after.weight[r] > 0)) continue;
+                    }
+                    sum[u] += v;
+                    products[u] += v * d;
+                }
+            }
+            for (int u = 0; u < vectors; ++u) {
+                add_to<Compute>(first + i + u * width, sum[u], some);
+                add_to<Compute>(second + i + u * width, products[u], some);
+            }
+        });
+    }
+}
+
+// dx[r][i] = g[r][i] * a[i] - ((x[r][i] - high[i]) * scale[i] + shift[i]), 0 in rows that do not count
+template <class Compute, class T>
+void column_dx(const T* g, const T* x, T* dx, const Tile& tile, const Compute* a, const Lines<Compute>& lines,
+               const float* weight) {
+    using V = VectorOf<Compute>;
+    sweep_tile<Compute>(tile, [&](int64_t r, int64_t i, auto some, int rows) INLINE_LAMBDA {
+        const V high = load_as<Compute>(lines.high + i, some), slope = load_as<Compute>(lines.scale + i, some);
+        const V constant = load_as<Compute>(lines.shift + i, some), factor = load_as<Compute>(a + i, some);
+        for (int u = 0; u < rows; ++u) {
+            const int64_t at = (r + u) * tile.stride + i;
+            const V centred = load_as<Compute>(x + at, some) - high;
+            V v = load_as<Compute>(g + at, some) * factor - (centred * slope + constant);
+            if (weight && !(weight[r + u] > 0)) v = V{};
+            store(dx + at, v, some);
+        }
+    });
+}
+
+// dx[r][i] = g[r][i] * a[i]
+template <class Compute, class T>
+void column_scale(const T* g, T* dx, const Tile& tile, const Compute* a) {
+    sweep_tile<Compute>(tile, [&](int64_t r, int64_t i, auto some, int rows) INLINE_LAMBDA {
+        const auto factor = load_as<Compute>(a + i, some);
+        for (int u = 0; u < rows; ++u) {
+            const int64_t at = (r + u) * tile.stride + i;
+            store(dx + at, load_as<Compute>(g + at, some) * factor, some);
+        }
+    });
+}
+
+}  // namespace anynorm::ANYNORM_TARGET
