@@ -2,13 +2,17 @@
 
 namespace anynorm {
 
+#if !defined(ANYNORM_ONLY_AVX512)
 namespace baseline {
 extern const Kernels kernels;
 }
+#endif
 #if defined(ANYNORM_X86)
+#if !defined(ANYNORM_ONLY_AVX512)
 namespace avx2 {
 extern const Kernels kernels;
 }
+#endif
 namespace avx512 {
 extern const Kernels kernels;
 }
@@ -30,9 +34,13 @@ const Target kTargets[] = {
          return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
                 __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
      }},
+#if !defined(ANYNORM_ONLY_AVX512)
     {"avx2", &avx2::kernels, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
 #endif
+#endif
+#if !defined(ANYNORM_ONLY_AVX512)
     {"baseline", &baseline::kernels, [] { return true; }},
+#endif
 };
 
 const Target* chosen = nullptr;

@@ -42,16 +42,12 @@ struct Elements {
     }
     static void clear(T* values, int64_t size) { std::memset(static_cast<void*>(values), 0, size * sizeof(T)); }
 
-    void moments(int64_t pool) {
-        const T* run = x + pool * length;
-        if (is_skipped(pool)) {
-            if (call.centred) found.mean[pool] = 0;
-            return found.put(pool, 0);
-        }
-        const int64_t size = least(W, length);
-        const double guess = call.centred ? add_lanes(load(run, Part{size})) / static_cast<double>(size) : 0;
-        found.find(pool, guess, [&](bool is_float, double shift) {
+    // Of some pools; those that do not count have none.
+    void moments(int64_t begin, int64_t end) {
+        found.find(begin, end, [&](int64_t p) { return guess(p); }, [&](int64_t p, bool is_float, double shift) {
             Sums sums;
+            if (is_skipped(p)) return sums;
+            const T* run = x + p * length;
             with_compute<T>(is_float, [&](auto zero) {
                 using Compute = decltype(zero);
                 sums = call.centred ? run_moments<Compute, false>(run, {1, 0, length}, shift, nullptr, 0)
@@ -59,6 +55,11 @@ struct Elements {
             });
             return sums;
         });
+    }
+    double guess(int64_t pool) const {
+        if (!call.centred || is_skipped(pool)) return 0;
+        const int64_t size = least(W, length);
+        return add_lanes(load(x + pool * length, Part{size})) / static_cast<double>(size);
     }
 
     void apply(int64_t pool) {
@@ -81,9 +82,11 @@ struct Elements {
 
     void forward() {
         share(call, call.pools(), length, [&](int64_t begin, int64_t end) {
-            for (int64_t p = begin; p < end; ++p) {
-                moments(p);
-                if (out) apply(p);
+            const int64_t size = least(32, most(1, kSlabBytes / 4 / (length * static_cast<int64_t>(sizeof(T)))));
+            for (int64_t from = begin; from < end; from += size) {
+                const int64_t to = least(end, from + size);
+                moments(from, to);
+                for (int64_t p = from; out && p < to; ++p) apply(p);
             }
         });
         found.move_running();
@@ -93,7 +96,7 @@ struct Elements {
     void backward() {
         found.read();
         const bool parameters = call.dgamma || call.dbeta;
-        const int64_t samples = most(kPoolsAtOnce * kFlushEvery, divide_up(call.n, 64)), chunks = divide_up(call.n, samples);
+        const int64_t samples = most(kPoolsAtOnce * kFlushEvery, divide_up(call.n, 16)), chunks = divide_up(call.n, samples);
         Room<double> partial(parameters ? chunks * 2 * period : 0, true);
         share(call, chunks, samples * period, [&](int64_t begin, int64_t end) {
             for (int64_t chunk = begin; chunk < end; ++chunk) {

@@ -199,6 +199,17 @@ INLINE typename LanesOf<Compute>::type load_as(const T* p, Some some) {
     }
 }
 
+// Loaded once, however often it is used: a compiler would rather read memory again.
+template <class V>
+INLINE V in_register(V v) {
+#if defined(__AVX512F__)
+    __asm__("" : "+v"(v));
+#elif defined(__AVX__)
+    __asm__("" : "+x"(v));
+#endif
+    return v;
+}
+
 template <class T>
 INLINE double scalar(const T* p) {
     return load(p, Part{1})[0];

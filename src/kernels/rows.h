@@ -85,17 +85,18 @@ struct Rows {
         return {1, 0, elements};  // they follow one another
     }
 
-    void find_whole(int64_t pool) {
-        found.find(pool, guess(pool), [&](bool is_float, double shift) {
-            return moments(is_float, start(pool), all_runs(), weight(pool, 0), shift);
+    void find_whole(int64_t begin, int64_t end) {
+        const Runs all = all_runs();
+        found.find(begin, end, [&](int64_t p) { return guess(p); }, [&](int64_t p, bool is_float, double shift) {
+            return moments(is_float, start(p), all, weight(p, 0), shift);
         });
     }
     void find_in_segments(int64_t pool, Sums* parts) {
-        found.find(pool, guess(pool), [&](bool is_float, double shift) {
+        found.find(pool, pool + 1, [&](int64_t p) { return guess(p); }, [&](int64_t p, bool is_float, double shift) {
             each_segment([&](int64_t j) {
                 const int64_t run = j / pieces, from = (j % pieces) * kSegment;
-                const float* counted = weight(pool, run);
-                parts[j] = moments(is_float, start(pool) + run * stride() + from, {1, 0, piece(from)},
+                const float* counted = weight(p, run);
+                parts[j] = moments(is_float, start(p) + run * stride() + from, {1, 0, piece(from)},
                                    counted ? counted + from : nullptr, shift);
             });
             return total(parts);
@@ -114,43 +115,68 @@ struct Rows {
             for (int64_t j = begin; j < end; ++j) body(j);
         });
     }
-    // body(pool, run, from, length), over all of a pool or a segment of it.
+    // body(first run, where it begins, runs alike) over a pool: all of them where they share gamma and beta.
     template <class Body>
-    void each_run(int64_t pool, Body body) const {
-        for (int64_t j = 0; j < runs; ++j) body(pool, j, int64_t{0}, call.s);
+    void each_run(Body body) const {
+        if (by_sample) return body(int64_t{0}, int64_t{0}, Runs{runs, stride(), call.s});
+        for (int64_t j = 0; j < runs; ++j) body(j, int64_t{0}, Runs{1, 0, call.s});
     }
 
     // ---- forward ------------------------------------------------------------------------------------------------
 
-    void apply(int64_t pool, int64_t run, int64_t from, int64_t length) {
+    void apply(int64_t pool, int64_t run, int64_t from, const Runs& all) {
         const int64_t c = channel(pool, run), at = start(pool) + run * stride() + from;
         const double mean = found.mean[pool], a = found.rstd[pool] * gamma_of<T>(call, c), b = beta_of<T>(call, c);
         with_compute<T>(fits_float<T>(mean, a, b), [&](auto zero) {
-            const Line<decltype(zero)> line(mean, a, b);
-            if (!call.is_active()) return run_apply<decltype(zero), false, T>(x + at, out + at, length, line, {});
-            run_apply<decltype(zero), true>(x + at, out + at, length, line, after(pool, run, at, from));
+            apply_line(Line<decltype(zero)>(mean, a, b), pool, run, from, at, all);
+        });
+    }
+    template <class Compute>
+    INLINE void apply_line(Line<Compute> line, int64_t pool, int64_t run, int64_t from, int64_t at, const Runs& all) const {
+        if (!call.is_active()) {
+            return run_apply<Compute, false>(x + at, out + at, all, line, [](int64_t) { return After<T>{}; });
+        }
+        run_apply<Compute, true>(x + at, out + at, all, line, [&](int64_t r) {
+            return after(pool, run + r, at + r * all.stride, from);
         });
     }
 
     void forward() {
-        auto write = [&](int64_t p, int64_t j, int64_t from, int64_t length) { apply(p, j, from, length); };
-        if (call.given) {
-            found.read();
-            return each_piece(write);
-        }
+        if (call.given) return forward_given();
         if (!whole) {
             Room<Sums> parts(segments);
             for (int64_t p = 0; p < pools; ++p) {
                 find_in_segments(p, parts.get());
-                if (out) each_segment_of(p, write);
+                if (out) each_segment_of([&](int64_t j, int64_t from, const Runs& all) { apply(p, j, from, all); });
             }
             return found.move_running();
         }
         each_slab(1, [&](int64_t begin, int64_t end) {
-            for (int64_t p = begin; p < end; ++p) find_whole(p);
-            for (int64_t p = begin; out && p < end; ++p) each_run(p, write);
+            find_whole(begin, end);
+            for (int64_t p = begin; out && p < end; ++p) {
+                each_run([&](int64_t j, int64_t from, const Runs& all) { apply(p, j, from, all); });
+            }
         });
         found.move_running();
+    }
+
+    // In the order of memory, since no sums are needed first.
+    void forward_given() {
+        found.read();
+        bool fits = true;
+        for (int64_t c = 0; c < pools; ++c) {
+            fits = fits && fits_float<T>(found.mean[c], found.rstd[c] * gamma_of<T>(call, c), beta_of<T>(call, c));
+        }
+        with_compute<T>(fits, [&](auto zero) {
+            using Compute = decltype(zero);
+            Room<Line<Compute>> lines(pools);
+            for (int64_t c = 0; c < pools; ++c) {
+                lines[c] = Line<Compute>(found.mean[c], found.rstd[c] * gamma_of<T>(call, c), beta_of<T>(call, c));
+            }
+            each_piece([&](int64_t p, int64_t j, int64_t from, const Runs& all) {
+                apply_line(lines[p], p, j, from, (j * pools + p) * call.s + from, all);
+            });
+        });
     }
 
     // body(begin, end) over slabs of pools whose `tensors` stay in a core's cache.
@@ -162,23 +188,22 @@ struct Rows {
         });
     }
     template <class Body>
-    void each_segment_of(int64_t pool, Body body) const {
+    void each_segment_of(Body body) const {
         each_segment([&](int64_t j) {
             const int64_t from = (j % pieces) * kSegment;
-            body(pool, j / pieces, from, piece(from));
+            body(j / pieces, from, Runs{1, 0, piece(from)});
         });
     }
-    // In the order of memory, where no sums are needed first.
+    // body(pool, run, from, runs) in the order of memory, where a pool has a run in each sample.
     template <class Body>
     void each_piece(Body body) const {
-        const int64_t samples = by_sample ? call.n : 1, rows = by_sample ? pools : pools * runs;
-        share(call, samples * rows * pieces, elements / segments, [&](int64_t begin, int64_t end) {
+        share(call, call.n * pools, call.s, [&](int64_t begin, int64_t end) {
+            int64_t pool = begin % pools, run = begin / pools;
             for (int64_t i = begin; i < end; ++i) {
-                const int64_t from = pieces == 1 ? 0 : (i % pieces) * kSegment, row = pieces == 1 ? i : i / pieces;
-                if (by_sample) {
-                    body(row % pools, row / pools, from, piece(from));
-                } else {
-                    body(row / runs, row % runs, from, piece(from));
+                for (int64_t from = 0; from < call.s; from += kSegment) body(pool, run, from, Runs{1, 0, piece(from)});
+                if (++pool == pools) {
+                    pool = 0;
+                    ++run;
                 }
             }
         });
@@ -207,15 +232,16 @@ struct Rows {
     }
     double rstd(int64_t pool) const { return const_cast<Statistics<T>&>(found).rstd[pool]; }
 
-    void write_dx(int64_t pool, int64_t run, int64_t from, int64_t length, const Slopes& slopes) const {
+    void write_dx(int64_t pool, int64_t run, int64_t from, const Runs& all, const Slopes& slopes) const {
         const int64_t c = channel(pool, run), at = start(pool) + run * stride() + from;
         const double mean = found.mean[pool], a = rstd(pool) * gamma_of<T>(call, c);
         const T* g = (gradient ? gradient : grad) + at;
         const float* counted = weight(pool, run);
         with_compute<T>(fits_float<T>(mean, a, slopes.c1, slopes.c2), [&](auto zero) {
             using Compute = decltype(zero);
-            if (call.given && !counted) return run_scale<Compute>(g, out + at, length, a);
-            run_dx(g, x + at, out + at, length, a, Line<Compute>(mean, slopes.c2, slopes.c1), counted ? counted + from : nullptr);
+            if (call.given && !counted) return run_scale<Compute>(g, out + at, all, a);
+            run_dx(g, x + at, out + at, all, a, Line<Compute>(mean, slopes.c2, slopes.c1),
+                   counted ? counted + from : nullptr, by_sample ? call.s : 0);
         });
     }
 
@@ -223,7 +249,7 @@ struct Rows {
         found.read();
         const bool needs_sums = !call.given || call.dgamma || call.dbeta || call.is_active();
         if (!needs_sums) {
-            return each_piece([&](int64_t p, int64_t j, int64_t from, int64_t length) { write_dx(p, j, from, length, {}); });
+            return each_piece([&](int64_t p, int64_t j, int64_t from, const Runs& all) { write_dx(p, j, from, all, {}); });
         }
         // One entry for each channel of a pool.
         const int64_t channels = by_sample ? 1 : runs;
@@ -237,19 +263,19 @@ struct Rows {
                 }
                 for (int64_t p = begin; out && p < end; ++p) {
                     const Slopes slopes = slopes_of(p, &sums[p * channels], channels);
-                    each_run(p, [&](int64_t, int64_t j, int64_t from, int64_t size) { write_dx(p, j, from, size, slopes); });
+                    each_run([&](int64_t j, int64_t from, const Runs& all) { write_dx(p, j, from, all, slopes); });
                 }
             });
         } else {
             Room<Sums> parts(segments);
             for (int64_t p = 0; p < pools; ++p) {
-                each_segment_of(p, [&](int64_t, int64_t j, int64_t from, int64_t size) {
-                    parts[j * pieces + from / kSegment] = grad_sums(p, j, from, {1, 0, size});
+                each_segment_of([&](int64_t j, int64_t from, const Runs& all) {
+                    parts[j * pieces + from / kSegment] = grad_sums(p, j, from, all);
                 });
                 for (int64_t j = 0; j < segments; ++j) sums[p * channels + (by_sample ? 0 : j / pieces)].add(parts[j]);
                 if (!out) continue;
                 const Slopes slopes = slopes_of(p, &sums[p * channels], channels);
-                each_segment_of(p, [&](int64_t, int64_t j, int64_t from, int64_t size) { write_dx(p, j, from, size, slopes); });
+                each_segment_of([&](int64_t j, int64_t from, const Runs& all) { write_dx(p, j, from, all, slopes); });
             }
         }
         put_parameters(sums, channels);

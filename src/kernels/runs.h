@@ -66,6 +66,16 @@ constexpr int kWidth = LanesOf<Compute>::width;
 template <class Compute>
 constexpr int64_t kBlock = 128 * kWidth<Compute>;
 
+// The sum of a vector, as a double.
+template <class Compute>
+INLINE double add_vector(VectorOf<Compute> v) {
+    if constexpr (kWidth<Compute> == W) {
+        return add_lanes(v);
+    } else {
+        return add_lanes(low_half(v) + high_half(v));
+    }
+}
+
 // Two sums at once, in four vectors each so that additions do not wait for one another.
 template <class Compute>
 struct Accumulator {
@@ -139,15 +149,18 @@ double run_squares(const T* x, int64_t length) {
     return sums.total().second;
 }
 
-// y[i] = after((x[i] - high) * scale + shift)
-template <class Compute, bool Active, class T>
-void run_apply(const T* x, T* y, int64_t length, Line<Compute> line, After<T> after) {
+// y[i] = after((x[i] - high) * scale + shift), for all runs; after_of(run) says what follows
+template <class Compute, bool Active, class T, class AfterOf>
+void run_apply(const T* x, T* y, const Runs& runs, Line<Compute> line, AfterOf after_of) {
     using V = VectorOf<Compute>;
-    sweep<kWidth<Compute>>(length, [&](int64_t i, auto some, int) INLINE_LAMBDA {
-        V v = (load_as<Compute>(x + i, some) - line.high) * line.scale + line.shift;
-        if constexpr (Active) v = after.template forward<V, Compute>(v, i, some);
-        store(y + i, v, some);
-    });
+    for (int64_t r = 0; r < runs.count; ++r, x += runs.stride, y += runs.stride) {
+        const After<T> after = after_of(r);
+        sweep<kWidth<Compute>>(runs.length, [&](int64_t i, auto some, int) INLINE_LAMBDA {
+            V v = (load_as<Compute>(x + i, some) - line.high) * line.scale + line.shift;
+            if constexpr (Active) v = after.template forward<V, Compute>(v, i, some);
+            store(y + i, v, some);
+        });
+    }
 }
 
 // first = sum(g[i]), second = sum(g[i] * (x[i] - high)), g before the activation; after_of(run) says what follows it
@@ -167,26 +180,31 @@ Sums run_grad_sums(const T* g, const T* x, const Runs& runs, Line<Compute> line,
     return sums.total();
 }
 
-// dx[i] = g[i] * a - ((x[i] - high) * slope + constant), 0 where a position does not count
+// dx[i] = g[i] * a - ((x[i] - high) * slope + constant), 0 where a position does not count, for all runs
 template <class Compute, class T>
-void run_dx(const T* g, const T* x, T* dx, int64_t length, double a, Line<Compute> line, const float* weight) {
+void run_dx(const T* g, const T* x, T* dx, const Runs& runs, double a, Line<Compute> line, const float* weight,
+            int64_t weight_stride) {
     using V = VectorOf<Compute>;
     const Compute scale = static_cast<Compute>(a);
-    sweep<kWidth<Compute>>(length, [&](int64_t i, auto some, int) INLINE_LAMBDA {
-        const V centred = load_as<Compute>(x + i, some) - line.high;
-        V v = load_as<Compute>(g + i, some) * scale - (centred * line.scale + line.shift);
-        if (weight) v = load_as<Compute>(weight + i, some) > 0 ? v : V{};
-        store(dx + i, v, some);
-    });
+    for (int64_t r = 0; r < runs.count; ++r, g += runs.stride, x += runs.stride, dx += runs.stride) {
+        sweep<kWidth<Compute>>(runs.length, [&](int64_t i, auto some, int) INLINE_LAMBDA {
+            const V centred = load_as<Compute>(x + i, some) - line.high;
+            V v = load_as<Compute>(g + i, some) * scale - (centred * line.scale + line.shift);
+            if (weight) v = load_as<Compute>(weight + r * weight_stride + i, some) > 0 ? v : V{};
+            store(dx + i, v, some);
+        });
+    }
 }
 
-// dx[i] = g[i] * a
+// dx[i] = g[i] * a, for all runs
 template <class Compute, class T>
-void run_scale(const T* g, T* dx, int64_t length, double a) {
+void run_scale(const T* g, T* dx, const Runs& runs, double a) {
     const Compute scale = static_cast<Compute>(a);
-    sweep<kWidth<Compute>>(length, [&](int64_t i, auto some, int) INLINE_LAMBDA {
-        store(dx + i, load_as<Compute>(g + i, some) * scale, some);
-    });
+    for (int64_t r = 0; r < runs.count; ++r, g += runs.stride, dx += runs.stride) {
+        sweep<kWidth<Compute>>(runs.length, [&](int64_t i, auto some, int) INLINE_LAMBDA {
+            store(dx + i, load_as<Compute>(g + i, some) * scale, some);
+        });
+    }
 }
 
 // ---- gamma and beta from element to element ----------------------------------------------------------------------
@@ -211,16 +229,22 @@ void run_grad_sums_table(const T* g, const T* x, int64_t length, int64_t stride,
                          const P* gamma, const P* beta, const After<T>* after, Compute* dgamma, Compute* dbeta,
                          Sums* found) {
     using V = VectorOf<Compute>;
-    Accumulator<Compute> sums[R];
-    for (int64_t from = 0; from < length; from += kBlock<Compute> / 4) {
-        const int64_t left = length - from, size = left < kBlock<Compute> / 4 ? left : kBlock<Compute> / 4;
-        const auto body = [&](int64_t at, auto some) INLINE_LAMBDA {
-            const int64_t i = from + at;
+    constexpr int64_t block = 32 * kWidth<Compute>;
+    for (int r = 0; r < R; ++r) found[r] = {};
+    for (int64_t from = 0; from < length; from += block) {
+        const int64_t end = length - from < block ? length : from + block;
+        V first[R] = {}, second[R] = {}, high[R], by[R], shift[R];
+        for (int r = 0; r < R; ++r) {
+            high[r] = V{} + lines[r].high;
+            by[r] = V{} + lines[r].scale;
+            shift[r] = V{} + lines[r].shift;
+        }
+        const auto body = [&](int64_t i, auto some) INLINE_LAMBDA {
             const V scale = load_as<Compute>(gamma + i, some);
             V by_beta{}, by_gamma{};
             for (int r = 0; r < R; ++r) {
-                V v = load_as<Compute>(g + r * stride + i, some);
-                const V xhat = (load_as<Compute>(x + r * stride + i, some) - lines[r].high) * lines[r].scale + lines[r].shift;
+                V v = in_register(load_as<Compute>(g + r * stride + i, some));
+                const V xhat = (load_as<Compute>(x + r * stride + i, some) - high[r]) * by[r] + shift[r];
                 if constexpr (Active) {
                     V z = xhat * scale;
                     if (beta) z += load_as<Compute>(beta + i, some);
@@ -228,21 +252,20 @@ void run_grad_sums_table(const T* g, const T* x, int64_t length, int64_t stride,
                 }
                 by_beta += v;
                 by_gamma += v * xhat;
-                const V scaled = v * scale;
-                sums[r].first[0] += keep(scaled, some);
-                sums[r].second[0] += keep(scaled * xhat, some);
+                const V scaled = keep(v * scale, some);
+                first[r] += scaled;
+                second[r] += scaled * xhat;
             }
             if constexpr (Parameters) {
                 store(dbeta + i, load_as<Compute>(dbeta + i, some) + by_beta, some);
                 store(dgamma + i, load_as<Compute>(dgamma + i, some) + by_gamma, some);
             }
         };
-        int64_t i = 0;
-        for (; i + kWidth<Compute> <= size; i += kWidth<Compute>) body(i, Full{});
-        if (i < size) body(i, Part{size - i});
-        for (int r = 0; r < R; ++r) sums[r].flush();
+        int64_t i = from;
+        for (; i + kWidth<Compute> <= end; i += kWidth<Compute>) body(i, Full{});
+        if (i < end) body(i, Part{end - i});
+        for (int r = 0; r < R; ++r) found[r].add({add_vector<Compute>(first[r]), add_vector<Compute>(second[r])});
     }
-    for (int r = 0; r < R; ++r) found[r] = sums[r].total();
 }
 
 // dx[i] = g[i] * gamma[i] * rstd - ((x[i] - high) * slope + constant)

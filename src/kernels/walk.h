@@ -91,6 +91,18 @@ INLINE void with_compute(bool fits, Body body) {
     body(double{});
 }
 
+// Sums of some pools about a shift of each.
+struct Raw {
+    Room<double> room;
+    double *first, *second, *shift;
+    explicit Raw(int64_t size) : room(3 * size), first(room.get()), second(first + size), shift(second + size) {}
+    INLINE void put(int64_t i, const Sums& sums, double about) {
+        first[i] = sums.first;
+        second[i] = sums.second;
+        shift[i] = about;
+    }
+};
+
 // What a norm needs of x beside x, one entry per pool. Given statistics take the place of the pools'.
 template <class T>
 struct Statistics {
@@ -121,23 +133,34 @@ struct Statistics {
         }
     }
 
-    // From the sums about a shift. False where they cannot be trusted: too little was left of the squares, or they came
-    // near a float's limits.
-    bool finish(int64_t pool, const Sums& sums, double shift, int attempt) {
-        const double size = count(pool), divisor = size > 0 ? size : 1;
-        double deviations = sums.second;
-        if (call.centred) {
-            mean[pool] = shift + sums.first / divisor;
-            deviations -= sums.first * (sums.first / divisor);
+    // Mean, m2 and rstd of pools from their sums about shifts. False where a pool's sums cannot be trusted: too little was
+    // left of the squares, or they came near a float's limits.
+    bool finish(int64_t begin, int64_t end, const Raw& raw, int attempt) {
+        int64_t wrong = 0;
+        if (call.weight) {
+            for (int64_t p = begin; p < end; ++p) {
+                wrong += finish_one(p, raw.first[p - begin], raw.second[p - begin], raw.shift[p - begin], count(p), attempt);
+            }
+        } else {
+            for (int64_t p = begin; p < end; ++p) {
+                wrong += finish_one(p, raw.first[p - begin], raw.second[p - begin], raw.shift[p - begin], all, attempt);
+            }
         }
-        put(pool, deviations < 0 ? 0 : deviations);
-        return is_good(deviations, sums.second, divisor, attempt);
+        return wrong == 0;
     }
-    bool is_good(double deviations, double squares, double size, int attempt) const {
+    INLINE int64_t finish_one(int64_t p, double first, double second, double shift, double size, int attempt) {
+        const double share = size > 0 ? 1 / size : 1, step = call.centred ? first * share : 0;
+        const double deviations = second - first * step;
+        if (call.centred) mean[p] = shift + step;
+        m2[p] = deviations < 0 ? 0 : deviations;
+        rstd[p] = 1 / std::sqrt(m2[p] * share + call.eps);
+        return !is_good(deviations, second, size, attempt);
+    }
+    INLINE bool is_good(double deviations, double squares, double size, int attempt) const {
         if (attempt == kDoubleMean) return true;
         if (attempt == kDoubleZero) return kIsNarrow<T> && (!call.centred || deviations >= 1e-6 * squares);
-        if (!(squares < 1e34) || (squares < 1e-30 * size && call.eps < 1e-20)) return false;
-        return !call.centred || squares == 0 || squares <= 4 * deviations;
+        const bool in_range = squares < 1e34 && (squares >= 1e-30 * size || call.eps >= 1e-20);
+        return in_range && (!call.centred || squares == 0 || squares <= 4 * deviations);
     }
     void put(int64_t pool, double deviations) {
         m2[pool] = deviations;
@@ -145,19 +168,38 @@ struct Statistics {
         rstd[pool] = 1 / std::sqrt(deviations / (size > 0 ? size : 1) + call.eps);
     }
 
-    // Sums by `sums_of(is_float, shift)`, as often as it takes. `guess` is near the values.
-    template <class SumsOf>
-    void find(int64_t pool, double guess, SumsOf sums_of) {
+    // Moments of some pools by guess_of(pool) and sums_of(pool, is_float, shift): of all of them at once, then again and
+    // alone where that was not good enough.
+    template <class GuessOf, class SumsOf>
+    void find(int64_t begin, int64_t end, GuessOf guess_of, SumsOf sums_of) {
         if constexpr (kIsNarrow<T>) {
-            const float shift = static_cast<float>(guess);
-            if (finish(pool, sums_of(true, shift), shift, kFloatGuess)) return;
-            const float about = static_cast<float>(mean[pool]);
-            if (call.centred && std::fabs(about) < 1e18f &&
-                finish(pool, sums_of(true, about), about, kFloatMean)) return;
+            Raw raw(end - begin);
+            for (int64_t p = begin; p < end; ++p) {
+                const float shift = static_cast<float>(guess_of(p));
+                raw.put(p - begin, sums_of(p, true, shift), shift);
+            }
+            if (finish(begin, end, raw, kFloatGuess)) return;
+            for (int64_t p = begin; p < end; ++p) {
+                const int64_t i = p - begin;
+                if (!is_good(raw.second[i] - raw.first[i] * (raw.first[i] / most_count(p)), raw.second[i], most_count(p), kFloatGuess)) {
+                    find_again(p, sums_of);
+                }
+            }
+        } else {
+            for (int64_t p = begin; p < end; ++p) find_again(p, sums_of);
         }
-        if (finish(pool, sums_of(false, 0), 0, kDoubleZero)) return;
-        const double about = mean[pool];
-        finish(pool, sums_of(false, about), about, kDoubleMean);
+    }
+    double most_count(int64_t pool) { return count(pool) > 0 ? count(pool) : 1; }
+    template <class SumsOf>
+    void find_again(int64_t pool, SumsOf sums_of) {
+        for (int attempt = kIsNarrow<T> ? kFloatMean : kDoubleZero; attempt <= kDoubleMean; ++attempt) {
+            double about = attempt == kDoubleZero || !call.centred ? 0 : mean[pool];
+            if (attempt == kFloatMean) about = static_cast<float>(about);
+            if (attempt == kFloatMean && !(call.centred && std::fabs(about) < 1e18)) continue;
+            Raw raw(1);
+            raw.put(0, sums_of(pool, attempt == kFloatMean, about), about);
+            if (finish(pool, pool + 1, raw, attempt)) return;
+        }
     }
 
     // From what a forward kept, or what is given.
