@@ -15,7 +15,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-MODEL_HELP = "A built-in model (resnet18, mlp, unet, transformer, transformer-rms, lstm) or your own as module:factory."
+MODEL_HELP = (
+    "A built-in model (resnet18, mobilenetv2, mlp, unet, transformer, transformer-rms, lstm) "
+    "or your own as module:factory."
+)
 
 
 def _print_version(wanted: bool) -> None:
