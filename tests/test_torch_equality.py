@@ -312,4 +312,7 @@ def test_signatures_of_the_functions_begin_as_torchs():
     for name in anynorm.functional.__all__:
         ours = inspect.signature(getattr(anynorm.functional, name)).parameters.values()
         theirs = inspect.signature(getattr(F, name)).parameters.values()
-        assert [(p.name, p.default, p.kind) for p in ours] == [(p.name, p.default, p.kind) for p in theirs]
+        added = [(p.name, p.default) for p in ours if p.kind is p.KEYWORD_ONLY]
+        assert added == [("activation", None), ("residual", None)]
+        same = [(p.name, p.default, p.kind) for p in ours if p.kind is not p.KEYWORD_ONLY]
+        assert same == [(p.name, p.default, p.kind) for p in theirs]

@@ -36,6 +36,11 @@ class Scheme:
     classes: tuple[str, ...]
     function: str
 
+    @property
+    def fused(self) -> tuple[str, ...]:
+        """The modules that add a residual and apply an activation too: ``BatchNorm2d`` has ``BatchNormAct2d``."""
+        return tuple(name.replace("Norm", "NormAct") for name in self.classes)
+
 
 # fmt: off
 FAMILY: dict[str, Scheme] = {

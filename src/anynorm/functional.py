@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops
+from .activations import check_finish, finish
 from .errors import (
     check_batch_norm,
     check_channels,
@@ -50,6 +51,8 @@ def normalize_with_running(
     from_batch: bool,
     momentum: float | Tensor,
     eps: float,
+    activation: str | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """Take statistics from the batch and move the running averages, or take them from the running averages."""
     mean, var = running
@@ -59,10 +62,10 @@ def normalize_with_running(
         assert mean is not None
         assert var is not None
         given = read_running(mean, var, pooling, pooling.open(x))
-        return ops.normalize(x, pooling, weight, bias, eps, given)[0]
+        return ops.normalize(x, pooling, weight, bias, eps, given, activation, residual)[0]
     if mean is not None and var is not None and ops.has_memory(x, mean, var):
         check_no_overlap(function, x, mean, var)
-    y, moments = ops.normalize(x, pooling, weight, bias, eps)
+    y, moments = ops.normalize(x, pooling, weight, bias, eps, None, activation, residual)
     if mean is not None and var is not None and x.numel():
         update_running(mean, var, moments, pooling.samples, momentum)
     return y
@@ -77,6 +80,9 @@ def batch_norm(
     training: bool = False,
     momentum: float | Tensor = 0.1,
     eps: float = 1e-5,
+    *,
+    activation: str | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """Normalize each channel over the batch and all positions.
 
@@ -89,6 +95,7 @@ def batch_norm(
         training: take mean and variance from the batch.
         momentum: weight of the new value in the running averages; a tensor is allowed.
         eps: in units of x squared.
+        activation, residual: y = activation(norm(input) + residual), see `anynorm.activations`.
 
     Returns:
         Shape and dtype of input; channels_last where input is.
@@ -110,6 +117,7 @@ def batch_norm(
                 [ 1.]])
     """
     check_floating("batch_norm", input)
+    activation = check_finish("batch_norm", input, activation, residual)
     check_batch_norm(input, training, eps, running_mean=running_mean, running_var=running_var)
     named = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
     check_channels("batch_norm", input.shape[1], **named)
@@ -117,9 +125,13 @@ def batch_norm(
     if training:
         check_more_than_one("batch_norm", pooling.count(input), "channel", input, BATCH_OF_ONE)
     if ops.prefers_torch(input) and isinstance(momentum, float | int):
-        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+        return finish(
+            F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps), activation, residual
+        )
     running = (running_mean, running_var)
-    return normalize_with_running("batch_norm", input, pooling, running, weight, bias, training, momentum, eps)
+    return normalize_with_running(
+        "batch_norm", input, pooling, running, weight, bias, training, momentum, eps, activation, residual
+    )
 
 
 def instance_norm(
@@ -131,6 +143,9 @@ def instance_norm(
     use_input_stats: bool = True,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    *,
+    activation: str | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """Normalize each channel of each sample over its positions.
 
@@ -143,6 +158,7 @@ def instance_norm(
         use_input_stats: take mean and variance from the input.
         momentum: weight of the new value in the running averages.
         eps: in units of x squared.
+        activation, residual: y = activation(norm(input) + residual), see `anynorm.activations`.
 
     Returns:
         Shape and dtype of input; channels_last where input is (torch returns contiguous, pytorch#72341).
@@ -159,6 +175,7 @@ def instance_norm(
         tensor([[[-1.,  1.]]])
     """
     check_floating("instance_norm", input)
+    activation = check_finish("instance_norm", input, activation, residual)
     check_groups("instance_norm", input, 1)
     named = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
     check_channels("instance_norm", input.shape[1], **named)
@@ -175,10 +192,14 @@ def instance_norm(
             "instance_norm: use_input_stats=False needs running statistics; got None; pass running_mean and running_var"
         )
     if ops.prefers_torch(input):
-        return F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+        return finish(
+            F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps),
+            activation,
+            residual,
+        )
     running = (running_mean, running_var)
     return normalize_with_running(
-        "instance_norm", input, pooling, running, weight, bias, use_input_stats, momentum, eps
+        "instance_norm", input, pooling, running, weight, bias, use_input_stats, momentum, eps, activation, residual
     )
 
 
@@ -188,6 +209,9 @@ def layer_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
+    *,
+    activation: str | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """Normalize each sample over its last axes.
 
@@ -198,6 +222,7 @@ def layer_norm(
         normalized_shape: sizes of the last axes, which share a mean and a variance.
         weight, bias: normalized_shape, gamma and beta.
         eps: in units of x squared.
+        activation, residual: y = activation(norm(input) + residual), see `anynorm.activations`.
 
     Returns:
         Shape and dtype of input.
@@ -213,19 +238,26 @@ def layer_norm(
         tensor([[-1.,  1.]])
     """
     check_floating("layer_norm", input)
+    activation = check_finish("layer_norm", input, activation, residual)
     if input.is_nested:
-        return F.layer_norm(input, normalized_shape, weight, bias, eps)
+        return finish(F.layer_norm(input, normalized_shape, weight, bias, eps), activation, residual)
     shape = check_normalized_shape("layer_norm", input, normalized_shape, weight=weight, bias=bias)
     if ops.prefers_torch(input):
-        return F.layer_norm(input, shape, weight, bias, eps)
+        return finish(F.layer_norm(input, shape, weight, bias, eps), activation, residual)
     check_parameter_dtypes("layer_norm", input, weight=weight, bias=bias)
     pooling = pool(FAMILY["layer"], input, (("d", shape),))
     warn_of_one_value("layer_norm", prod(shape), "sample", input, "beta whatever the input")
-    return ops.normalize(input, pooling, weight, bias, eps)[0]
+    return ops.normalize(input, pooling, weight, bias, eps, None, activation, residual)[0]
 
 
 def rms_norm(
-    input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    activation: str | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """Divide each sample by the root mean square of its last axes; nothing is subtracted.
 
@@ -237,6 +269,7 @@ def rms_norm(
         weight: normalized_shape, gamma.
         eps: in units of x squared; None takes the machine epsilon of the computation in torch: that of float32 for
             half types and float32, of float64 for float64.
+        activation, residual: y = activation(norm(input) + residual), see `anynorm.activations`.
 
     Returns:
         Shape and dtype of input.
@@ -252,16 +285,17 @@ def rms_norm(
         tensor([[1., 1.]])
     """
     check_floating("rms_norm", input)
+    activation = check_finish("rms_norm", input, activation, residual)
     if input.is_nested:
-        return F.rms_norm(input, normalized_shape, weight, eps)
+        return finish(F.rms_norm(input, normalized_shape, weight, eps), activation, residual)
     shape = check_normalized_shape("rms_norm", input, normalized_shape, weight=weight)
     if ops.prefers_torch(input):
-        return F.rms_norm(input, shape, weight, eps)
+        return finish(F.rms_norm(input, shape, weight, eps), activation, residual)
     if eps is None:
         eps = torch.finfo(torch.float64 if input.dtype == torch.float64 else torch.float32).eps
     pooling = pool(FAMILY["rms"], input, (("d", shape),))
     warn_of_one_value("rms_norm", prod(shape), "sample", input, "gamma with the sign of x")
-    return ops.normalize(input, pooling, weight, None, eps)[0]
+    return ops.normalize(input, pooling, weight, None, eps, None, activation, residual)[0]
 
 
 def group_norm(
@@ -270,6 +304,9 @@ def group_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
+    *,
+    activation: str | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """Normalize each group of channels of each sample over the group and all positions.
 
@@ -280,6 +317,7 @@ def group_norm(
         num_groups: how many groups of C / num_groups neighbouring channels.
         weight, bias: (C,), gamma and beta.
         eps: in units of x squared.
+        activation, residual: y = activation(norm(input) + residual), see `anynorm.activations`.
 
     Returns:
         Shape and dtype of input; channels_last where input is.
@@ -296,15 +334,16 @@ def group_norm(
         tensor([[-1.,  1., -1.,  1.]])
     """
     check_floating("group_norm", input)
+    activation = check_finish("group_norm", input, activation, residual)
     check_groups("group_norm", input, num_groups)
     check_channels("group_norm", input.shape[1], weight=weight, bias=bias)
     check_more_than_one("group_norm", input.numel() // max(num_groups, 1), "group", input, FEWER_GROUPS)
     if ops.prefers_torch(input):
-        return F.group_norm(input, num_groups, weight, bias, eps)
+        return finish(F.group_norm(input, num_groups, weight, bias, eps), activation, residual)
     check_parameter_dtypes("group_norm", input, weight=weight, bias=bias)
     pooling = pool(FAMILY["group"], input, (("g", num_groups),))
     warn_of_one_value("group_norm", pooling.count(pooling.open(input)), "group", input, "beta whatever the input")
-    return ops.normalize(input, pooling, weight, bias, eps)[0]
+    return ops.normalize(input, pooling, weight, bias, eps, None, activation, residual)[0]
 
 
 # FX records a call of these as one node.

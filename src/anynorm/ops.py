@@ -106,6 +106,8 @@ def normalize(
     bias: Tensor | None,
     eps: float,
     given: Moments | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
 ) -> tuple[Tensor, Moments]:
     """The formula on whichever path serves x.
 
@@ -114,12 +116,15 @@ def normalize(
         weight, bias: gamma and beta, flat or shaped as their axes.
         eps: in units of x squared.
         given: statistics to use as constants; None takes them from x.
+        activation: a name in `activations.ACTIVATIONS`, applied last.
+        residual: shape and dtype of x, added before the activation.
 
     Returns:
         y with the shape and dtype of x, channels_last where x is, and the moments it used.
     """
-    if not is_plain(x, weight, bias) or x.numel() == 0:
-        y, moments = plain.compose(x, pooling, weight, bias, eps, given)
+    fused = activation is not None or residual is not None
+    if fused or not is_plain(x, weight, bias) or x.numel() == 0:
+        y, moments = plain.compose(x, pooling, weight, bias, eps, given, activation, residual)
         if get_dynamic_layer_stack_depth() == 0:  # inside vmap a tensor cannot tell its layout
             y = y.contiguous(memory_format=plain.find_memory_format(x))
         return y, moments

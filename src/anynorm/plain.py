@@ -13,6 +13,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from .activations import finish
 from .affine import scale_shift, spread
 from .pooling import Pooling
 from .statistics import Block, GradSums, Moments, find_moments, find_wide_dtype, part
@@ -22,15 +23,23 @@ BLOCK = 1 << 19
 
 
 def compose(
-    x: Tensor, pooling: Pooling, weight: Tensor | None, bias: Tensor | None, eps: float, given: Moments | None
+    x: Tensor,
+    pooling: Pooling,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    given: Moments | None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
 ) -> tuple[Tensor, Moments]:
-    """y = (x - mean) / sqrt(var + eps) * gamma + beta, and the moments it used."""
+    """y = activation((x - mean) / sqrt(var + eps) * gamma + beta + residual), rounded once, and the moments it used."""
     view = pooling.open(x)
     wide = view.to(find_wide_dtype(x))
     moments = find_moments(wide, pooling, wide.dtype == x.dtype) if given is None else given
     gamma, beta = (spread(p, pooling, view, wide.dtype) for p in (weight, bias))
     centre = wide if moments.mean is None else wide - moments.mean
     y = scale_shift(centre * moments.rstd(eps), gamma, beta)
+    y = finish(y, activation, None if residual is None else pooling.open(residual).to(y.dtype))
     return y.to(x.dtype).reshape(x.shape), moments
 
 

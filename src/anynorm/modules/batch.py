@@ -6,6 +6,7 @@ Constructors, attributes, buffers and state_dict are those of torch.nn, whose cl
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch.nn as nn
 from torch import Tensor
@@ -16,41 +17,59 @@ from ..sources import find_momentum
 from .state import Norm
 
 
-class _BatchNorm(Norm, nn.modules.batchnorm._BatchNorm):
+class _Running(Norm):
+    """What the mix-ins here ask of a class, so that torch's subclasses and the fused classes share them."""
+
     _axes: tuple[int, ...]
+    num_features: int
+    eps: float
+    momentum: float | None
+    affine: bool
+    track_running_stats: bool
+    weight: Any  # Tensor | None; every class of torch's declares it in its own way
+    bias: Any
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    num_batches_tracked: Tensor | None
 
     def _check_input_dim(self, input: Tensor) -> None:
         check_axes(input, self._axes)
 
-    def normalize(self, input: Tensor) -> Tensor:
+
+class _BatchNorm(_Running):
+    def normalize(self, input: Tensor, activation: str | None = None, residual: Tensor | None = None) -> Tensor:
         """Choose the source, normalize, count the batch; see `anynorm.functional.batch_norm`."""
         self._check_input_dim(input)  # torch's hook: subclasses override it
         tracked = not self.training or self.track_running_stats
         running_mean, running_var = (b if tracked else None for b in (self.running_mean, self.running_var))
         counter = self.num_batches_tracked if self.training and tracked else None
-        momentum = find_momentum(self.momentum, counter)
-        from_batch = self.training or (running_mean is None and running_var is None)
         y = functional.batch_norm(
-            input, running_mean, running_var, self.weight, self.bias, from_batch, momentum, self.eps
+            input,
+            running_mean,
+            running_var,
+            self.weight,
+            self.bias,
+            self.training or (running_mean is None and running_var is None),
+            find_momentum(self.momentum, counter),
+            self.eps,
+            activation=activation,
+            residual=residual,
         )
         if counter is not None:
             counter.add_(1)  # Last, so that an input that is refused changes nothing.
         return y
 
 
-class _InstanceNorm(Norm, nn.modules.instancenorm._InstanceNorm):
-    _axes: tuple[int, int]
-
-    def _check_input_dim(self, input: Tensor) -> None:
-        check_axes(input, self._axes)
-
-    def normalize(self, input: Tensor) -> Tensor:
+class _InstanceNorm(_Running):
+    def normalize(self, input: Tensor, activation: str | None = None, residual: Tensor | None = None) -> Tensor:
         """Normalize with or without a sample axis; see `anynorm.functional.instance_norm`."""
         self._check_input_dim(input)
         single = input.dim() == self._axes[0]
         self._check_channels(input.shape[0 if single else 1], 0 if single else 1)
+        if single:
+            input, residual = input.unsqueeze(0), residual if residual is None else residual.unsqueeze(0)
         y = functional.instance_norm(
-            input.unsqueeze(0) if single else input,
+            input,
             self.running_mean,
             self.running_var,
             self.weight,
@@ -58,6 +77,8 @@ class _InstanceNorm(Norm, nn.modules.instancenorm._InstanceNorm):
             self.training or not self.track_running_stats,
             0.0 if self.momentum is None else self.momentum,
             self.eps,
+            activation=activation,
+            residual=residual,
         )
         return y.squeeze(0) if single else y
 

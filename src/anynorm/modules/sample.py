@@ -5,6 +5,8 @@ They remember gamma and beta only, and do the same in training and evaluation.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn as nn
 from torch import Tensor
 
@@ -12,7 +14,51 @@ from ..functional import group_norm, layer_norm, rms_norm
 from .state import Norm
 
 
-class LayerNorm(Norm, nn.LayerNorm):
+class _LayerNorm(Norm):
+    """A mix-in, as the two below, that torch's subclass and the fused class share."""
+
+    normalized_shape: tuple[int, ...]
+    eps: float
+    weight: Any
+    bias: Any
+
+    def normalize(self, input: Tensor, activation: str | None = None, residual: Tensor | None = None) -> Tensor:
+        """y = (x - mean) / sqrt(var + eps) * weight + bias, see `anynorm.functional.layer_norm`."""
+        return layer_norm(
+            input,
+            self.normalized_shape,
+            self.weight,
+            self.bias,
+            self.eps,
+            activation=activation,
+            residual=residual,
+        )
+
+
+class _RMSNorm(Norm):
+    normalized_shape: tuple[int, ...]
+    eps: float | None
+    weight: Any
+
+    def normalize(self, input: Tensor, activation: str | None = None, residual: Tensor | None = None) -> Tensor:
+        """y = x / sqrt(mean(x**2) + eps) * weight, see `anynorm.functional.rms_norm`."""
+        return rms_norm(input, self.normalized_shape, self.weight, self.eps, activation=activation, residual=residual)
+
+
+class _GroupNorm(Norm):
+    num_groups: int
+    eps: float
+    weight: Any
+    bias: Any
+
+    def normalize(self, input: Tensor, activation: str | None = None, residual: Tensor | None = None) -> Tensor:
+        """y = (x - mean) / sqrt(var + eps) * weight + bias, see `anynorm.functional.group_norm`."""
+        return group_norm(
+            input, self.num_groups, self.weight, self.bias, self.eps, activation=activation, residual=residual
+        )
+
+
+class LayerNorm(_LayerNorm, nn.LayerNorm):
     """`torch.nn.LayerNorm`, exact in float32 at any mean, and a bias gradient that does not stop at 256 in bfloat16.
 
     Example:
@@ -20,12 +66,8 @@ class LayerNorm(Norm, nn.LayerNorm):
         tensor([-1.0000,  1.0000])
     """
 
-    def normalize(self, input: Tensor) -> Tensor:
-        """y = (x - mean) / sqrt(var + eps) * weight + bias, see `anynorm.functional.layer_norm`."""
-        return layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
 
-
-class RMSNorm(Norm, nn.RMSNorm):
+class RMSNorm(_RMSNorm, nn.RMSNorm):
     """`torch.nn.RMSNorm`, that neither overflows nor underflows on the way for inputs up to 1e37.
 
     Example:
@@ -37,19 +79,11 @@ class RMSNorm(Norm, nn.RMSNorm):
         """Normalize; same shape, dtype and memory format (channels_last is kept)."""
         return super().forward(x)
 
-    def normalize(self, input: Tensor) -> Tensor:
-        """y = x / sqrt(mean(x**2) + eps) * weight, see `anynorm.functional.rms_norm`."""
-        return rms_norm(input, self.normalized_shape, self.weight, self.eps)
 
-
-class GroupNorm(Norm, nn.GroupNorm):
+class GroupNorm(_GroupNorm, nn.GroupNorm):
     """`torch.nn.GroupNorm`, exact in float32 at any mean and in channels_last.
 
     Example:
         >>> anynorm.GroupNorm(2, 4)(torch.tensor([[1.0, 3.0, 5.0, 9.0]])).detach()
         tensor([[-1.0000,  1.0000, -1.0000,  1.0000]])
     """
-
-    def normalize(self, input: Tensor) -> Tensor:
-        """y = (x - mean) / sqrt(var + eps) * weight + bias, see `anynorm.functional.group_norm`."""
-        return group_norm(input, self.num_groups, self.weight, self.bias, self.eps)

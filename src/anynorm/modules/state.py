@@ -42,15 +42,16 @@ class Norm(nn.Module):
             )
 
 
-def record_call(module: nn.Module, input: Proxy) -> Any:
+def record_call(module: nn.Module, *inputs: Any) -> Any:
     """Let FX record a call of the module itself, as it does for torch.nn's.
 
     FX traces through classes outside torch.nn, which would freeze the training mode and move the counter meanwhile.
     """
-    path = input.tracer.path_of_module(module)  # type: ignore[attr-defined]
+    tracer: Any = next(input.tracer for input in inputs if isinstance(input, Proxy))
+    path = tracer.path_of_module(module)
     if not path:
         raise TypeError(
             f"symbolic_trace: a norm cannot be the root of a trace; got {type(module).__name__}; "
             "trace torch.nn.Sequential(norm)"
         )
-    return input.tracer.create_proxy("call_module", path, (input,), {})
+    return tracer.create_proxy("call_module", path, inputs, {})

@@ -1,80 +1,61 @@
-"""`accelerate`: every torch.nn norm of a model becomes ours, in place."""
+"""`accelerate`: every torch.nn norm of a model becomes ours, in place; and what follows a norm can be fused with it."""
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 
 import torch
 import torch.nn as nn
 
-from ..modules import batch, lazy, sample
+from ..modules.fused import Fused
+from .fuse import fuse_graph
+from .report import FUSED, PAIRS, Entry, Report, describe
+from .sequential import Place, find_fused, find_places, fuse_place, is_norm, take_apart
+from .trace import Traces, build, copy_sharing, trace
 
-PAIRS: dict[type[nn.Module], type[nn.Module]] = {
-    getattr(nn, name): getattr(room, name)
-    for room, names in (
-        (batch, [f"{kind}{n}d" for kind in ("BatchNorm", "InstanceNorm") for n in (1, 2, 3)]),
-        (lazy, [f"Lazy{kind}{n}d" for kind in ("BatchNorm", "InstanceNorm") for n in (1, 2, 3)]),
-        (sample, ["LayerNorm", "RMSNorm", "GroupNorm"]),
-    )
-    for name in names
-}
 BASES = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One norm of a model: its first name there, its class before, its class now, and why it was left."""
-
-    name: str
-    kind: str
-    became: str = ""
-    reason: str = ""
-
-
-@dataclass
-class Report:
-    """What `accelerate` changed and what it left, each norm once."""
-
-    changed: list[Entry] = field(default_factory=list)
-    left: list[Entry] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        kinds = Counter(f"{entry.kind} -> {entry.became}" for entry in self.changed)
-        lines = [f"{len(self.changed)} norms changed, {len(self.left)} left"]
-        lines += [f"  {count} x {kind}" for kind, count in kinds.items()]
-        lines += [f"  left {entry.name} ({entry.kind}): {entry.reason}" for entry in self.left]
-        return "\n".join(lines)
-
-
-def accelerate(model: nn.Module, undo: bool = False) -> Report:
+def accelerate(model: nn.Module, undo: bool = False, fuse: bool = False) -> Report:
     """Turn every torch.nn norm of a model into ours, in place: the same objects, with another class.
 
     Parameters, buffers, mode, hooks, sharing and names stay, so optimizers and references go on working.
 
     Args:
         model: any module; a norm itself is allowed.
-        undo: turn ours back into torch's.
+        undo: turn ours back into torch's, and take fused norms in Sequentials apart.
+        fuse: fuse norms with the activation behind them too, and with a sum between.
 
     Returns:
         A report of what changed, and of what was left and why: subclasses of torch's norms with code of their own,
         norms whose `forward` was replaced on the object, SyncBatchNorm, and norms of nn.TransformerEncoderLayer, whose
-        fast path in evaluation reads their weights and never calls them.
+        fast path in evaluation reads their weights and never calls them. With `fuse` also the norms that an activation
+        follows and that were not fused.
+
+        ``report.model`` is the model to go on with. Norm and activation side by side in a Sequential are fused in
+        place; the activation's place takes nn.Identity. Norm, sum and activation, and functional activations, need a
+        graph: where torch.fx can trace the model and finds some, ``report.model`` is a GraphModule with the model's
+        parameters, buffers, names and attributes, and the model itself keeps them apart. Else it is the model.
 
     Raises:
         TypeError: `model` is not a module.
+        ValueError: `undo` and `fuse` together. Whatever is raised, nothing was changed.
 
     Note:
         Tools that look for torch's exact types (torch.ao.quantization's fuse_modules and convert, and
         torch.fx.experimental.optimization.fuse) or read source (torch.jit.script) want ``undo=True`` first.
         Instance and layer norm return channels_last where their input is; torch's return contiguous, so a ``view``
-        behind them may have to become ``reshape``.
+        behind them may have to become ``reshape``. What fusing changes beside: docs/fused.md.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.ReLU())
         >>> print(anynorm.accelerate(model))
         1 norms changed, 0 left
           1 x torch.nn.BatchNorm1d -> anynorm.BatchNorm1d
+        >>> print(anynorm.accelerate(model, fuse=True))
+        1 norms changed, 1 fused, 0 left
+          1 x anynorm.BatchNorm1d -> anynorm.BatchNormAct1d
+          1 x anynorm.BatchNorm1d, relu -> anynorm.BatchNormAct1d in model
         >>> print(anynorm.accelerate(model, undo=True).changed[0].became)
         torch.nn.BatchNorm1d
     """
@@ -82,10 +63,77 @@ def accelerate(model: nn.Module, undo: bool = False) -> Report:
         raise TypeError(
             f"accelerate: model must be a torch.nn.Module; got {type(model).__name__}; pass the model itself"
         )
+    if undo and fuse:
+        raise ValueError("accelerate: undo and fuse exclude each other; got both; call it twice")
+    report = Report(model=model)
+    swaps = find_swaps(model, undo, report)
+    if undo:
+        fused = find_fused(model, report)
+        report.changed += [tell_apart(model, place) for place in fused]
+        swap(model, swaps)
+        for place in fused:
+            take_apart(model, place)
+        return report
+    places: list[Place] = []
+    if fuse:
+        traces = trace(model)
+        places = find_places(model, traces.graphs, report)
+        tell_fused(model, places, report)
+        report.model = make_model(model, swaps, places, traces, report)
+    swap(model, swaps, places)  # Last: whatever can fail has been done.
+    return report
+
+
+def swap(model: nn.Module, swaps: dict[str, type[nn.Module]], places: Iterable[Place] = ()) -> None:
+    """Change classes, then fuse in place."""
+    for name, kind in swaps.items():
+        model.get_submodule(name).__class__ = kind
+    for place in places:
+        fuse_place(model, place)
+
+
+def make_model(
+    model: nn.Module, swaps: dict[str, type[nn.Module]], places: list[Place], traces: Traces, report: Report
+) -> nn.Module:
+    """The model as a graph with what only a graph can fuse, or the model itself where there is nothing or no graph."""
+    if traces.reason:
+        told = {place.norm for place in places} | {entry.name for entry in report.left}
+        norms = {name for name, module in model.named_modules() if is_norm(module)}
+        if norms - told - {""}:
+            reason = f"not fused beyond Sequentials: {traces.reason}"
+            report.left.append(Entry("", describe(type(model)), reason=reason))
+        return model
+    twin, graph = copy_sharing(model), traces.graphs[0]
+    swap(twin, swaps, places)
+    return build(twin, graph) if fuse_graph(twin, graph, report) else model
+
+
+def tell_fused(model: nn.Module, places: list[Place], report: Report) -> None:
+    """Report what is fused in place, which is a change too."""
+    changed = {entry.name: entry for entry in report.changed}
+    for place in places:
+        kind = type(model.get_submodule(place.norm))
+        ours = PAIRS.get(kind, kind)
+        became = describe(FUSED[ours])
+        changed[place.norm] = Entry(place.norm, describe(kind), became=became)
+        report.fused.append(Entry(place.norm, describe(ours), became=became, then=place.activation, where="model"))
+    report.changed = list(changed.values())
+
+
+def tell_apart(model: nn.Module, place: Place) -> Entry:
+    """What taking a fused norm apart changes, for the report."""
+    norm = model.get_submodule(place.norm)
+    assert isinstance(norm, Fused)
+    theirs = next(theirs for theirs, ours in PAIRS.items() if ours is norm.plain)
+    return Entry(place.norm, describe(type(norm)), became=describe(theirs))
+
+
+def find_swaps(model: nn.Module, undo: bool, report: Report) -> dict[str, type[nn.Module]]:
+    """Which norm, by name, becomes which class; reported, and so is what is left."""
     pairs = {ours: theirs for theirs, ours in PAIRS.items()} if undo else PAIRS
     others = set(pairs.values())
     bypassed = {} if undo else find_bypassed(model)
-    report = Report()
+    swaps: dict[str, type[nn.Module]] = {}
     for name, module in model.named_modules():
         kind = type(module)
         scripted = getattr(module, "original_name", None) in {theirs.__name__ for theirs in PAIRS}
@@ -97,18 +145,9 @@ def accelerate(model: nn.Module, undo: bool = False) -> Report:
         if reason:
             report.left.append(Entry(name, describe(kind), reason=reason))
         elif kind in pairs:
-            module.__class__ = pairs[kind]  # type: ignore[assignment]
+            swaps[name] = pairs[kind]
             report.changed.append(Entry(name, describe(kind), became=describe(pairs[kind])))
-    return report
-
-
-def describe(kind: type[nn.Module]) -> str:
-    """The class as people write it."""
-    if kind in PAIRS:
-        return f"torch.nn.{kind.__name__}"
-    if kind in PAIRS.values():
-        return f"anynorm.{kind.__name__}"
-    return f"{kind.__module__}.{kind.__qualname__}"
+    return swaps
 
 
 def find_bypassed(model: nn.Module) -> dict[int, str]:

@@ -1,0 +1,181 @@
+"""Norms that also add a residual and apply an activation: `BatchNormAct2d` and its like.
+
+    y = activation(norm(x) + residual)
+
+State, constructor and state_dict are those of the plain norm. They are no instances of torch's norms, because torch's
+tools that look for those (`fuse_conv_bn_eval`, `convert_sync_batchnorm`) would drop the activation in silence.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch.nn as nn
+from torch import Tensor
+from torch.fx import Proxy
+
+from ..activations import IDENTITY, check_activation, finish
+from . import batch, sample
+from .state import Norm, record_call
+
+
+class Fused(Norm):
+    """What the fused norms share.
+
+    Attributes:
+        plain: the class whose state this is.
+        add: how a residual is added that has another shape or dtype than the input; None refuses it. `accelerate` sets
+            it where a model's own sum, which may broadcast or promote, was fused.
+    """
+
+    plain: ClassVar[type[nn.Module]]
+    activation: str
+    add: Callable[[Tensor, Any], Tensor] | None = None
+
+    def __init_subclass__(cls, plain: type[nn.Module] | None = None, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if plain is None:  # somebody's subclass of a fused norm
+            return
+        cls.plain = plain
+        for name in ("_version", "_axes"):
+            if hasattr(plain, name):
+                setattr(cls, name, getattr(plain, name))
+        known = inspect.signature(plain)
+        last = inspect.Parameter("activation", inspect.Parameter.KEYWORD_ONLY, default="relu")
+        cls.__signature__ = known.replace(parameters=[*known.parameters.values(), last])  # type: ignore[attr-defined]
+
+    def __init__(self, *arguments: Any, activation: str | None = "relu", **options: Any) -> None:
+        super().__init__()
+        self.__dict__.update(self.plain(*arguments, **options).__dict__)
+        self.activation = check_activation(type(self).__name__, activation) or IDENTITY
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """activation(norm(input) + residual); shape, dtype and memory format (channels_last is kept) of the input.
+
+        Args:
+            input: as for the plain norm.
+            residual: shape and dtype of `input`.
+        """
+        if isinstance(input, Proxy) or isinstance(residual, Proxy):
+            return record_call(self, *((input,) if residual is None else (input, residual)))
+        if self.add is not None and residual is not None and not fits(residual, input):
+            activation = check_activation(type(self).__name__, self.activation)
+            return finish(self.add(self.normalize(input), residual), activation, None)
+        return self.normalize(input, self.activation, residual)  # type: ignore[call-arg] # the mix-ins take them
+
+    def reset_parameters(self) -> None:
+        """Gamma 1, beta 0, and running statistics as at the start, as the plain norm does."""
+        self._as_plain().reset_parameters()
+
+    def extra_repr(self) -> str:
+        """The plain norm's, and the activation."""
+        return f"{self._as_plain().extra_repr()}, activation={self.activation!r}"
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        self._as_plain()._load_from_state_dict(*arguments)
+
+    def _as_plain(self) -> Any:
+        """The plain norm on the very same state, for methods of torch's that must be called on one of its norms."""
+        norm = object.__new__(self.plain)
+        object.__setattr__(norm, "__dict__", self.__dict__)
+        return norm
+
+
+def fits(residual: Any, x: Tensor) -> bool:
+    """Whether a sum with the residual has shape and dtype of x."""
+    if not isinstance(residual, Tensor) or residual.is_nested or x.is_nested:
+        return False
+    return residual.shape == x.shape and residual.dtype == x.dtype
+
+
+class _Running(Fused):
+    def reset_running_stats(self) -> None:
+        """Mean 0, variance 1, no batch counted."""
+        self._as_plain().reset_running_stats()
+
+
+class BatchNormAct1d(batch._BatchNorm, _Running, plain=batch.BatchNorm1d):
+    """`anynorm.BatchNorm1d`, then a residual and an activation.
+
+    Example:
+        >>> norm = anynorm.BatchNormAct1d(1, activation="leaky_relu")
+        >>> norm(torch.tensor([[1.0], [3.0]]), residual=torch.tensor([[0.0], [1.0]])).detach()
+        tensor([[-0.0100],
+                [ 2.0000]])
+    """
+
+
+class BatchNormAct2d(batch._BatchNorm, _Running, plain=batch.BatchNorm2d):
+    """`anynorm.BatchNorm2d`, then a residual and an activation.
+
+    Example:
+        >>> anynorm.BatchNormAct2d(3).load_state_dict(torch.nn.BatchNorm2d(3).state_dict())
+        <All keys matched successfully>
+    """
+
+
+class BatchNormAct3d(batch._BatchNorm, _Running, plain=batch.BatchNorm3d):
+    """`anynorm.BatchNorm3d`, then a residual and an activation.
+
+    Example:
+        >>> bool((anynorm.BatchNormAct3d(3)(torch.randn(2, 3, 4, 4, 4)) >= 0).all())
+        True
+    """
+
+
+class InstanceNormAct1d(batch._InstanceNorm, _Running, plain=batch.InstanceNorm1d):
+    """`anynorm.InstanceNorm1d`, then a residual and an activation.
+
+    Example:
+        >>> anynorm.InstanceNormAct1d(1)(torch.tensor([[[1.0, 3.0]]]))
+        tensor([[[0.0000, 1.0000]]])
+    """
+
+
+class InstanceNormAct2d(batch._InstanceNorm, _Running, plain=batch.InstanceNorm2d):
+    """`anynorm.InstanceNorm2d`, then a residual and an activation.
+
+    Example:
+        >>> anynorm.InstanceNormAct2d(3, affine=True, activation="silu")
+        InstanceNormAct2d(3, ..., track_running_stats=False, activation='silu')
+    """
+
+
+class InstanceNormAct3d(batch._InstanceNorm, _Running, plain=batch.InstanceNorm3d):
+    """`anynorm.InstanceNorm3d`, then a residual and an activation.
+
+    Example:
+        >>> anynorm.InstanceNormAct3d(3)(torch.randn(2, 3, 4, 4, 4)).shape
+        torch.Size([2, 3, 4, 4, 4])
+    """
+
+
+class GroupNormAct(sample._GroupNorm, Fused, plain=sample.GroupNorm):
+    """`anynorm.GroupNorm`, then a residual and an activation.
+
+    Example:
+        >>> anynorm.GroupNormAct(2, 4)(torch.tensor([[1.0, 3.0, 5.0, 9.0]])).detach()
+        tensor([[0.0000, 1.0000, 0.0000, 1.0000]])
+    """
+
+
+class LayerNormAct(sample._LayerNorm, Fused, plain=sample.LayerNorm):
+    """`anynorm.LayerNorm`, then a residual and an activation.
+
+    Example:
+        >>> norm = anynorm.LayerNormAct(2, activation="gelu")
+        >>> norm(torch.tensor([1.0, 3.0])).detach()
+        tensor([-0.1587,  0.8413])
+    """
+
+
+class RMSNormAct(sample._RMSNorm, Fused, plain=sample.RMSNorm):
+    """`anynorm.RMSNorm`, then a residual and an activation.
+
+    Example:
+        >>> norm = anynorm.RMSNormAct(2, activation="identity")
+        >>> norm(torch.tensor([3.0, 3.0]), residual=torch.tensor([1.0, 2.0])).detach()
+        tensor([2., 3.])
+    """

@@ -1,0 +1,188 @@
+"""Norm, sum and activation in a model's graph: find them and make one call of them.
+
+A chain is fused only where nobody else sees what lies between: the norm is called once, its output and the sum have one
+user each, and nothing between them works in place.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import fx
+
+from ..activations import ACTIVATIONS, list_activations
+from . import trace
+from .report import FUSED, Entry, Report, describe
+from .sequential import check_settings, count_places, find_reason, leave, read_activation
+
+# Function or method, and what adds where shapes or dtypes differ.
+SUMS: dict[Any, Callable[[Any, Any], Any]] = {
+    operator.add: operator.add,
+    torch.add: operator.add,
+    "add": operator.add,
+    operator.iadd: operator.iadd,
+    vars(trace)["iadd"]: operator.iadd,
+    "add_": operator.iadd,
+}
+SAFE = ("_operator", "math", "builtins", "torch", "anynorm.functional")
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A norm's call, perhaps a sum with a residual, and the activation behind it."""
+
+    norm: fx.Node
+    sum: fx.Node | None
+    residual: Any
+    activation: fx.Node
+
+
+def fuse_graph(model: nn.Module, graph: fx.Graph, report: Report) -> bool:
+    """Fuse what can be fused, in the graph and in the model's modules; whether there was any.
+
+    Args:
+        model: a copy, whose norms are ours.
+        graph: of that model.
+    """
+    modules = dict(model.named_modules())
+    counts = count_places(model)
+    left = {entry.name for entry in report.left}
+    fused = False
+    for node in list(graph.nodes):
+        activation, reason = read_node(node, modules)
+        if not activation and not reason:
+            continue
+        chains = {chain: reason or find_obstacle(chain, modules, counts) for chain in find_chains(node, modules)}
+        free = [chain for chain, obstacle in chains.items() if not obstacle]
+        if free:
+            report.fused.append(fuse_chain(free[0], activation, graph, modules))
+            fused = True
+            continue
+        for chain, obstacle in chains.items():
+            name = str(chain.norm.target)
+            if name not in left:
+                left.add(name)
+                called = describe(type(modules[str(node.target)])) if node.op == "call_module" else name_call(node)
+                report.left.append(leave(name, modules[name], called, obstacle))
+    return fused
+
+
+def read_node(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[str, str]:
+    """The activation that a node applies; or why it cannot be fused; or neither, where it is none."""
+    if node.op == "call_module":
+        return read_activation(modules[str(node.target)])
+    if node.op not in ("call_function", "call_method"):
+        return "", ""
+    for name, activation in ACTIVATIONS.items():
+        if node.target in find_spellings(name):
+            names = (*activation.settings, "inplace")
+            return check_settings(name, {**dict(zip(names, node.args[1:], strict=False)), **node.kwargs})
+    if name_call(node).rstrip("_") in {name.lower() for name in nn.modules.activation.__all__}:
+        return "", f"only {list_activations()} can be fused"
+    return "", ""
+
+
+def find_spellings(name: str) -> set[Any]:
+    """The functions and methods that apply an activation, also in place."""
+    names = (name, f"{name}_")
+    rooms = (F, torch, torch._C._nn)
+    return {getattr(room, spelling) for room in rooms for spelling in names if hasattr(room, spelling)} | set(names)
+
+
+def name_call(node: fx.Node) -> str:
+    """The name of the function or method that a node calls."""
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+
+
+def find_chains(activation: fx.Node, modules: dict[str, nn.Module]) -> Iterator[Chain]:
+    """The norms whose output, or whose sum with something, an activation takes: none, one or two."""
+    source = activation.args[0] if activation.args else None
+    if not isinstance(source, fx.Node):
+        return
+    if is_norm(source, modules):
+        yield Chain(source, None, None, activation)
+    elif source.op in ("call_function", "call_method") and source.target in SUMS and len(source.args) >= 2:
+        for norm, residual in (source.args[:2], source.args[1::-1]):
+            if isinstance(norm, fx.Node) and is_norm(norm, modules):
+                yield Chain(norm, source, residual, activation)
+
+
+def is_norm(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether a node calls a norm that has a fused twin."""
+    return node.op == "call_module" and type(modules[str(node.target)]) in FUSED
+
+
+def find_obstacle(chain: Chain, modules: dict[str, nn.Module], counts: Counter[int]) -> str:
+    """Why a chain must not be fused, or nothing."""
+    target = str(chain.norm.target)
+    called = [target, str(chain.activation.target)] if chain.activation.op == "call_module" else [target]
+    for name in called:
+        if reason := find_reason(name, modules[name], counts):
+            return reason
+    uses = [n for n in chain.norm.graph.nodes if str(n.target) == target or str(n.target).startswith(f"{target}.")]
+    if len(uses) > 1:
+        return f"the norm or its tensors are used {len(uses)} times"
+    if set(chain.norm.users) != {chain.sum or chain.activation}:
+        return "the norm's output is used elsewhere too"
+    return find_obstacle_of_sum(chain, modules) if chain.sum else ""
+
+
+def find_obstacle_of_sum(chain: Chain, modules: dict[str, nn.Module]) -> str:
+    """Why the sum cannot move into the norm, or nothing."""
+    assert chain.sum is not None
+    if set(chain.sum.users) != {chain.activation}:
+        return "the sum is used elsewhere too"
+    if not isinstance(chain.residual, fx.Node) or chain.residual is chain.norm:
+        return "what is added is no other tensor"
+    if len(chain.sum.args) > 2 or chain.sum.kwargs:
+        return "the sum has further arguments"
+    if SUMS[chain.sum.target] is operator.iadd and chain.sum.args[0] is not chain.norm:
+        return "the sum is written into a tensor that others may see"
+    node = chain.norm.next
+    while node is not chain.sum:
+        if works_in_place(node, modules):
+            return f"{node.name} may work in place between the norm and the sum"
+        node = node.next
+    return ""
+
+
+def works_in_place(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether a call may change its input, as far as its name and its arguments tell; unknown code may."""
+    if node.op == "call_module":
+        module = modules[str(node.target)]
+        known = type(module).__module__.startswith(("torch.nn.", "anynorm."))
+        return not known or getattr(module, "inplace", False) or trace.is_hooked(module)
+    if node.op == "call_function":
+        room = getattr(node.target, "__module__", None) or "torch"
+        known = room.startswith(SAFE) and node.target not in [vars(trace)[name] for name in trace.IN_PLACE]
+        flagged = "out" in node.kwargs or any(value is True for value in (*node.args, node.kwargs.get("inplace")))
+        moved = room == "_operator" and name_call(node) in ("setitem", *trace.IN_PLACE)
+        return not known or flagged or moved or name_call(node).endswith("_")
+    return node.op == "call_method" and (name_call(node).endswith("_") or "out" in node.kwargs)
+
+
+def fuse_chain(chain: Chain, activation: str, graph: fx.Graph, modules: dict[str, nn.Module]) -> Entry:
+    """Make one call of a chain, where its sum stood: all that it reads is there by then."""
+    norm, target = modules[str(chain.norm.target)], str(chain.norm.target)
+    kind, became = type(norm), FUSED[type(norm)]
+    norm.__class__ = became
+    norm.activation = activation  # type: ignore[assignment]
+    call = chain.norm
+    if chain.sum is not None:
+        norm.add = SUMS[chain.sum.target]  # type: ignore[assignment]
+        (x,) = (*chain.norm.args, *chain.norm.kwargs.values())
+        with graph.inserting_before(chain.sum):
+            call = graph.call_module(target, (x, chain.residual))
+    chain.activation.replace_all_uses_with(call)
+    for node in (chain.activation, chain.sum, chain.norm):
+        if node is not None and node is not call:
+            graph.erase_node(node)
+    then = activation if chain.sum is None else f"add, {activation}"
+    return Entry(target, describe(kind), became=describe(became), then=then, where="report.model")

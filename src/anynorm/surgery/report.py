@@ -1,0 +1,84 @@
+"""What surgery did to a model, in a form to read and to print; and which class becomes which."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import torch.nn as nn
+
+from ..family import FAMILY
+from ..modules import batch, fused, lazy, sample
+
+PAIRS: dict[type[nn.Module], type[nn.Module]] = {
+    getattr(nn, name): getattr(room, name)
+    for room, names in (
+        (batch, [f"{kind}{n}d" for kind in ("BatchNorm", "InstanceNorm") for n in (1, 2, 3)]),
+        (lazy, [f"Lazy{kind}{n}d" for kind in ("BatchNorm", "InstanceNorm") for n in (1, 2, 3)]),
+        (sample, ["LayerNorm", "RMSNorm", "GroupNorm"]),
+    )
+    for name in names
+}
+FUSED: dict[type[nn.Module], type[fused.Fused]] = {
+    kind.plain: kind for scheme in FAMILY.values() for kind in (getattr(fused, name) for name in scheme.fused)
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One norm of a model.
+
+    Attributes:
+        name: its first name there.
+        kind, became: its class before and now.
+        reason: why it was left, or left unfused.
+        then: what was fused behind it, ``"relu"`` or ``"add, relu"``.
+        where: the model it was fused in, ``"model"`` for the given one or ``"report.model"``.
+    """
+
+    name: str
+    kind: str
+    became: str = ""
+    reason: str = ""
+    then: str = ""
+    where: str = ""
+
+
+@dataclass
+class Report:
+    """What was done to a model.
+
+    Attributes:
+        changed: the norms of the given model that have another class now.
+        left: the norms that were left, or left unfused, and why.
+        fused: the norms that took over what followed them.
+        model: the model to go on with: the given one, or with ``fuse=True`` a new one on the same parameters.
+    """
+
+    changed: list[Entry] = field(default_factory=list)
+    left: list[Entry] = field(default_factory=list)
+    fused: list[Entry] = field(default_factory=list)
+    model: nn.Module = field(default_factory=nn.Module, repr=False, compare=False)
+
+    def __str__(self) -> str:
+        kinds = Counter(f"{entry.kind} -> {entry.became}" for entry in self.changed)
+        fusions = Counter(f"{entry.kind}, {entry.then} -> {entry.became} in {entry.where}" for entry in self.fused)
+        count = f", {len(self.fused)} fused" if self.fused else ""
+        lines = [f"{len(self.changed)} norms changed{count}, {len(self.left)} left"]
+        lines += [f"  {count} x {kind}" for kind, count in kinds.items()]
+        lines += [f"  {count} x {fusion}" for fusion, count in fusions.items()]
+        reasons: dict[tuple[str, str], list[str]] = {}
+        for entry in self.left:
+            reasons.setdefault((entry.kind, entry.reason), []).append(entry.name or "the model")
+        for (kind, reason), (name, *more) in reasons.items():
+            lines.append(f"  left {name}{f' and {len(more)} more' if more else ''} ({kind}): {reason}")
+        return "\n".join(lines)
+
+
+def describe(kind: type[nn.Module]) -> str:
+    """The class as people write it."""
+    if kind in PAIRS.values() or (issubclass(kind, fused.Fused) and kind in FUSED.values()):
+        return f"anynorm.{kind.__name__}"
+    if getattr(nn, kind.__name__, None) is kind:
+        return f"torch.nn.{kind.__name__}"
+    return f"{kind.__module__}.{kind.__qualname__}"

@@ -1,0 +1,202 @@
+"""Norm and activation side by side in `nn.Sequential`: find them, fuse them in place, take them apart again.
+
+The norm stays the same object with another class. The activation's place takes `nn.Identity`, so that indices and
+state_dict keys stay; the activation itself is kept there, out of sight, for the way back.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch.nn as nn
+from torch import fx
+
+from ..activations import ACTIVATIONS, list_activations
+from ..modules.fused import Fused
+from .report import FUSED, PAIRS, Entry, Report, describe
+from .trace import is_hooked
+
+KEPT_AS = "replaced"  # the attribute of nn.Identity that holds the activation
+
+
+@dataclass(frozen=True)
+class Place:
+    """A norm and what follows it in a Sequential, by name.
+
+    Attributes:
+        sequential: name of the Sequential in the model.
+        first, second: keys of the norm and of its successor there.
+        activation: as in ``activation=``.
+    """
+
+    sequential: str
+    first: str
+    second: str
+    activation: str
+
+    @property
+    def norm(self) -> str:
+        """Name of the norm in the model."""
+        return join(self.sequential, self.first)
+
+    @property
+    def successor(self) -> str:
+        """Name of the activation, or of the nn.Identity in its place."""
+        return join(self.sequential, self.second)
+
+
+def join(parent: str, key: str) -> str:
+    """A name below another."""
+    return f"{parent}.{key}" if parent else key
+
+
+def find_pairs(model: nn.Module) -> Iterator[tuple[str, str, str]]:
+    """Sequential, key and next key of all neighbours in Sequentials that run their members one after the other."""
+    for name, module in model.named_modules():
+        same = all(
+            getattr(type(module), name, None) is getattr(nn.Sequential, name) for name in ("forward", "__iter__")
+        )
+        if same and "forward" not in vars(module):
+            keys = [key for key, child in module._modules.items() if child is not None]
+            yield from ((name, first, second) for first, second in pairwise(keys))
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether it is one of torch's norms or of ours, by exact type."""
+    return type(module) in PAIRS or type(module) in PAIRS.values()
+
+
+def count_places(model: nn.Module) -> Counter[int]:
+    """In how many places of the model each module, by identity, is registered."""
+    return Counter(id(child) for parent in model.modules() for child in parent._modules.values())
+
+
+def find_places(model: nn.Module, graphs: Collection[fx.Graph], report: Report) -> list[Place]:
+    """What can be fused in place; what cannot, though an activation follows, goes to the report.
+
+    Args:
+        graphs: of the model, where it can be traced: they show outputs of norms that are used elsewhere too.
+    """
+    counts = count_places(model)
+    left = {id(model.get_submodule(entry.name)) for entry in report.left}
+    places = []
+    for sequential, first, second in find_pairs(model):
+        norm = model.get_submodule(join(sequential, first))
+        successor = model.get_submodule(join(sequential, second))
+        if id(norm) in left or not is_norm(norm):
+            continue
+        activation, reason = read_activation(successor)
+        if not activation and not reason:
+            continue
+        place = Place(sequential, first, second, activation)
+        reason = (
+            find_reason(place.norm, norm, counts)
+            or reason
+            or find_reason(place.successor, successor, counts)
+            or find_other_users(place, graphs)
+        )
+        if reason:
+            left.add(id(norm))
+            report.left.append(leave(place.norm, norm, describe(type(successor)), reason))
+        else:
+            places.append(place)
+    return places
+
+
+def leave(name: str, norm: nn.Module, successor: str, reason: str) -> Entry:
+    """The report's line about a norm that is not fused with its successor."""
+    return Entry(name, describe(type(norm)), reason=f"not fused with {successor}: {reason}")
+
+
+def read_activation(module: nn.Module) -> tuple[str, str]:
+    """The activation's name; or why this activation cannot be fused; or neither, where it is none."""
+    kind = type(module)
+    for activation in ACTIVATIONS.values():
+        if kind is activation.module:
+            return check_settings(activation.name, vars(module))
+        if isinstance(module, activation.module):
+            return "", f"a subclass of {describe(activation.module)} may have code of its own"
+    if kind.__module__ == nn.ReLU.__module__ and kind is not nn.MultiheadAttention:
+        return "", f"only {list_activations()} can be fused"
+    return "", ""
+
+
+def check_settings(name: str, given: dict[str, Any]) -> tuple[str, str]:
+    """The activation's name, or why it cannot be fused with the settings given."""
+    for setting, value in ACTIVATIONS[name].settings.items():
+        if given.get(setting, value) != value:
+            return "", f"{name} is fused with {setting}={value!r} only, this has {given[setting]!r}"
+    return name, ""
+
+
+def find_reason(name: str, module: nn.Module, counts: Counter[int]) -> str:
+    """Why a norm or an activation must not be fused wherever it is, or nothing."""
+    if is_hooked(module):
+        return f"{name} has hooks or a parametrization, which would see another output"
+    if "forward" in vars(module):
+        return f"the forward of {name} was replaced on the object"
+    if counts[id(module)] > 1:
+        return f"{name} is shared, it has {counts[id(module)]} places in the model"
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin):
+        return f"{name} does not know its size yet; call the model once before"
+    return ""
+
+
+def find_other_users(place: Place, graphs: Collection[fx.Graph]) -> str:
+    """Whether a graph shows that something else reads the norm's output, or that the Sequential is cut there."""
+    for node in (node for graph in graphs for node in graph.nodes):
+        if node.op == "call_module" and node.target == place.norm:
+            if [(user.op, user.target) for user in node.users] != [("call_module", place.successor)]:
+                return "the norm's output is used elsewhere too"
+    return ""
+
+
+def fuse_place(model: nn.Module, place: Place) -> None:
+    """Fuse in place; the norm is ours already."""
+    sequential = model.get_submodule(place.sequential)
+    norm, activation = sequential._modules[place.first], sequential._modules[place.second]
+    assert norm is not None
+    assert activation is not None
+    identity = nn.Identity().train(activation.training)
+    identity.__dict__[KEPT_AS] = activation
+    norm.__class__ = FUSED[type(norm)]
+    norm.activation = place.activation  # type: ignore[assignment]
+    sequential._modules[place.second] = identity
+
+
+def find_fused(model: nn.Module, report: Report) -> list[Place]:
+    """Fused norms that can be taken apart: nn.Identity stands behind them in a Sequential. The others are left."""
+    counts = count_places(model)
+    pairs = {join(sequential, first): (sequential, first, second) for sequential, first, second in find_pairs(model)}
+    places = []
+    for name, norm in model.named_modules():
+        if not isinstance(norm, Fused):
+            continue
+        pair = pairs.get(name)
+        alone = pair is None or type(model.get_submodule(join(pair[0], pair[2]))) is not nn.Identity
+        if pair is None or alone or type(norm) not in FUSED.values() or counts[id(norm)] > 1:
+            reason = "only in a Sequential, with torch.nn.Identity behind it, can a fused norm be taken apart"
+            report.left.append(Entry(name, describe(type(norm)), reason=reason))
+        else:
+            places.append(Place(*pair, norm.activation))
+    return places
+
+
+def take_apart(model: nn.Module, place: Place) -> None:
+    """Torch's norm again, and behind it the activation that was there, or a new one."""
+    sequential = model.get_submodule(place.sequential)
+    norm, identity = sequential._modules[place.first], sequential._modules[place.second]
+    assert isinstance(norm, Fused)
+    assert identity is not None
+    activation = vars(identity).get(KEPT_AS)
+    if activation is None and place.activation in ACTIVATIONS:
+        activation = ACTIVATIONS[place.activation].module()
+    theirs = {ours: theirs for theirs, ours in PAIRS.items()}
+    del norm.activation
+    norm.__class__ = theirs[norm.plain]  # type: ignore[assignment]
+    if activation is not None:
+        sequential._modules[place.second] = activation.train(identity.training)

@@ -1,0 +1,194 @@
+"""A model as a graph of calls, recorded by torch.fx, and only where that graph can stand for the model.
+
+torch.fx freezes without a word what it cannot see: the training mode, random numbers, `torch.no_grad`, custom backward
+passes, `+=`, a model's own attributes. Each of these is noticed here and told as the reason why there is no graph.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import operator
+import random
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn as nn
+from torch import Tensor, fx
+from torch.nn.utils.parametrize import is_parametrized
+from torch.utils._pytree import tree_leaves
+
+from ..modules.state import Norm
+
+IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "imatmul", "ipow", "iand", "ior", "ixor")
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+KEPT = ("train", "state_dict", "load_state_dict", "_save_to_state_dict", "_load_from_state_dict", "_apply")
+
+
+class Recorder(fx.Proxy):
+    """A proxy that records ``a += b``, which torch.fx turns into ``a = a + b``: others that see a would not notice."""
+
+
+def _record_in_place(name: str) -> None:
+    operate = getattr(operator, name)
+
+    def call(a: Any, b: Any) -> Any:
+        # A function of its own, for fx writes operator.iadd as `a += b`, which moves every later use of a number a.
+        return operate(a, b)
+
+    call.__name__ = call.__qualname__ = name
+    globals()[name] = call
+    setattr(Recorder, f"__{name}__", lambda a, b: a.tracer.create_proxy("call_function", call, (a, b), {}))
+
+
+for _name in IN_PLACE:
+    _record_in_place(_name)
+
+
+class Tracer(fx.Tracer):
+    """Records norms and hooked modules as calls, and raises where a graph would lose what surrounds an operation."""
+
+    proxy_buffer_attributes = True
+    surroundings: Any = None
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, Norm) or is_hooked(m) or super().is_leaf_module(m, module_qualified_name)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return Recorder(node, self)
+
+    def create_node(self, kind: str, *arguments: Any, **options: Any) -> fx.Node:
+        if kind == "placeholder" and self.surroundings is None:
+            self.surroundings = find_surroundings()
+        if find_surroundings() != self.surroundings:
+            lost = "torch.no_grad, autocast, a checkpoint or an autograd function"
+            raise fx.proxy.TraceError(f"part of its forward runs under {lost}, which a graph would lose")
+        return super().create_node(kind, *arguments, **options)
+
+
+@dataclass
+class Traces:
+    """The graphs that were recorded, in training and in evaluation, and why they cannot stand for the model, or ""."""
+
+    graphs: list[fx.Graph] = field(default_factory=list)
+    reason: str = ""
+
+
+def trace(model: nn.Module) -> Traces:
+    """Record a model in both modes, on copies: nothing that its `forward` does to itself reaches the model."""
+    random_state = find_random_state()
+    traces = Traces(reason=find_obstacle(model))
+    for training in (True, False):
+        try:
+            graph, reason = trace_mode(copy_sharing(model).train(training))
+        except Exception as error:
+            reason = f"torch.fx cannot trace it: {' '.join(str(error).split())}"
+        else:
+            traces.graphs.append(graph)
+        traces.reason = traces.reason or reason
+    if find_random_state() != random_state:
+        set_random_state(*random_state)
+        traces.reason = traces.reason or "its forward draws random numbers, which a graph would freeze"
+    if len({str(graph) for graph in traces.graphs}) == 2:
+        traces.reason = traces.reason or "its forward differs between training and evaluation"
+    return traces
+
+
+def trace_mode(model: nn.Module) -> tuple[fx.Graph, str]:
+    """The graph of the model in the mode it is in, and why it cannot stand for the model, or ""."""
+    state = find_state(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        graph = Tracer().trace(model)
+        reason = find_foreign_tensors(graph, model)
+        if find_state(model) != state:
+            reason = reason or "its forward changes attributes of the model, which a graph would not"
+        fx.GraphModule(model, copy.deepcopy(graph))  # Writes the code; not every constant can be written.
+    return graph, reason
+
+
+def build(model: nn.Module, graph: fx.Graph) -> fx.GraphModule:
+    """A module that runs the graph on all of the model's tensors, modules and attributes.
+
+    `GraphModule` itself keeps only what the graph names, in the order of use; optimizers count parameters in order.
+    """
+    module = fx.GraphModule(model, graph, class_name=type(model).__name__)
+    own = vars(module).keys() - vars(nn.Module()).keys()
+    module.__dict__.update((name, value) for name, value in vars(model).items() if name not in own)
+    return module
+
+
+def copy_sharing(model: nn.Module) -> nn.Module:
+    """A copy whose modules are its own and whose parameters, buffers and hooks are the model's."""
+    modules = list(model.modules())
+    own = {id(module) for module in modules}
+    shared: list[Any] = [*model.parameters(), *model.buffers()]
+    for module in modules:
+        # Not registered, and computed by a hook: the tensors of torch.nn.utils.weight_norm, which cannot be copied.
+        shared += [value for value in vars(module).values() if isinstance(value, Tensor) and not value.is_leaf]
+        hooks = [hook for name in HOOKS for hook in getattr(module, name).values()]
+        shared += [hook for hook in hooks if id(getattr(hook, "__self__", None)) not in own]
+    return copy.deepcopy(model, {id(value): value for value in shared})
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether something else sees or changes the module's calls: hooks, also those of weight norm; parametrizations."""
+    return any(getattr(module, name) for name in HOOKS) or is_parametrized(module)
+
+
+def find_obstacle(model: nn.Module) -> str:
+    """Why a graph of this model could not take its place, as far as the model tells before it is traced."""
+    kind = type(model)
+    if is_hooked(model) or "forward" in vars(model):
+        return "it has hooks or a replaced forward of its own, which a graph would lose"
+    for name in KEPT:
+        if getattr(kind, name) is not getattr(nn.Module, name):
+            return f"it overrides {name}, which a graph would lose"
+    for parameter in inspect.signature(model.forward).parameters.values():
+        if parameter.default is None or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            return f"its forward takes optional arguments ({parameter.name}), and a graph cannot ask whether they came"
+    return ""
+
+
+def find_foreign_tensors(graph: fx.Graph, model: nn.Module) -> str:
+    """Tensors made in `forward`, or kept as plain attributes: a graph would freeze or register them."""
+    known = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
+    if all(node.target in known for node in graph.nodes if node.op == "get_attr"):
+        return ""
+    return "its forward uses tensors that are neither parameters nor buffers, which a graph would freeze"
+
+
+def find_state(model: nn.Module) -> list[list[Any]]:
+    """The attributes of all modules: plain values as they are, of others the type."""
+    plain = (int, float, str, type(None))
+    return [
+        [leaf if isinstance(leaf, plain) else type(leaf) for leaf in tree_leaves(vars(module))]
+        for module in model.modules()
+    ]
+
+
+def find_surroundings() -> tuple[Any, ...]:
+    """What is in force beside the operations themselves."""
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled("cpu"),
+        torch.is_autocast_enabled("cuda"),
+        torch._C._autograd._top_saved_tensors_default_hooks(True) is None,
+    )
+
+
+def find_random_state() -> tuple[Any, Any, Any]:
+    """The states of Python's, NumPy's and torch's generators, in a form that compares."""
+    numpy: Any = np.random.get_state()  # noqa: NPY002
+    return random.getstate(), (numpy[0], numpy[1].tolist(), *numpy[2:]), torch.get_rng_state().tolist()
+
+
+def set_random_state(python: Any, numpy: Any, torchs: Any) -> None:
+    """Put the three generators back."""
+    random.setstate(python)
+    np.random.set_state(numpy)  # noqa: NPY002
+    torch.set_rng_state(torch.tensor(torchs, dtype=torch.uint8))
