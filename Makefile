@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup compare try explain env list test check accuracy format clean
+.PHONY: help setup compare try speed bench explain env list test check accuracy format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -24,6 +24,17 @@ compare: $(READY) ## which norm should this network use? (3 minutes; ARGS="--dat
 
 try: $(READY) ## a model before and after accelerate (ARGS=resnet18)
 	$(BIN)/anynorm try $(or $(ARGS),resnet18)
+
+speed: $(READY) ## layers and training steps against torch, on this machine (2 minutes)
+	$(BIN)/anynorm speed $(ARGS)
+
+# Editable once more, with JAX; make test never needs it.
+$(VENV)/.bench: pyproject.toml constraints.txt | $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[compare,dev,bench]'
+	@touch $@
+
+bench: $(READY) $(VENV)/.bench ## the benchmark, and docs/speed.md (ARGS=--quick: 3 minutes; ARGS=--help)
+	$(BIN)/python -m benchmarks.bench $(ARGS)
 
 explain: $(READY) ## the three steps in real numbers
 	$(BIN)/anynorm explain $(ARGS)

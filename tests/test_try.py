@@ -17,7 +17,7 @@ from anynorm.trial.call import Call, find_tensors
 from anynorm.trial.dependence import find_batch_dependence, find_padding_dependence
 from anynorm.trial.run import print_trial
 from anynorm.trial.target import keep_random_state, resolve
-from anynorm.trial.timing import Timing, time_steps
+from anynorm.trial.timing import FEWEST_PAIRS, Timing, time_steps
 from anynorm.trial.words import describe_finding, describe_speed
 
 
@@ -306,25 +306,54 @@ def test_interval_of_the_median_is_that_of_the_binomial_table():
     assert Timing(values, [1.0] * 20).interval == (6.0, 15.0)
 
 
-class Sleeper(nn.Module):
-    """A model that takes a known time."""
+class Clock:
+    """Stands in for the module `time`: only what a `Slow` model spends passes on it."""
 
-    def __init__(self, seconds):
+    def __init__(self):
+        self.now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+
+class Slow(nn.Module):
+    """A model whose steps take a known time, by a clock of the test's own: a busy machine cannot change it."""
+
+    def __init__(self, clock, seconds):
         super().__init__()
         self.linear = nn.Linear(3, 3)
-        self.seconds = seconds
+        self.clock, self.seconds = clock, seconds
 
     def forward(self, x):
-        import time
-
-        time.sleep(self.seconds)
+        self.clock.now += self.seconds
         return self.linear(x)
 
 
-def test_a_slower_model_is_seen_to_be_slower():
-    timing = time_steps(Sleeper(0.002), Sleeper(0.02), Call((torch.randn(2, 3),)), seconds=0.2)
-    assert timing.ratio < 0.7
-    assert "slower" in dict(describe_speed(timing))["verdict"]
+@pytest.fixture
+def time_slow(monkeypatch):
+    """Time two models that take these seconds per step, for a given time."""
+
+    def measure(before, after, seconds):
+        clock = Clock()
+        monkeypatch.setattr("anynorm.trial.timing.time", clock)
+        call = Call((torch.randn(2, 3),))
+        return time_steps(Slow(clock, before), Slow(clock, after), call, seconds), clock.now
+
+    return measure
+
+
+def test_a_slower_model_is_seen_to_be_slower(time_slow):
+    timing, _ = time_slow(0.002, 0.02, seconds=0.2)
+    assert timing.ratio == pytest.approx(0.1)
+    assert dict(describe_speed(timing))["verdict"] == "slower, on this model and machine"
+
+
+def test_timing_takes_as_long_as_asked_and_thrice_that_for_the_fewest_pairs(time_slow):
+    pair = 0.1 + 0.1
+    for seconds, pairs in ((2.0, 10), (0.5, FEWEST_PAIRS), (0.1, 2), (0.01, 2)):
+        timing, spent = time_slow(0.1, 0.1, seconds)
+        assert pairs <= len(timing.before) == len(timing.after) <= pairs + 1
+        assert spent <= (len(timing.before) + 2) * pair + 1e-9, "two steps of each to warm up"
 
 
 def test_differences():

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from anynorm.zoo import ZOO, resnet18
+from anynorm.zoo import ZOO, mobilenetv2, resnet18
 
 NORMS = {
     "resnet18": {"BatchNorm2d": 20},
+    "mobilenetv2": {"BatchNorm2d": 52},
     "mlp": {"BatchNorm1d": 3},
     "unet": {"InstanceNorm2d": 10},
     "transformer": {"LayerNorm": 9},
@@ -56,3 +57,16 @@ def test_output_keeps_every_position(name):
         output = model(example[:2])
     spatial = slice(2, None) if name == "unet" else slice(1, 2)
     assert output.shape[spatial] == example.shape[spatial]
+
+
+def test_mobilenetv2_is_the_published_one():
+    model, _ = mobilenetv2()
+    assert sum(parameter.numel() for parameter in model.parameters()) == 3_504_872
+    names = [name for name, _ in model.named_parameters()]
+    assert names[:2] == ["features.0.0.weight", "features.0.1.weight"]
+    assert {"features.1.conv.0.0.weight", "features.2.conv.3.bias", "features.18.1.weight", "classifier.1.bias"} <= set(
+        names
+    )
+    assert model.features[2].conv[1][0].stride == (2, 2)
+    assert model.features[2].conv[1][0].groups == 96
+    assert [block.is_residual for block in model.features[1:6]] == [False, False, True, False, True]

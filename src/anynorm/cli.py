@@ -15,7 +15,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-MODEL_HELP = "A built-in model (resnet18, mlp, unet, transformer, transformer-rms, lstm) or your own as module:factory."
+MODEL_HELP = (
+    "A built-in model (resnet18, mobilenetv2, mlp, unet, transformer, transformer-rms, lstm) "
+    "or your own as module:factory."
+)
 
 
 def _print_version(wanted: bool) -> None:
@@ -59,6 +62,23 @@ def try_model(
     from anynorm.trial.run import print_trial
 
     print_trial(model, seconds=seconds, threads=threads, batch=batch)
+
+
+@app.command("speed")
+def show_speed(
+    seconds: Annotated[
+        float, typer.Option("--seconds", min=0.1, max=3600, help="How long to measure, setting up not counted.")
+    ] = 80.0,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="CPU threads; 1 is steadier on a busy machine.")
+    ] = None,
+    batch: Annotated[int, typer.Option("--batch", min=2, help="Images of a training step.")] = 16,
+    side: Annotated[int, typer.Option("--side", min=32, help="Their side in pixels.")] = 224,
+) -> None:
+    """Time anynorm against torch on this machine: a dozen layers, and whole training steps of two networks."""
+    from anynorm.trial.speed import print_speed
+
+    print_speed(seconds=seconds, threads=threads, images=(batch, side))
 
 
 @app.command("explain")

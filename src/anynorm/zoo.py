@@ -55,6 +55,47 @@ class ResNet18(nn.Module):
         return self.fc(x.mean(dim=(2, 3)))
 
 
+class InvertedResidual(nn.Module):
+    """Widen by a 1x1 convolution, filter each channel by itself, narrow again; added to the input where sizes agree."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int, widen: int) -> None:
+        super().__init__()
+        width = in_channels * widen
+        layers = [] if widen == 1 else [convolve(in_channels, width, 1)]
+        narrow = [nn.Conv2d(width, channels, 1, bias=False), nn.BatchNorm2d(channels)]
+        self.conv = nn.Sequential(*layers, convolve(width, width, 3, stride, groups=width), *narrow)
+        self.is_residual = stride == 1 and in_channels == channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv(x) if self.is_residual else self.conv(x)
+
+
+class MobileNetV2(nn.Module):
+    """MobileNetV2 as published (arXiv 1801.04381): 3,504,872 parameters for 1000 classes, names as in torchvision."""
+
+    STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
+
+    def __init__(self, num_classes: int = 1000) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [convolve(3, 32, 3, stride=2)]
+        source = 32
+        for widen, channels, count, stride in self.STAGES:
+            for place in range(count):
+                layers.append(InvertedResidual(source, channels, stride if place == 0 else 1, widen))
+                source = channels
+        self.features = nn.Sequential(*layers, convolve(source, 1280, 1))
+        self.classifier = nn.Sequential(nn.Dropout(0.2), nn.Linear(1280, num_classes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.features(x).mean(dim=(2, 3)))
+
+
+def convolve(in_channels: int, channels: int, size: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
+    """Return a convolution, its batch norm and ReLU6, as MobileNetV2 has them."""
+    convolution = nn.Conv2d(in_channels, channels, size, stride, padding=size // 2, groups=groups, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(channels), nn.ReLU6(inplace=True))
+
+
 class UNet(nn.Module):
     """A 2-D U-Net of three levels with affine instance norm, as used for medical images.
 
@@ -154,6 +195,11 @@ def resnet18() -> Model:
     return ResNet18(), torch.randn(8, 3, 96, 96)
 
 
+def mobilenetv2() -> Model:
+    """Return MobileNetV2 (52 BatchNorm2d) and 8 images of 3x96x96."""
+    return MobileNetV2(), torch.randn(8, 3, 96, 96)
+
+
 def mlp() -> Model:
     """Return a network of three hidden layers with BatchNorm1d and 128 vectors of 64."""
     layers: list[nn.Module] = []
@@ -184,6 +230,7 @@ def lstm() -> Model:
 
 ZOO: dict[str, Callable[[], Model]] = {
     "resnet18": resnet18,
+    "mobilenetv2": mobilenetv2,
     "mlp": mlp,
     "unet": unet,
     "transformer": transformer,

@@ -120,7 +120,7 @@ def test_chromium_shows_every_plot_and_no_error(page, tmp_path, width):
         ],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=True,
     )
     found = re.search(r'<pre id="answer">(.*?)</pre>', done.stdout, re.DOTALL)

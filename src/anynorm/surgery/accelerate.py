@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Iterable
 
 import torch
 import torch.nn as nn
 
+from ..modules.fused import Fused
 from .fuse import fuse_graph
-from .report import PAIRS, Entry, Report, describe
-from .sequential import Place, find_fused, find_places, fuse_place, take_apart
+from .report import FUSED, PAIRS, Entry, Report, describe
+from .sequential import Place, find_fused, find_places, fuse_place, is_norm, take_apart
 from .trace import Traces, build, copy_sharing, trace
 
 BASES = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
@@ -23,36 +24,38 @@ def accelerate(model: nn.Module, undo: bool = False, fuse: bool = False) -> Repo
     Args:
         model: any module; a norm itself is allowed.
         undo: turn ours back into torch's, and take fused norms in Sequentials apart.
-        fuse: also fuse norms with the activation behind them, and with a sum between; see below.
+        fuse: fuse norms with the activation behind them too, and with a sum between.
 
     Returns:
         A report of what changed, and of what was left and why: subclasses of torch's norms with code of their own,
         norms whose `forward` was replaced on the object, SyncBatchNorm, and norms of nn.TransformerEncoderLayer, whose
         fast path in evaluation reads their weights and never calls them. With `fuse` also the norms that an activation
-        follows and that were not fused. Its `model` is the one to go on with.
+        follows and that were not fused.
+
+        ``report.model`` is the model to go on with. Norm and activation side by side in a Sequential are fused in
+        place; the activation's place takes nn.Identity. Norm, sum and activation, and functional activations, need a
+        graph: where torch.fx can trace the model and finds some, ``report.model`` is a GraphModule with the model's
+        parameters, buffers, names and attributes, and the model itself keeps them apart. Else it is the model.
 
     Raises:
         TypeError: `model` is not a module.
-        ValueError: `undo` and `fuse` together.
-
-    Fusing:
-        In place, wherever norm and activation are neighbours in a Sequential: the norm becomes `BatchNormAct2d` and its
-        like, the activation's place takes nn.Identity. In a new model, where torch.fx can trace the model and finds
-        norm, sum and activation, or a functional activation: ``report.model`` is then a GraphModule with the model's
-        parameters, buffers, names and attributes; train and call it in place of the model, which keeps its own code.
-        Without such a place ``report.model`` is the model. If anything raises, nothing was changed.
+        ValueError: `undo` and `fuse` together. Whatever is raised, nothing was changed.
 
     Note:
         Tools that look for torch's exact types (torch.ao.quantization's fuse_modules and convert, and
         torch.fx.experimental.optimization.fuse) or read source (torch.jit.script) want ``undo=True`` first.
         Instance and layer norm return channels_last where their input is; torch's return contiguous, so a ``view``
-        behind them may have to become ``reshape``.
+        behind them may have to become ``reshape``. What fusing changes beside: docs/fused.md.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.ReLU())
         >>> print(anynorm.accelerate(model))
         1 norms changed, 0 left
           1 x torch.nn.BatchNorm1d -> anynorm.BatchNorm1d
+        >>> print(anynorm.accelerate(model, fuse=True))
+        1 norms changed, 1 fused, 0 left
+          1 x anynorm.BatchNorm1d -> anynorm.BatchNormAct1d
+          1 x anynorm.BatchNorm1d, relu -> anynorm.BatchNormAct1d in model
         >>> print(anynorm.accelerate(model, undo=True).changed[0].became)
         torch.nn.BatchNorm1d
     """
@@ -65,20 +68,64 @@ def accelerate(model: nn.Module, undo: bool = False, fuse: bool = False) -> Repo
     report = Report(model=model)
     swaps = find_swaps(model, undo, report)
     if undo:
-        for place in (fused := find_fused(model, report)):
-            report.changed.append(tell_apart(model, place))
-        carry_out(model, swaps)
+        fused = find_fused(model, report)
+        report.changed += [tell_apart(model, place) for place in fused]
+        swap(model, swaps)
         for place in fused:
             take_apart(model, place)
         return report
-    places = []
+    places: list[Place] = []
     if fuse:
         traces = trace(model)
         places = find_places(model, traces.graphs, report)
-        tell_fused(model, swaps, places, report)
-        report.model = make_new(model, swaps, places, traces, report)
-    carry_out(model, swaps, places)
+        tell_fused(model, places, report)
+        report.model = make_model(model, swaps, places, traces, report)
+    swap(model, swaps, places)  # Last: whatever can fail has been done.
     return report
+
+
+def swap(model: nn.Module, swaps: dict[str, type[nn.Module]], places: Iterable[Place] = ()) -> None:
+    """Change classes, then fuse in place."""
+    for name, kind in swaps.items():
+        model.get_submodule(name).__class__ = kind
+    for place in places:
+        fuse_place(model, place)
+
+
+def make_model(
+    model: nn.Module, swaps: dict[str, type[nn.Module]], places: list[Place], traces: Traces, report: Report
+) -> nn.Module:
+    """The model as a graph with what only a graph can fuse, or the model itself where there is nothing or no graph."""
+    if traces.reason:
+        told = {place.norm for place in places} | {entry.name for entry in report.left}
+        norms = {name for name, module in model.named_modules() if is_norm(module)}
+        if norms - told - {""}:
+            reason = f"not fused beyond Sequentials: {traces.reason}"
+            report.left.append(Entry("", describe(type(model)), reason=reason))
+        return model
+    twin, graph = copy_sharing(model), traces.graphs[0]
+    swap(twin, swaps, places)
+    return build(twin, graph) if fuse_graph(twin, graph, report) else model
+
+
+def tell_fused(model: nn.Module, places: list[Place], report: Report) -> None:
+    """Report what is fused in place, which is a change too."""
+    changed = {entry.name: entry for entry in report.changed}
+    for place in places:
+        kind = type(model.get_submodule(place.norm))
+        ours = PAIRS.get(kind, kind)
+        became = describe(FUSED[ours])
+        changed[place.norm] = Entry(place.norm, describe(kind), became=became)
+        report.fused.append(Entry(place.norm, describe(ours), became=became, then=place.activation, where="model"))
+    report.changed = list(changed.values())
+
+
+def tell_apart(model: nn.Module, place: Place) -> Entry:
+    """What taking a fused norm apart changes, for the report."""
+    norm = model.get_submodule(place.norm)
+    assert isinstance(norm, Fused)
+    theirs = next(theirs for theirs, ours in PAIRS.items() if ours is norm.plain)
+    return Entry(place.norm, describe(type(norm)), became=describe(theirs))
 
 
 def find_swaps(model: nn.Module, undo: bool, report: Report) -> dict[str, type[nn.Module]]:

@@ -66,12 +66,11 @@ def fuse_graph(model: nn.Module, graph: fx.Graph, report: Report) -> bool:
             fused = True
             continue
         for chain, obstacle in chains.items():
-            if chain.norm.target not in left:
-                left.add(str(chain.norm.target))
-                module = modules[str(node.target)] if node.op == "call_module" else None
-                successor = str(node.target) if module is not None else name_call(node)
-                norm = modules[str(chain.norm.target)]
-                report.left.append(leave(str(chain.norm.target), norm, successor, module, obstacle))
+            name = str(chain.norm.target)
+            if name not in left:
+                left.add(name)
+                called = describe(type(modules[str(node.target)])) if node.op == "call_module" else name_call(node)
+                report.left.append(leave(name, modules[name], called, obstacle))
     return fused
 
 
@@ -122,12 +121,11 @@ def is_norm(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
 
 def find_obstacle(chain: Chain, modules: dict[str, nn.Module], counts: Counter[int]) -> str:
     """Why a chain must not be fused, or nothing."""
-    reason = find_reason(modules[str(chain.norm.target)], counts)
-    if not reason and chain.activation.op == "call_module":
-        reason = find_reason(modules[str(chain.activation.target)], counts)
-    if reason:
-        return reason
     target = str(chain.norm.target)
+    called = [target, str(chain.activation.target)] if chain.activation.op == "call_module" else [target]
+    for name in called:
+        if reason := find_reason(name, modules[name], counts):
+            return reason
     uses = [n for n in chain.norm.graph.nodes if str(n.target) == target or str(n.target).startswith(f"{target}.")]
     if len(uses) > 1:
         return f"the norm or its tensors are used {len(uses)} times"

@@ -67,13 +67,17 @@ class Report:
         lines = [f"{len(self.changed)} norms changed{count}, {len(self.left)} left"]
         lines += [f"  {count} x {kind}" for kind, count in kinds.items()]
         lines += [f"  {count} x {fusion}" for fusion, count in fusions.items()]
-        lines += [f"  left {entry.name or 'the model'} ({entry.kind}): {entry.reason}" for entry in self.left]
+        reasons: dict[tuple[str, str], list[str]] = {}
+        for entry in self.left:
+            reasons.setdefault((entry.kind, entry.reason), []).append(entry.name or "the model")
+        for (kind, reason), (name, *more) in reasons.items():
+            lines.append(f"  left {name}{f' and {len(more)} more' if more else ''} ({kind}): {reason}")
         return "\n".join(lines)
 
 
 def describe(kind: type[nn.Module]) -> str:
     """The class as people write it."""
-    if kind in PAIRS.values() or issubclass(kind, fused.Fused) and kind in FUSED.values():
+    if kind in PAIRS.values() or (issubclass(kind, fused.Fused) and kind in FUSED.values()):
         return f"anynorm.{kind.__name__}"
     if getattr(nn, kind.__name__, None) is kind:
         return f"torch.nn.{kind.__name__}"

@@ -57,10 +57,17 @@ def join(parent: str, key: str) -> str:
 def find_pairs(model: nn.Module) -> Iterator[tuple[str, str, str]]:
     """Sequential, key and next key of all neighbours in Sequentials that run their members one after the other."""
     for name, module in model.named_modules():
-        same = all(getattr(type(module), name, None) is getattr(nn.Sequential, name) for name in ("forward", "__iter__"))
+        same = all(
+            getattr(type(module), name, None) is getattr(nn.Sequential, name) for name in ("forward", "__iter__")
+        )
         if same and "forward" not in vars(module):
             keys = [key for key, child in module._modules.items() if child is not None]
             yield from ((name, first, second) for first, second in pairwise(keys))
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether it is one of torch's norms or of ours, by exact type."""
+    return type(module) in PAIRS or type(module) in PAIRS.values()
 
 
 def count_places(model: nn.Module) -> Counter[int]:
@@ -80,30 +87,29 @@ def find_places(model: nn.Module, graphs: Collection[fx.Graph], report: Report) 
     for sequential, first, second in find_pairs(model):
         norm = model.get_submodule(join(sequential, first))
         successor = model.get_submodule(join(sequential, second))
-        if id(norm) in left or not (type(norm) in PAIRS or type(norm) in PAIRS.values()):
+        if id(norm) in left or not is_norm(norm):
             continue
         activation, reason = read_activation(successor)
         if not activation and not reason:
             continue
         place = Place(sequential, first, second, activation)
         reason = (
-            find_reason(norm, counts)
+            find_reason(place.norm, norm, counts)
             or reason
-            or find_reason(successor, counts)
+            or find_reason(place.successor, successor, counts)
             or find_other_users(place, graphs)
         )
         if reason:
             left.add(id(norm))
-            report.left.append(leave(place.norm, norm, place.successor, successor, reason))
+            report.left.append(leave(place.norm, norm, describe(type(successor)), reason))
         else:
             places.append(place)
     return places
 
 
-def leave(name: str, norm: nn.Module, successor: str, module: nn.Module | None, reason: str) -> Entry:
-    """The report's line about a norm that is not fused."""
-    kind = "" if module is None else f" ({describe(type(module))})"
-    return Entry(name, describe(type(norm)), reason=f"not fused with {successor}{kind}: {reason}")
+def leave(name: str, norm: nn.Module, successor: str, reason: str) -> Entry:
+    """The report's line about a norm that is not fused with its successor."""
+    return Entry(name, describe(type(norm)), reason=f"not fused with {successor}: {reason}")
 
 
 def read_activation(module: nn.Module) -> tuple[str, str]:
@@ -127,17 +133,16 @@ def check_settings(name: str, given: dict[str, Any]) -> tuple[str, str]:
     return name, ""
 
 
-def find_reason(module: nn.Module, counts: Counter[int]) -> str:
+def find_reason(name: str, module: nn.Module, counts: Counter[int]) -> str:
     """Why a norm or an activation must not be fused wherever it is, or nothing."""
-    kind = describe(type(module))
     if is_hooked(module):
-        return f"{kind} has hooks or a parametrization, which would see another output"
+        return f"{name} has hooks or a parametrization, which would see another output"
     if "forward" in vars(module):
-        return f"the forward of {kind} was replaced on the object"
+        return f"the forward of {name} was replaced on the object"
     if counts[id(module)] > 1:
-        return f"{kind} is shared, it has {counts[id(module)]} places in the model"
-    if issubclass(type(module), nn.modules.lazy.LazyModuleMixin):
-        return f"{kind} does not know its size yet, call the model once before"
+        return f"{name} is shared, it has {counts[id(module)]} places in the model"
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin):
+        return f"{name} does not know its size yet; call the model once before"
     return ""
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import inspect
 import operator
-import pickle
 import random
 import warnings
 from dataclasses import dataclass, field
@@ -65,9 +64,8 @@ class Tracer(fx.Tracer):
         if kind == "placeholder" and self.surroundings is None:
             self.surroundings = find_surroundings()
         if find_surroundings() != self.surroundings:
-            raise fx.proxy.TraceError(
-                "part of it runs under torch.no_grad, autocast, a checkpoint or an autograd function, which a graph loses"
-            )
+            lost = "torch.no_grad, autocast, a checkpoint or an autograd function"
+            raise fx.proxy.TraceError(f"part of its forward runs under {lost}, which a graph would lose")
         return super().create_node(kind, *arguments, **options)
 
 
@@ -91,7 +89,7 @@ def trace(model: nn.Module) -> Traces:
         else:
             traces.graphs.append(graph)
         traces.reason = traces.reason or reason
-    if pickle.dumps(find_random_state()) != pickle.dumps(random_state):
+    if find_random_state() != random_state:
         set_random_state(*random_state)
         traces.reason = traces.reason or "its forward draws random numbers, which a graph would freeze"
     if len({str(graph) for graph in traces.graphs}) == 2:
@@ -115,7 +113,7 @@ def trace_mode(model: nn.Module) -> tuple[fx.Graph, str]:
 def build(model: nn.Module, graph: fx.Graph) -> fx.GraphModule:
     """A module that runs the graph on all of the model's tensors, modules and attributes.
 
-    `GraphModule` itself keeps only what the graph names, in the order of use; checkpoints of optimizers count parameters.
+    `GraphModule` itself keeps only what the graph names, in the order of use; optimizers count parameters in order.
     """
     module = fx.GraphModule(model, graph, class_name=type(model).__name__)
     own = vars(module).keys() - vars(nn.Module()).keys()
@@ -183,13 +181,14 @@ def find_surroundings() -> tuple[Any, ...]:
     )
 
 
-def find_random_state() -> tuple[Any, Any, Tensor]:
-    """The states of Python's, NumPy's and torch's generators."""
-    return random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+def find_random_state() -> tuple[Any, Any, Any]:
+    """The states of Python's, NumPy's and torch's generators, in a form that compares."""
+    numpy: Any = np.random.get_state()  # noqa: NPY002
+    return random.getstate(), (numpy[0], numpy[1].tolist(), *numpy[2:]), torch.get_rng_state().tolist()
 
 
-def set_random_state(python: Any, numpy: Any, torchs: Tensor) -> None:
+def set_random_state(python: Any, numpy: Any, torchs: Any) -> None:
     """Put the three generators back."""
     random.setstate(python)
     np.random.set_state(numpy)  # noqa: NPY002
-    torch.set_rng_state(torchs)
+    torch.set_rng_state(torch.tensor(torchs, dtype=torch.uint8))

@@ -96,8 +96,13 @@ def _time_step(model: nn.Module, call: Call) -> float:
     """Return the seconds of one forward and backward."""
     model.zero_grad(set_to_none=True)
     start = time.perf_counter()
+    take_step(model, call)
+    return time.perf_counter() - start
+
+
+def take_step(model: nn.Module, call: Call) -> None:
+    """Run forward and backward; gradients are added to those that are there."""
     outputs = [t for t in find_tensors(call.of(model)) if t.requires_grad and t.is_floating_point()]
     if outputs:
         # Squares, not a sum: a plain sum behind a norm has a gradient of zero everywhere.
         torch.stack([output.float().square().mean() for output in outputs]).sum().backward()
-    return time.perf_counter() - start

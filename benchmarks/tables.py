@@ -1,0 +1,154 @@
+"""The rows as tables: cells are made once, and printed in the terminal or written as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from rich.console import Console
+from rich.table import Table
+
+from anynorm.terminal import plain_table
+from anynorm.trial.cases import MODES
+
+from .results import Row
+from .verdicts import BOTH, Summary, Verdict, find_best_others, summarize
+
+Cells = list[list[str]]
+OTHERS = ("torch", "compile", "jax", "best", "anynorm-compile")
+WORDS = {"best": "the better of compile and JAX", "jax": "JAX", "compile": "torch.compile", "torch": "torch eager"}
+
+
+def group(rows: Iterable[Row]) -> dict[tuple[str, ...], dict[str, Row]]:
+    """The rows of each comparison by peer, in their order."""
+    found: dict[tuple[str, ...], dict[str, Row]] = {}
+    for row in rows:
+        found.setdefault(row.key, {})[row.peer] = row
+    return found
+
+
+def find_peers(rows: Iterable[Row]) -> list[str]:
+    """The peers that were measured, anynorm aside."""
+    found = {row.peer for row in rows}
+    return [peer for peer in OTHERS if peer in found]
+
+
+def write_time(microseconds: float) -> str:
+    """Three digits, in microseconds or milliseconds."""
+    return f"{microseconds / 1e3:.3g} ms" if microseconds >= 1e3 else f"{microseconds:.3g} us"
+
+
+def write_spread(row: Row) -> str:
+    """How far the quartiles lie from the median, in percent."""
+    return f"-{100 * (1 - row.q1_us / row.median_us):.0f} +{100 * (row.q3_us / row.median_us - 1):.0f} %"
+
+
+def write_bytes(count: int) -> str:
+    """Three digits, in bytes, kB or MB."""
+    if count < 1000:
+        return f"{count} B"
+    return f"{count / 1e3:.3g} kB" if count < 1e6 else f"{count / 1e6:.4g} MB"
+
+
+def write_kept(peers: dict[str, Row]) -> str:
+    """Bytes kept for backward, and torch's."""
+    ours, theirs = peers["anynorm"].kept, peers.get("torch")
+    text = write_bytes(ours) if ours else ""
+    return text + (f" ({write_bytes(theirs.kept)})" if text and theirs else "")
+
+
+def list_measured(rows: list[Row]) -> tuple[list[str], Cells]:
+    """A line for each case in each mode, for the terminal."""
+    others = find_peers(rows)
+    titles = ["case", "mode", "anynorm", "spread", *others, "of limit", "kept (torch)"]
+    cells = []
+    for peers in group(rows).values():
+        ours = peers["anynorm"]
+        ratios = [f"{peers[peer].ratio:.2f}" if peer in peers else "" for peer in others]
+        name = ours.name.replace("channels_last", "cl")
+        first = [name, ours.mode, write_time(ours.median_us), write_spread(ours)]
+        cells.append([*first, *ratios, f"{100 * ours.share:.0f} %", write_kept(peers)])
+    return titles, cells
+
+
+def list_cases(rows: list[Row]) -> tuple[list[str], Cells]:
+    """A line for each case with all modes, for the page."""
+    others = [peer for peer in find_peers(rows) if peer != "torch"]
+    titles = ["from", "case", *MODES, *(WORDS.get(peer, peer) for peer in others), "anynorm", "spread"]
+    titles += ["of limit, training", BOTH, "kept (torch)"]
+    lines: dict[tuple[str, ...], dict[str, dict[str, Row]]] = {}
+    for (*case, mode), peers in group(rows).items():
+        lines.setdefault(tuple(case), {})[mode] = peers
+    cells = []
+    for (place, name, _), modes in lines.items():
+        if set(modes) != set(MODES):
+            continue
+        ratios = [f"{modes[mode]['torch'].ratio:.2f}" if "torch" in modes[mode] else "" for mode in MODES]
+        both = modes[BOTH]
+        ratios += [f"{both[peer].ratio:.2f}" if peer in both else "" for peer in others]
+        ours = both["anynorm"]
+        shares = [f"{100 * modes[mode]['anynorm'].share:.0f} %" for mode in ("training", BOTH)]
+        cells.append([place, name, *ratios, write_time(ours.median_us), write_spread(ours), *shares, write_kept(both)])
+    return titles, cells
+
+
+def list_means(rows: list[Row]) -> tuple[list[str], Cells]:
+    """The means over torch eager, by where the layers come from and by layout, and over everything."""
+    titles = ["torch eager / anynorm", *MODES]
+    eager = [row for row in rows if row.peer == "torch"]
+    places: dict[str, list[Row]] = {}
+    for row in eager:
+        layout = ", channels_last" if row.layout == "channels_last" else ""
+        places.setdefault(f"{row.place}, {row.norm}{layout}", []).append(row)
+    places["**all**"] = eager
+    return titles, [[place, *(write_mean(found, mode) for mode in MODES)] for place, found in places.items()]
+
+
+def list_peers(rows: list[Row]) -> tuple[list[str], Cells]:
+    """The means over each peer on all cases."""
+    rows = rows + find_best_others(rows)
+    titles = ["peer / anynorm", *MODES]
+    cells = []
+    for peer in find_peers(rows):
+        found = [row for row in rows if row.peer == peer]
+        cells.append([WORDS.get(peer, peer), *(write_mean(found, mode) for mode in MODES)])
+    return titles, cells
+
+
+def write_mean(rows: list[Row], mode: str) -> str:
+    """Geometric mean, worst case and losses in one cell."""
+    summary: Summary | None = summarize(row for row in rows if row.mode == mode)
+    if summary is None:
+        return ""
+    return f"{summary.mean:.2f}, worst {summary.worst:.2f}, lost {summary.losses}/{summary.count}"
+
+
+def list_verdicts(verdicts: list[Verdict]) -> tuple[list[str], Cells]:
+    """A line for each goal."""
+    return ["goal", "found", "verdict"], [[verdict.goal, verdict.found, verdict.result] for verdict in verdicts]
+
+
+def as_markdown(titles: list[str], cells: Cells) -> str:
+    """A Markdown table."""
+    head = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
+    return "\n".join([*head, *("| " + " | ".join(line) + " |" for line in cells)])
+
+
+def as_table(titles: list[str], cells: Cells, wrap: bool = False) -> Table:
+    """A table for the terminal; `wrap` lets long words take several lines."""
+    table = plain_table(*titles)
+    for column in table.columns if wrap else ():
+        column.no_wrap, column.justify, column.overflow = False, "left", "fold"
+    for line in cells:
+        table.add_row(*(cell.replace("**", "") for cell in line))
+    return table
+
+
+def print_report(console: Console, rows: list[Row], verdicts: list[Verdict]) -> None:
+    """Means of each dtype, then the goals."""
+    for dtype in dict.fromkeys(row.dtype for row in rows):
+        console.rule(f"{dtype}: geometric means, above 1 anynorm is faster", align="left")
+        chosen = [row for row in rows if row.dtype == dtype]
+        console.print(as_table(*list_means(chosen)))
+        console.print(as_table(*list_peers(chosen)))
+    console.rule("goals, on the float32 cases of this run", align="left")
+    console.print(as_table(*list_verdicts(verdicts), wrap=True))

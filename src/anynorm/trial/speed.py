@@ -1,0 +1,175 @@
+"""`anynorm speed`: a dozen layers and two whole training steps, on this machine, in under two minutes."""
+
+import copy
+import dataclasses
+import statistics
+from collections.abc import Callable, Sequence
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+import anynorm
+from anynorm.terminal import heading, open_console, plain_table, say
+from anynorm.trial.call import Call
+from anynorm.trial.cases import MODES, Case, make_call, needs_grad
+from anynorm.trial.rounds import Rounds, find_quartiles, time_in_turn
+from anynorm.trial.target import keep_random_state
+from anynorm.trial.timing import take_step
+from anynorm.zoo import MobileNetV2, ResNet18
+
+CASES = (
+    Case("ResNet-50", "BatchNorm2d", (256,), (8, 256, 56, 56)),
+    Case("ResNet-50", "BatchNorm2d", (256,), (8, 256, 56, 56), channels_last=True),
+    Case("ResNet-50", "BatchNorm2d", (2048,), (8, 2048, 7, 7)),
+    Case("MobileNetV2", "BatchNorm2d", (576,), (1, 576, 14, 14)),
+    Case("MLP", "BatchNorm1d", (1024,), (256, 1024)),
+    Case("diffusion U-Net", "GroupNorm", (32, 640), (2, 640, 32, 32)),
+    Case("diffusion U-Net", "GroupNorm", (32, 640), (2, 640, 32, 32), channels_last=True),
+    Case("nnU-Net", "InstanceNorm3d", (128,), (2, 128, 32, 32, 32)),
+    Case("ViT-B", "LayerNorm", (768,), (8, 197, 768)),
+    Case("language model 4096", "RMSNorm", (4096,), (1, 512, 4096)),
+    Case("tiny", "BatchNorm1d", (16,), (8, 16)),
+    Case("tiny", "LayerNorm", (16,), (8, 16)),
+)
+MODELS: dict[str, Callable[[], nn.Module]] = {"ResNet-18": ResNet18, "MobileNetV2": MobileNetV2}
+# Shares of the time: all layers, each model, each model once more after tune_allocator.
+FOR_CASES, FOR_MODEL, FOR_TUNED = 0.25, 0.22, 0.12
+BUSY = 1.3  # third over first quartile of the same step
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A model's training step, its forms by name (as built, accelerated, fused), and what was fused, in words."""
+
+    name: str
+    forms: dict[str, nn.Module]
+    images: Tensor
+    words: str
+
+    def time(self, names: Sequence[str], seconds: float) -> Rounds:
+        """Time forward and backward of these forms in turn."""
+        call = Call((self.images,))
+
+        def step(model: nn.Module) -> None:
+            model.zero_grad(set_to_none=True)
+            take_step(model, call)
+
+        with keep_random_state():
+            calls = {name: lambda model=self.forms[name]: step(model) for name in names}
+            return time_in_turn(calls, seconds, fewest=4)
+
+
+def print_speed(
+    seconds: float = 80.0,
+    threads: int | None = None,
+    images: tuple[int, int] = (16, 224),
+    console: Console | None = None,
+) -> None:
+    """Measure and print layers, then training steps, then the steps once more after `anynorm.tune_allocator()`.
+
+    Args:
+        seconds: how long to measure; setting up takes some seconds more.
+        threads: CPU threads; where None, as many as torch is set to.
+        images: how many, and their side in pixels, for the training steps.
+        console: where to print; where None, standard output.
+    """
+    console = console or open_console()
+    usual = torch.get_num_threads()
+    torch.set_num_threads(threads or usual)
+    try:
+        say(console, f"{torch.get_num_threads()} CPU threads, torch {torch.__version__}; above 1 anynorm is faster")
+        _print_cases(console, CASES, FOR_CASES * seconds)
+        count, side = images
+        steps = [_make_step(name, make, torch.randn(count, 3, side, side)) for name, make in MODELS.items()]
+        heading(console, f"A training step (forward and backward), {count}x3x{side}x{side}")
+        found = [step.time(list(step.forms), FOR_MODEL * seconds) for step in steps]
+        for step, rounds in zip(steps, found):
+            _print_step(console, step, rounds)
+        _print_tuned(console, steps, found, FOR_TUNED * seconds)
+    finally:
+        torch.set_num_threads(usual)
+
+
+def _print_cases(console: Console, cases: Sequence[Case], seconds: float) -> None:
+    """Print how many times as long as ours torch's layers take, in each mode."""
+    heading(console, "Layers: the time of torch.nn's over that of anynorm's (half of the rounds)")
+    table = plain_table("layer", *MODES)
+    ratios: dict[str, list[float]] = {mode: [] for mode in MODES}
+    for case in cases:
+        cells = []
+        for mode in MODES:
+            with console.status(f"{case.name} {mode}"):
+                rounds = _time_case(case, mode, seconds / len(cases) / len(MODES))
+            ratios[mode].append(rounds.ratio("torch", "anynorm"))
+            cells.append(_write_ratio(rounds.ratios("torch", "anynorm")))
+        table.add_row(case.name + (", channels_last" if case.channels_last else ""), *cells)
+    table.add_row("geometric mean", *(f"{statistics.geometric_mean(ratios[mode]):.2f}" for mode in MODES))
+    table.add_row("worst", *(f"{min(ratios[mode]):.2f}" for mode in MODES))
+    losses = (f"{sum(ratio < 0.95 for ratio in ratios[mode])} of {len(cases)}" for mode in MODES)
+    table.add_row("slower by more than 5 %", *losses)
+    console.print(table)
+
+
+def _time_case(case: Case, mode: str, seconds: float) -> Rounds:
+    """Time torch's layer and ours in turn."""
+    x, g = case.draw()
+    calls = {}
+    for name, library in (("torch", nn), ("anynorm", anynorm)):
+        module = case.make(library).train(mode != "evaluation")
+        calls[name] = make_call(module, module.parameters(), mode, x, g)
+    with torch.set_grad_enabled(needs_grad(mode)):
+        return time_in_turn(calls, seconds)
+
+
+def _make_step(name: str, make: Callable[[], nn.Module], images: Tensor) -> Step:
+    """Return a model as built, accelerated and fused, with the same parameters."""
+    with keep_random_state():
+        model = make().train()
+    accelerated = copy.deepcopy(model)
+    anynorm.accelerate(accelerated)
+    report = anynorm.accelerate(copy.deepcopy(model), fuse=True)
+    forms = {"torch.nn": model, "accelerate": accelerated, "accelerate, fuse=True": report.model}
+    words = f"{name}: {len(report.changed)} norms, {len(report.fused)} of them fused with what follows"
+    return Step(name, forms, images, words)
+
+
+def _print_step(console: Console, step: Step, rounds: Rounds) -> None:
+    """Print each form's time, and torch's over it; say so where the same step took very different times."""
+    table = plain_table(step.name, "step", "half of the steps", "speed")
+    for name in rounds.seconds:
+        ratio = "" if name == "torch.nn" else _write_ratio(rounds.ratios("torch.nn", name))
+        table.add_row(name, *_write_seconds(rounds, name), ratio)
+    console.print(table)
+    say(console, step.words)
+    low, high = rounds.quartiles("torch.nn")
+    if high > BUSY * low:
+        say(console, "The machine was busy: the same step took very different times. Repeat, perhaps with --threads 1.")
+
+
+def _print_tuned(console: Console, steps: Sequence[Step], before: Sequence[Rounds], seconds: float) -> None:
+    """Tune the allocator, print the first and the last form once more, and what came before over it."""
+    heading(console, "After anynorm.tune_allocator()")
+    anynorm.tune_allocator()  # type: ignore[attr-defined]
+    for step, earlier in zip(steps, before):
+        names = list(step.forms)
+        chosen = [names[0], names[-1]]
+        rounds = step.time(chosen, seconds)
+        table = plain_table(step.name, "step", "half of the steps", "speed over before")
+        for name in chosen:
+            gain = f"{earlier.median(name) / rounds.median(name):.2f}"
+            table.add_row(name, *_write_seconds(rounds, name), gain)
+        console.print(table)
+    say(console, "It cannot be undone in a process, so it came last, and not in turn with the steps before it.")
+
+
+def _write_seconds(rounds: Rounds, name: str) -> tuple[str, str]:
+    """Return the median and the quartiles."""
+    low, high = rounds.quartiles(name)
+    return f"{1e3 * rounds.median(name):.4g} ms", f"{1e3 * low:.4g} to {1e3 * high:.4g} ms"
+
+
+def _write_ratio(ratios: list[float]) -> str:
+    """Return the median of ratios and its quartiles."""
+    low, high = find_quartiles(ratios)
+    return f"{statistics.median(ratios):.2f} {low:.2f}-{high:.2f}"
