@@ -144,7 +144,7 @@ void forward(const Plan& plan, double eps, int threads, int activation, Address 
     if (running_mean && (call.k != 1 || !call.centred)) refuse("running averages are one per channel");
     memory.check();
     nb::gil_scoped_release release;
-    anynorm::kernels().forward(call);
+    anynorm::kernels(call.dtype).forward(call);
 }
 
 void backward(const Plan& plan, double eps, int threads, int activation, Address grad, Address x, Address residual,
@@ -167,7 +167,7 @@ void backward(const Plan& plan, double eps, int threads, int activation, Address
     // grad and x may be one tensor, as in y = norm(x), y.backward(x): both are only read.
     memory.check();
     nb::gil_scoped_release release;
-    anynorm::kernels().backward(call);
+    anynorm::kernels(call.dtype).backward(call);
 }
 
 }  // namespace

@@ -41,10 +41,35 @@ struct Call {
     bool is_active() const { return activation != kIdentity || residual || weight; }
 };
 
-// One instruction set's kernels.
+struct bfloat16 {
+    uint16_t bits;
+};
+struct float16 {
+    uint16_t bits;
+};
+
+// One instruction set's kernels for one element type.
 struct Kernels {
     void (*forward)(const Call&);
     void (*backward)(const Call&);
 };
+
+// Declares where each instruction set's kernels are; kernels.cpp defines them.
+#define ANYNORM_DECLARE_TARGET(target) \
+    namespace target {                 \
+    template <class T>                 \
+    Kernels kernels_of();              \
+    template <>                        \
+    Kernels kernels_of<float>();       \
+    template <>                        \
+    Kernels kernels_of<double>();      \
+    template <>                        \
+    Kernels kernels_of<bfloat16>();    \
+    template <>                        \
+    Kernels kernels_of<float16>();     \
+    }
+ANYNORM_DECLARE_TARGET(baseline)
+ANYNORM_DECLARE_TARGET(avx2)
+ANYNORM_DECLARE_TARGET(avx512)
 
 }  // namespace anynorm

@@ -257,8 +257,11 @@ struct Columns {
         with_compute<T>(*p.is_float, [&](auto zero) {
             const auto lines = p.template lines<decltype(zero)>();
             const Tile part = tile(p, row_count);
-            if (call.is_active()) return column_apply<decltype(zero), true>(x + from, out + from, part, lines, after(p, row));
-            column_apply<decltype(zero), false>(x + from, out + from, part, lines, TileAfter<T>{});
+            using Compute = decltype(zero);
+            if constexpr (kHasPlain<Compute, T>) {
+                if (!call.is_active()) return column_apply<Compute, false>(x + from, out + from, part, lines, TileAfter<T>{});
+            }
+            column_apply<Compute, true>(x + from, out + from, part, lines, after(p, row));
         });
     }
 
@@ -275,10 +278,13 @@ struct Columns {
             const Tile part = tile(p, row_count);
             with_compute<T>(*p.is_float, [&](auto zero) {
                 const auto lines = p.template lines<decltype(zero)>();
-                if (call.is_active()) {
-                    return column_grad_sums<decltype(zero), true>(grad + from, x + from, part, lines, after(p, row), first, second);
+                using Compute = decltype(zero);
+                if constexpr (kHasPlain<Compute, T>) {
+                    if (!call.is_active()) {
+                        return column_grad_sums<Compute, false>(grad + from, x + from, part, lines, TileAfter<T>{}, first, second);
+                    }
                 }
-                column_grad_sums<decltype(zero), false>(grad + from, x + from, part, lines, TileAfter<T>{}, first, second);
+                column_grad_sums<Compute, true>(grad + from, x + from, part, lines, after(p, row), first, second);
             });
         };
         auto finish = [&](const Panel& p, int) {

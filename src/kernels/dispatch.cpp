@@ -1,45 +1,30 @@
 #include "dispatch.h"
 
 namespace anynorm {
-
-#if !defined(ANYNORM_ONLY_AVX512)
-namespace baseline {
-extern const Kernels kernels;
-}
-#endif
-#if defined(ANYNORM_X86)
-#if !defined(ANYNORM_ONLY_AVX512)
-namespace avx2 {
-extern const Kernels kernels;
-}
-#endif
-namespace avx512 {
-extern const Kernels kernels;
-}
-#endif
-
 namespace {
 
 struct Target {
     const char* name;
-    const Kernels* kernels;
-    bool (*is_here)();
+    bool is_here;
+    Kernels kernels[4];  // as Dtype counts
 };
+
+#define ANYNORM_KERNELS(target) \
+    {target::kernels_of<float>(), target::kernels_of<double>(), target::kernels_of<bfloat16>(), target::kernels_of<float16>()}
 
 // The widest first.
 const Target kTargets[] = {
-#if defined(ANYNORM_X86)
-    {"avx512", &avx512::kernels,
-     [] {
-         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-                __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
-     }},
-#if !defined(ANYNORM_ONLY_AVX512)
-    {"avx2", &avx2::kernels, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
+#if defined(ANYNORM_HAS_avx512)
+    {"avx512",
+     __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq"),
+     ANYNORM_KERNELS(avx512)},
 #endif
+#if defined(ANYNORM_HAS_avx2)
+    {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), ANYNORM_KERNELS(avx2)},
 #endif
-#if !defined(ANYNORM_ONLY_AVX512)
-    {"baseline", &baseline::kernels, [] { return true; }},
+#if defined(ANYNORM_HAS_baseline)
+    {"baseline", true, ANYNORM_KERNELS(baseline)},
 #endif
 };
 
@@ -49,7 +34,7 @@ const Target* chosen = nullptr;
 
 bool choose_instruction_set(const std::string& name) {
     for (const Target& target : kTargets) {
-        if (target.is_here() && (name.empty() || name == target.name)) {
+        if (target.is_here && (name.empty() || name == target.name)) {
             chosen = &target;
             return true;
         }
@@ -57,13 +42,13 @@ bool choose_instruction_set(const std::string& name) {
     return false;
 }
 
-const Kernels& kernels() { return *chosen->kernels; }
+const Kernels& kernels(int dtype) { return chosen->kernels[dtype]; }
 const char* instruction_set() { return chosen->name; }
 
 std::vector<std::string> instruction_sets() {
     std::vector<std::string> names;
     for (const Target& target : kTargets) {
-        if (target.is_here()) names.emplace_back(target.name);
+        if (target.is_here) names.emplace_back(target.name);
     }
     return names;
 }

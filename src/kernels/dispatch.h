@@ -8,7 +8,8 @@
 
 namespace anynorm {
 
-const Kernels& kernels();
+// The kernels for an element type, as Dtype counts them.
+const Kernels& kernels(int dtype);
 const char* instruction_set();
 std::vector<std::string> instruction_sets();  // that were built and that this machine has
 

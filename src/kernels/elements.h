@@ -71,12 +71,12 @@ struct Elements {
             using Compute = decltype(zero);
             const Line<Compute> line(mean, rstd, 0);
             const P *scale = gamma + offset(pool), *shift = beta ? beta + offset(pool) : nullptr;
-            if (call.is_active()) {
-                if (beta) return run_apply_table<Compute, true, true>(run, y, length, line, scale, shift, after(pool));
-                return run_apply_table<Compute, true, false>(run, y, length, line, scale, shift, after(pool));
+            if constexpr (kHasPlain<Compute, T>) {
+                if (!call.is_active() && beta) return run_apply_table<Compute, false, true>(run, y, length, line, scale, shift, after(pool));
+                if (!call.is_active()) return run_apply_table<Compute, false, false>(run, y, length, line, scale, shift, after(pool));
             }
-            if (beta) return run_apply_table<Compute, false, true, T, P>(run, y, length, line, scale, shift, {});
-            run_apply_table<Compute, false, false, T, P>(run, y, length, line, scale, shift, {});
+            if (beta) return run_apply_table<Compute, true, true>(run, y, length, line, scale, shift, after(pool));
+            run_apply_table<Compute, true, false>(run, y, length, line, scale, shift, after(pool));
         });
     }
 
@@ -167,8 +167,10 @@ struct Elements {
         using Yes = std::true_type;
         using No = std::false_type;
         const bool is_active = call.activation != kIdentity || call.residual || call.dresidual;
-        if (is_active) dgamma ? sum(Yes{}, Yes{}) : sum(Yes{}, No{});
-        else dgamma ? sum(No{}, Yes{}) : sum(No{}, No{});
+        if constexpr (kHasPlain<Compute, T>) {
+            if (!is_active) dgamma ? sum(No{}, Yes{}) : sum(No{}, No{});
+        }
+        if (is_active || !kHasPlain<Compute, T>) dgamma ? sum(Yes{}, Yes{}) : sum(Yes{}, No{});
         for (int r = 0; out && r < R; ++r) write_dx(pool + r * call.g, scaled[r]);
     }
 

@@ -34,13 +34,6 @@ struct Halves {
     Floats low, high;
 };
 
-struct bfloat16 {
-    uint16_t bits;
-};
-struct float16 {
-    uint16_t bits;
-};
-
 // How many lanes are in use: all, known to the compiler, or the first n.
 struct Full {};
 struct Part {

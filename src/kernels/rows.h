@@ -133,8 +133,10 @@ struct Rows {
     }
     template <class Compute>
     INLINE void apply_line(Line<Compute> line, int64_t pool, int64_t run, int64_t from, int64_t at, const Runs& all) const {
-        if (!call.is_active()) {
-            return run_apply<Compute, false>(x + at, out + at, all, line, [](int64_t) { return After<T>{}; });
+        if constexpr (kHasPlain<Compute, T>) {
+            if (!call.is_active()) {
+                return run_apply<Compute, false>(x + at, out + at, all, line, [](int64_t) { return After<T>{}; });
+            }
         }
         run_apply<Compute, true>(x + at, out + at, all, line, [&](int64_t r) {
             return after(pool, run + r, at + r * all.stride, from);
@@ -217,18 +219,22 @@ struct Rows {
         const double mean = found.mean[pool], a = rstd(pool) * gamma_of<T>(call, c), b = beta_of<T>(call, c);
         Sums sums;
         with_compute<T>(fits_float<T>(mean, a, b), [&](auto zero) {
-            using Compute = decltype(zero);
-            const Line<Compute> line(mean, a, b);
-            if (!call.is_active()) {
-                sums = run_grad_sums<Compute, false>(grad + at, x + at, all, line, [](int64_t) { return After<T>{}; });
-            } else {
-                sums = run_grad_sums<Compute, true>(grad + at, x + at, all, line, [&](int64_t r) {
-                    return after(pool, run + r, at + r * all.stride, from);
-                });
-            }
+            const Line<decltype(zero)> line(mean, a, b);
+            sums = grad_sums_about(line, pool, run, from, at, all);
             sums.second += (static_cast<double>(line.high) - mean) * sums.first;
         });
         return sums;
+    }
+    template <class Compute>
+    INLINE Sums grad_sums_about(Line<Compute> line, int64_t pool, int64_t run, int64_t from, int64_t at, const Runs& all) const {
+        if constexpr (kHasPlain<Compute, T>) {
+            if (!call.is_active()) {
+                return run_grad_sums<Compute, false>(grad + at, x + at, all, line, [](int64_t) { return After<T>{}; });
+            }
+        }
+        return run_grad_sums<Compute, true>(grad + at, x + at, all, line, [&](int64_t r) {
+            return after(pool, run + r, at + r * all.stride, from);
+        });
     }
     double rstd(int64_t pool) const { return const_cast<Statistics<T>&>(found).rstd[pool]; }
 

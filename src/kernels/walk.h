@@ -82,6 +82,16 @@ template <class T, class... Coefficients>
 INLINE bool fits_float(double mean, Coefficients... coefficients) {
     return kIsNarrow<T> && std::fabs(mean) < 1e30 && (is_tame(coefficients) && ...);
 }
+// Whether there are loops of their own for calls in which nothing follows the norm. Else those with an activation serve,
+// one that is the identity: a module half as large, and slower only where numbers near a float's limits are rare.
+#if defined(ANYNORM_SMALL)
+template <class Compute, class T>
+constexpr bool kHasPlain = false;
+#else
+template <class Compute, class T>
+constexpr bool kHasPlain = !kIsNarrow<T> || std::is_same_v<Compute, float>;
+#endif
+
 // body(float or double), as the coefficients need.
 template <class T, class Body>
 INLINE void with_compute(bool fits, Body body) {
