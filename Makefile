@@ -28,9 +28,10 @@ try: $(READY) ## a model before and after accelerate (ARGS=resnet18)
 speed: $(READY) ## layers and training steps against torch, on this machine (2 minutes)
 	$(BIN)/anynorm speed $(ARGS)
 
-# Editable once more, with JAX; make test never needs it.
+# Only the extra's packages: installing it as '.[bench]' would compile the kernels once more.
+EXTRA := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["bench"])
 $(VENV)/.bench: pyproject.toml constraints.txt | $(READY)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[compare,dev,bench]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt $$($(BIN)/python -c '$(EXTRA)')
 	@touch $@
 
 bench: $(READY) $(VENV)/.bench ## the benchmark, and docs/speed.md (ARGS=--quick: 3 minutes; ARGS=--help)

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator
 
 import torch
+from torch import Tensor
 
 from anynorm.trial.cases import MODES, Case, needs_grad
 from anynorm.trial.rounds import time_in_turn
@@ -29,18 +30,21 @@ def measure(
         torch.compiler.reset()
         gc.collect()
         rows: list[Row] = []
+        drawn = case.draw()
         for mode in MODES:
             try:
-                rows += measure_mode(case, peers, mode, seconds, cache)
+                rows += measure_mode(case, peers, mode, drawn, seconds, cache)
             except Mismatch as problem:
                 complain(f"{problem} ({mode}); not timed")
         yield rows
 
 
-def measure_mode(case: Case, peers: list[str], mode: str, seconds: float, cache: int) -> list[Row]:
+def measure_mode(
+    case: Case, peers: list[str], mode: str, drawn: tuple[Tensor, Tensor], seconds: float, cache: int
+) -> list[Row]:
     """The rows of one case in one mode."""
     with warnings.catch_warnings(), torch.set_grad_enabled(needs_grad(mode)):
         warnings.simplefilter("ignore")  # torch.compile's advice on how to compile
-        contest = make_contest(peers, case, mode)
+        contest = make_contest(peers, case, mode, drawn)
         rounds = time_in_turn(contest.calls, seconds, apart={"jax"})
     return make_rows(case, mode, rounds, contest.kept, cache)

@@ -307,5 +307,5 @@ def test_every_peer_computes_the_same(case, mode):
     """Equals torch; JAX too, where the bench extra is installed."""
     chosen, _ = peers.choose_peers("anynorm,torch,jax")
     with torch.set_grad_enabled(mode == verdicts.BOTH):
-        contest = peers.make_contest(chosen, case, mode)
+        contest = peers.make_contest(chosen, case, mode, case.draw())
     assert set(contest.calls) == {*chosen, "copy"}

@@ -11,7 +11,7 @@ from ..modules.fused import Fused
 from .fuse import fuse_graph
 from .report import FUSED, PAIRS, Entry, Report, describe
 from .sequential import Place, find_fused, find_places, fuse_place, is_norm, take_apart
-from .trace import Traces, build, copy_sharing, trace
+from .trace import Traces, build, copy_sharing, is_hooked, trace
 
 BASES = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 
@@ -96,13 +96,17 @@ def make_model(
     model: nn.Module, swaps: dict[str, type[nn.Module]], places: list[Place], traces: Traces, report: Report
 ) -> nn.Module:
     """The model as a graph with what only a graph can fuse, or the model itself where there is nothing or no graph."""
+    told = {place.norm for place in places} | {entry.name for entry in report.left} | {""}
+    norms = {name for name, module in model.named_modules() if is_norm(module)} - told
     if traces.reason:
-        told = {place.norm for place in places} | {entry.name for entry in report.left}
-        norms = {name for name, module in model.named_modules() if is_norm(module)}
-        if norms - told - {""}:
+        if norms:
             reason = f"not fused beyond Sequentials: {traces.reason}"
             report.left.append(Entry("", describe(type(model)), reason=reason))
         return model
+    for name, module in model.named_modules():
+        if is_hooked(module) and any(norm.startswith(f"{name}.") for norm in norms):
+            reason = "not fused beyond Sequentials: it has hooks, so it stays a call of its own in a graph"
+            report.left.append(Entry(name, describe(type(module)), reason=reason))
     twin, graph = copy_sharing(model), traces.graphs[0]
     swap(twin, swaps, places)
     return build(twin, graph) if fuse_graph(twin, graph, report) else model

@@ -31,7 +31,7 @@ SUMS: dict[Any, Callable[[Any, Any], Any]] = {
     vars(trace)["iadd"]: operator.iadd,
     "add_": operator.iadd,
 }
-SAFE = ("_operator", "math", "builtins", "torch", "anynorm.functional")
+SAFE = ("_operator", "math", "builtins", "torch", "anynorm")  # where functions tell by their name what is in place
 
 
 @dataclass(frozen=True)
@@ -59,13 +59,15 @@ def fuse_graph(model: nn.Module, graph: fx.Graph, report: Report) -> bool:
         activation, reason = read_node(node, modules)
         if not activation and not reason:
             continue
-        chains = {chain: reason or find_obstacle(chain, modules, counts) for chain in find_chains(node, modules)}
-        free = [chain for chain, obstacle in chains.items() if not obstacle]
+        chains = [(chain, reason or find_obstacle(chain, modules, counts)) for chain in find_chains(node, modules)]
+        free = [chain for chain, obstacle in chains if not obstacle]
         if free:
-            report.fused.append(fuse_chain(free[0], activation, graph, modules))
+            entry = fuse_chain(free[0], activation, graph, modules)
+            report.fused.append(entry)
+            report.left = [other for other in report.left if other.name != entry.name]
             fused = True
             continue
-        for chain, obstacle in chains.items():
+        for chain, obstacle in chains:
             name = str(chain.norm.target)
             if name not in left:
                 left.add(name)
@@ -126,7 +128,8 @@ def find_obstacle(chain: Chain, modules: dict[str, nn.Module], counts: Counter[i
     for name in called:
         if reason := find_reason(name, modules[name], counts):
             return reason
-    uses = [n for n in chain.norm.graph.nodes if str(n.target) == target or str(n.target).startswith(f"{target}.")]
+    reads = [str(node.target) for node in chain.norm.graph.nodes if node.op in ("call_module", "get_attr")]
+    uses = [name for name in reads if name == target or name.startswith(f"{target}.")]
     if len(uses) > 1:
         return f"the norm or its tensors are used {len(uses)} times"
     if set(chain.norm.users) != {chain.sum or chain.activation}:
@@ -159,13 +162,13 @@ def works_in_place(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
         module = modules[str(node.target)]
         known = type(module).__module__.startswith(("torch.nn.", "anynorm."))
         return not known or getattr(module, "inplace", False) or trace.is_hooked(module)
+    name, flagged = name_call(node), any(value is True for value in (*node.args, node.kwargs.get("inplace")))
+    if flagged or "out" in node.kwargs or name.endswith("_"):
+        return True
     if node.op == "call_function":
         room = getattr(node.target, "__module__", None) or "torch"
-        known = room.startswith(SAFE) and node.target not in [vars(trace)[name] for name in trace.IN_PLACE]
-        flagged = "out" in node.kwargs or any(value is True for value in (*node.args, node.kwargs.get("inplace")))
-        moved = room == "_operator" and name_call(node) in ("setitem", *trace.IN_PLACE)
-        return not known or flagged or moved or name_call(node).endswith("_")
-    return node.op == "call_method" and (name_call(node).endswith("_") or "out" in node.kwargs)
+        return room.split(".")[0] not in SAFE or room == trace.__name__ or name in ("setitem", *trace.IN_PLACE)
+    return False
 
 
 def fuse_chain(chain: Chain, activation: str, graph: fx.Graph, modules: dict[str, nn.Module]) -> Entry:

@@ -135,14 +135,14 @@ def check_settings(name: str, given: dict[str, Any]) -> tuple[str, str]:
 
 def find_reason(name: str, module: nn.Module, counts: Counter[int]) -> str:
     """Why a norm or an activation must not be fused wherever it is, or nothing."""
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin):
+        return f"{name} does not know its size yet; call the model once before"
     if is_hooked(module):
         return f"{name} has hooks or a parametrization, which would see another output"
     if "forward" in vars(module):
         return f"the forward of {name} was replaced on the object"
     if counts[id(module)] > 1:
         return f"{name} is shared, it has {counts[id(module)]} places in the model"
-    if isinstance(module, nn.modules.lazy.LazyModuleMixin):
-        return f"{name} does not know its size yet; call the model once before"
     return ""
 
 
@@ -176,13 +176,13 @@ def find_fused(model: nn.Module, report: Report) -> list[Place]:
     for name, norm in model.named_modules():
         if not isinstance(norm, Fused):
             continue
-        pair = pairs.get(name)
-        alone = pair is None or type(model.get_submodule(join(pair[0], pair[2]))) is not nn.Identity
-        if pair is None or alone or type(norm) not in FUSED.values() or counts[id(norm)] > 1:
-            reason = "only in a Sequential, with torch.nn.Identity behind it, can a fused norm be taken apart"
-            report.left.append(Entry(name, describe(type(norm)), reason=reason))
+        sequential, first, second = pairs.get(name, ("", "", ""))
+        behind = model.get_submodule(join(sequential, second))
+        if type(behind) is nn.Identity and type(norm) in FUSED.values() and counts[id(norm)] == 1:
+            places.append(Place(sequential, first, second, norm.activation))
         else:
-            places.append(Place(*pair, norm.activation))
+            reason = "a fused norm is taken apart where torch.nn.Identity stands behind it in a Sequential"
+            report.left.append(Entry(name, describe(type(norm)), reason=reason))
     return places
 
 

@@ -6,11 +6,13 @@ passes, `+=`, a model's own attributes. Each of these is noticed here and told a
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import operator
 import random
 import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +27,7 @@ from ..modules.state import Norm
 
 IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "imatmul", "ipow", "iand", "ior", "ixor")
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+DEVICES = ("cpu", "cuda")
 KEPT = ("train", "state_dict", "load_state_dict", "_save_to_state_dict", "_load_from_state_dict", "_apply")
 
 
@@ -57,6 +60,13 @@ class Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, Norm) or is_hooked(m) or super().is_leaf_module(m, module_qualified_name)
 
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if isinstance(m, nn.Sequential) and m not in (self.submodule_paths or {}):  # a slice, made on the way
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return Recorder(node, self)
 
@@ -83,7 +93,8 @@ def trace(model: nn.Module) -> Traces:
     traces = Traces(reason=find_obstacle(model))
     for training in (True, False):
         try:
-            graph, reason = trace_mode(copy_sharing(model).train(training))
+            with surrounded(not training):
+                graph, reason = trace_mode(copy_sharing(model).train(training))
         except Exception as error:
             reason = f"torch.fx cannot trace it: {' '.join(str(error).split())}"
         else:
@@ -93,7 +104,7 @@ def trace(model: nn.Module) -> Traces:
         set_random_state(*random_state)
         traces.reason = traces.reason or "its forward draws random numbers, which a graph would freeze"
     if len({str(graph) for graph in traces.graphs}) == 2:
-        traces.reason = traces.reason or "its forward differs between training and evaluation"
+        traces.reason = traces.reason or "its forward differs between training and evaluation, or under autocast"
     return traces
 
 
@@ -144,6 +155,8 @@ def find_obstacle(model: nn.Module) -> str:
     kind = type(model)
     if is_hooked(model) or "forward" in vars(model):
         return "it has hooks or a replaced forward of its own, which a graph would lose"
+    if any(isinstance(module, nn.modules.lazy.LazyModuleMixin) for module in model.modules()):
+        return "it has lazy modules that do not know their size yet; call the model once before"
     for name in KEPT:
         if getattr(kind, name) is not getattr(nn.Module, name):
             return f"it overrides {name}, which a graph would lose"
@@ -175,10 +188,23 @@ def find_surroundings() -> tuple[Any, ...]:
     return (
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
-        torch.is_autocast_enabled("cpu"),
-        torch.is_autocast_enabled("cuda"),
+        *((torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in DEVICES),
         torch._C._autograd._top_saved_tensors_default_hooks(True) is None,
     )
+
+
+@contextlib.contextmanager
+def surrounded(other: bool) -> Iterator[None]:
+    """Where `other`, without gradients and under autocast, so that a forward that sets either on its own is noticed."""
+    before = [torch.is_autocast_enabled(device) for device in DEVICES]
+    try:
+        for device in DEVICES:
+            torch.set_autocast_enabled(device, other)
+        with torch.set_grad_enabled(not other):
+            yield
+    finally:
+        for device, enabled in zip(DEVICES, before, strict=True):
+            torch.set_autocast_enabled(device, enabled)
 
 
 def find_random_state() -> tuple[Any, Any, Any]:
