@@ -83,7 +83,7 @@ def compare(x: Tensor, pooling: Pooling, channels: int, shape: tuple[int, ...]) 
     true, moments = plain.forward(x, pooling, weight, bias, 1e-5)
     factor = 64 if x.dtype == torch.float64 else 4  # sums round as they go
     assert_close(y, wide(true), factor, "y", 4.0)
-    found = kernels.backward(g, x, plan, weight, bias, statistics, 1e-5, needs=(True, True, True, False))
+    found = kernels.backward(g, x, plan, weight, bias, statistics, 1e-5, (True, True, True, False))
     want = plain.backward(g, x, pooling, weight, moments, 1e-5, given=False, needs=(True, True, True))
     term = float(g.abs().max() * weight.abs().max() * moments.rstd(1e-5).max()) * 4
     assert_close(found[0], wide(want[0]), factor, "dx", term)
@@ -201,7 +201,7 @@ kernels.forward(x, plan, norm.weight, norm.bias, 1e-5, statistics=statistics)
 def both():
     # Autograd itself refuses to run backward in a child, so the kernel is called.
     needs = (True, True, True, False)
-    dx = kernels.backward(x, x, plan, norm.weight, None, statistics, 1e-5, needs=needs)[0]
+    dx = kernels.backward(x, x, plan, norm.weight, None, statistics, 1e-5, needs)[0]
     return norm(x).numpy().tobytes() + dx.numpy().tobytes()
 
 expected = both()
@@ -408,19 +408,27 @@ def test_what_follows_the_norm(name, shape, sizes, activation, dtype, last, with
     options = {"activation": activation, "residual": residual}
     y = kernels.forward(x, plan, weight, bias, 1e-5, statistics=statistics, **options)
     needs = (True, True, bias is not None, with_residual)
-    found = kernels.backward(g, x, plan, weight, bias, statistics, 1e-5, needs=needs, **options)
+    found = kernels.backward(g, x, plan, weight, bias, statistics, 1e-5, needs, **options)
     leaves = [t if t is None else t.double().requires_grad_() for t in (x, weight, bias, residual)]
     true, _ = plain.compose(leaves[0], pooling, leaves[1], leaves[2], 1e-5, None, activation, leaves[3])
     factor = 64 if dtype == torch.float64 else 8
     assert_close(y, wide(true), factor, "y", 4.0)
     want = torch.autograd.grad(true, [t for t in leaves if t is not None], g.double())
-    term = 4 * float(g.abs().max() * weight.abs().max()) * float(plain.compose(x.double(), pooling, None, None, 1e-5, None)[1].rstd(1e-5).max())
+    term = (
+        4
+        * float(g.abs().max() * weight.abs().max())
+        * float(plain.compose(x.double(), pooling, None, None, 1e-5, None)[1].rstd(1e-5).max())
+    )
     # The gradient before the activation is rounded to the dtype where it is kept, as between torch's own operations.
     half = torch.finfo(dtype).eps * 2 * term if dtype in (torch.bfloat16, torch.float16) else 0.0
-    for what, got, its in zip(("dx", "gamma", "beta", "residual"), [t for t in found if t is not None], want, strict=False):
+    for what, got, its in zip(
+        ("dx", "gamma", "beta", "residual"), [t for t in found if t is not None], want, strict=False
+    ):
         error = abs(wide(got).reshape(-1) - wide(its).reshape(-1)).max()
         scale = max(term, float(its.abs().max()), 8 * float(g.abs().max()))
-        assert error <= factor * torch.finfo(parameter).eps * scale + half + (torch.finfo(dtype).eps * float(its.abs().max())), what
+        assert error <= factor * torch.finfo(parameter).eps * scale + half + (
+            torch.finfo(dtype).eps * float(its.abs().max())
+        ), what
 
 
 def compare_layouts(name: str, shape: tuple[int, ...], sizes: tuple, dtype: torch.dtype, last: bool) -> None:

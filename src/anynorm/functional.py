@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +53,7 @@ def normalize_with_running(
     eps: float,
     activation: str | None = None,
     residual: Tensor | None = None,
+    key: tuple | None = None,
 ) -> Tensor:
     """Take statistics from the batch and move the running averages, or take them from the running averages."""
     mean, var = running
@@ -60,12 +62,38 @@ def normalize_with_running(
     if not from_batch:
         assert mean is not None
         assert var is not None
-        return ops.normalize(x, pooling, weight, bias, eps, (mean, var), activation, residual)
+        return ops.normalize(x, pooling, weight, bias, eps, (mean, var), activation, residual, None, key)
     if mean is not None and var is not None:
         if ops.has_memory(x, mean, var):
             check_no_overlap(function, x, mean, var)
-        return ops.normalize(x, pooling, weight, bias, eps, None, activation, residual, (mean, var, momentum))
-    return ops.normalize(x, pooling, weight, bias, eps, None, activation, residual)
+        return ops.normalize(x, pooling, weight, bias, eps, None, activation, residual, (mean, var, momentum), key)
+    return ops.normalize(x, pooling, weight, bias, eps, None, activation, residual, None, key)
+
+
+def run_with_running(
+    key: Any,
+    x: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    from_batch: bool,
+    momentum: float | Tensor,
+    eps: float,
+    activation: str | None,
+    residual: Tensor | None,
+) -> Tensor:
+    """`normalize_with_running` where the same checks have passed before."""
+    recipe = ops.RECIPES[key]
+    if mean is None or var is None:
+        return ops.run(recipe, x, weight, bias, eps, None, activation, residual)
+    if not from_batch:
+        return ops.run(recipe, x, weight, bias, eps, (mean, var), activation, residual)
+    try:
+        return ops.run(recipe, x, weight, bias, eps, None, activation, residual, (mean, var, momentum))
+    except ValueError:  # The kernels refuse memory that overlaps, before they touch it; say what overlaps.
+        check_no_overlap(key[0], x, mean, var)
+        raise
 
 
 def batch_norm(
@@ -113,6 +141,13 @@ def batch_norm(
         tensor([[-1.],
                 [ 1.]])
     """
+    key = ops.find_key(
+        "batch_norm", (training, eps, activation), input, weight, bias, running_mean, running_var, residual
+    )
+    if key in ops.RECIPES:
+        return run_with_running(
+            key, input, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual
+        )
     check_floating("batch_norm", input)
     activation = check_finish("batch_norm", input, activation, residual)
     check_batch_norm(input, training, eps, running_mean=running_mean, running_var=running_var)
@@ -127,7 +162,7 @@ def batch_norm(
         )
     running = (running_mean, running_var)
     return normalize_with_running(
-        "batch_norm", input, pooling, running, weight, bias, training, momentum, eps, activation, residual
+        "batch_norm", input, pooling, running, weight, bias, training, momentum, eps, activation, residual, key
     )
 
 
@@ -171,6 +206,12 @@ def instance_norm(
         >>> instance_norm(torch.tensor([[[1.0, 3.0]]]), eps=1e-12)
         tensor([[[-1.,  1.]]])
     """
+    options = (use_input_stats, activation)
+    key = ops.find_key("instance_norm", options, input, weight, bias, running_mean, running_var, residual)
+    if key in ops.RECIPES:
+        return run_with_running(
+            key, input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps, activation, residual
+        )
     check_floating("instance_norm", input)
     activation = check_finish("instance_norm", input, activation, residual)
     check_groups("instance_norm", input, 1)
@@ -196,7 +237,18 @@ def instance_norm(
         )
     running = (running_mean, running_var)
     return normalize_with_running(
-        "instance_norm", input, pooling, running, weight, bias, use_input_stats, momentum, eps, activation, residual
+        "instance_norm",
+        input,
+        pooling,
+        running,
+        weight,
+        bias,
+        use_input_stats,
+        momentum,
+        eps,
+        activation,
+        residual,
+        key,
     )
 
 
@@ -234,6 +286,10 @@ def layer_norm(
         >>> layer_norm(torch.tensor([[1.0, 3.0]]), (2,), eps=1e-12)
         tensor([[-1.,  1.]])
     """
+    hashable = normalized_shape if type(normalized_shape) is tuple else str(normalized_shape)
+    key = ops.find_key("layer_norm", (hashable, activation), input, weight, bias, residual)
+    if key in ops.RECIPES:
+        return ops.run(ops.RECIPES[key], input, weight, bias, eps, None, activation, residual)
     check_floating("layer_norm", input)
     activation = check_finish("layer_norm", input, activation, residual)
     if input.is_nested:
@@ -244,7 +300,16 @@ def layer_norm(
     check_parameter_dtypes("layer_norm", input, weight=weight, bias=bias)
     pooling = pool(FAMILY["layer"], input, (("d", shape),))
     warn_of_one_value("layer_norm", prod(shape), "sample", input, "beta whatever the input")
-    return ops.normalize(input, pooling, weight, bias, eps, None, activation, residual)
+    return ops.normalize(
+        input, pooling, weight, bias, eps, None, activation, residual, None, key if prod(shape) > 1 else None
+    )
+
+
+def find_rms_eps(eps: float | None, x: Tensor) -> float:
+    """eps, or what torch takes for None."""
+    if eps is not None:
+        return eps
+    return torch.finfo(torch.float64 if x.dtype == torch.float64 else torch.float32).eps
 
 
 def rms_norm(
@@ -281,6 +346,10 @@ def rms_norm(
         >>> rms_norm(torch.tensor([[3.0, 3.0]]), (2,))
         tensor([[1., 1.]])
     """
+    hashable = normalized_shape if type(normalized_shape) is tuple else str(normalized_shape)
+    key = ops.find_key("rms_norm", (hashable, activation), input, weight, residual)
+    if key in ops.RECIPES:
+        return ops.run(ops.RECIPES[key], input, weight, None, find_rms_eps(eps, input), None, activation, residual)
     check_floating("rms_norm", input)
     activation = check_finish("rms_norm", input, activation, residual)
     if input.is_nested:
@@ -288,11 +357,12 @@ def rms_norm(
     shape = check_normalized_shape("rms_norm", input, normalized_shape, weight=weight)
     if ops.prefers_torch(input):
         return finish(F.rms_norm(input, shape, weight, eps), activation, residual)
-    if eps is None:
-        eps = torch.finfo(torch.float64 if input.dtype == torch.float64 else torch.float32).eps
     pooling = pool(FAMILY["rms"], input, (("d", shape),))
     warn_of_one_value("rms_norm", prod(shape), "sample", input, "gamma with the sign of x")
-    return ops.normalize(input, pooling, weight, None, eps, None, activation, residual)
+    eps = find_rms_eps(eps, input)
+    return ops.normalize(
+        input, pooling, weight, None, eps, None, activation, residual, None, key if prod(shape) > 1 else None
+    )
 
 
 def group_norm(
@@ -330,6 +400,9 @@ def group_norm(
         >>> group_norm(torch.tensor([[1.0, 3.0, 5.0, 9.0]]), 2, eps=1e-12)
         tensor([[-1.,  1., -1.,  1.]])
     """
+    key = ops.find_key("group_norm", (num_groups, activation), input, weight, bias, residual)
+    if key in ops.RECIPES:
+        return ops.run(ops.RECIPES[key], input, weight, bias, eps, None, activation, residual)
     check_floating("group_norm", input)
     activation = check_finish("group_norm", input, activation, residual)
     check_groups("group_norm", input, num_groups)
@@ -339,8 +412,11 @@ def group_norm(
         return finish(F.group_norm(input, num_groups, weight, bias, eps), activation, residual)
     check_parameter_dtypes("group_norm", input, weight=weight, bias=bias)
     pooling = pool(FAMILY["group"], input, (("g", num_groups),))
-    warn_of_one_value("group_norm", pooling.count(pooling.open(input)), "group", input, "beta whatever the input")
-    return ops.normalize(input, pooling, weight, bias, eps, None, activation, residual)
+    count = pooling.count(pooling.open(input))
+    warn_of_one_value("group_norm", count, "group", input, "beta whatever the input")
+    return ops.normalize(
+        input, pooling, weight, bias, eps, None, activation, residual, None, key if count > 1 else None
+    )
 
 
 # FX records a call of these as one node.

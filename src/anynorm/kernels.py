@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .activations import ACTIVATIONS
+from .activations import ACTIVATIONS, IDENTITY
 from .plain import find_memory_format
 from .pooling import Pooling, remember
 from .statistics import Moments
@@ -27,9 +27,10 @@ except ImportError:
     compiled = None
 
 CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-CHOICES = {name: code for code, name in enumerate((None, *ACTIVATIONS))}  # as enum Activation counts them
+CHOICES = {IDENTITY: 0} | {name: code for code, name in enumerate((None, *ACTIVATIONS))}  # as enum Activation counts
 PLANS_KEPT = 4096  # for each pooling
 
+Statistics = Tensor | tuple[Tensor, Tensor]  # all pools' mean and m2 in one, or a given mean and variance
 Running = tuple[Tensor, Tensor, float]  # running mean and variance, and the weight of the new value
 
 # Axes in the order of memory, one letter for each run of alike: n keeps statistics of its own, a does and has a gamma
@@ -169,10 +170,8 @@ def arrange_like(t: Tensor, x: Tensor) -> Tensor:
     return t if t.stride() == x.stride() else torch.empty_like(x).copy_(t)
 
 
-def ready(t: Tensor | None, dtype: torch.dtype, size: int) -> Tensor | None:
+def ready(t: Tensor, dtype: torch.dtype, size: int) -> Tensor:
     """A parameter as the kernels read it: contiguous, in the dtype of the computation."""
-    if t is None:
-        return None
     if t.numel() != size:
         raise RuntimeError(f"kernels: a parameter has {t.numel()} elements where {size} are needed")
     return t if t.dtype is dtype and t.is_contiguous() else t.to(dtype).contiguous()
@@ -205,8 +204,7 @@ def forward(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
-    *,
-    statistics: tuple[Tensor | None, Tensor] | None = None,
+    statistics: Statistics | None = None,
     activation: str | None = None,
     residual: Tensor | None = None,
     running: Running | None = None,
@@ -224,31 +222,42 @@ def forward(
     beta = bias if bias is None else ready(bias, dtype, plan.channels)
     if residual is not None:
         residual = arrange_like(residual, x)
-    mean, m2 = (None, None) if statistics is None else statistics
+    mean, m2 = find_addresses(statistics, plan)
     averages = (0, 0, 0, 0.0) if running is None else (running[0].data_ptr(), running[1].data_ptr(), 0, running[2])
     compiled.forward(
         plan.walk, eps, torch.get_num_threads(), CHOICES[activation],
-        x.data_ptr(), address(residual), y.data_ptr(), address(gamma), address(beta), address(mean), address(m2), 0,
-        *averages,
+        x.data_ptr(), address(residual), y.data_ptr(), address(gamma), address(beta), mean, m2, 0, *averages,
     )  # fmt: skip
     return y
 
 
-def make_statistics(plan: Plan) -> tuple[Tensor | None, Tensor]:
-    """Room for a mean and m2; of an uncentred norm there is no mean."""
+def make_statistics(plan: Plan) -> Tensor:
+    """Room for the means and then the m2 of all pools; of an uncentred norm for the m2 alone."""
+    return torch.empty(plan.pools * (2 if plan.centred else 1), dtype=torch.float64)
+
+
+def find_addresses(statistics: Statistics | None, plan: Plan) -> tuple[int, int]:
+    """Where mean and m2, or a given mean and variance, are."""
+    if statistics is None:
+        return 0, 0
+    if isinstance(statistics, tuple):
+        return statistics[0].data_ptr(), statistics[1].data_ptr()
+    start = statistics.data_ptr()
+    return (start, start + 8 * plan.pools) if plan.centred else (0, start)
+
+
+def open_statistics(statistics: Tensor, plan: Plan) -> Moments:
+    """What the kernels left in the room for statistics."""
     if not plan.centred:
-        return None, torch.empty(plan.shape, dtype=torch.float64)
-    mean, m2 = torch.empty((2, *plan.shape), dtype=torch.float64).unbind()
-    return mean, m2
+        return Moments(plan.count, None, statistics.view(plan.shape))
+    mean, m2 = statistics.view(2, *plan.shape).unbind()
+    return Moments(plan.count, mean, m2)
 
 
 def ready_statistics(given: tuple[Tensor, Tensor], plan: Plan, x: Tensor) -> tuple[Tensor, Tensor]:
     """A given mean and variance as the kernels read them."""
     dtype = parameter_dtype(x)
-    mean, var = (ready(t, dtype, plan.pools) for t in given)
-    assert mean is not None
-    assert var is not None
-    return mean, var
+    return ready(given[0], dtype, plan.pools), ready(given[1], dtype, plan.pools)
 
 
 def find_moments(x: Tensor, pooling: Pooling) -> Moments | None:
@@ -257,18 +266,18 @@ def find_moments(x: Tensor, pooling: Pooling) -> Moments | None:
     plan = find_walk(x, pooling)
     if plan is None:
         return None
-    mean, m2 = make_statistics(plan)
-    compiled.forward(
-        plan.walk, 0.0, torch.get_num_threads(), 0, x.data_ptr(), 0, 0, 0, 0, address(mean), m2.data_ptr(), 0, 0, 0, 0, 0.0
-    )
-    return Moments(plan.count, mean, m2)
+    statistics = make_statistics(plan)
+    mean, m2 = find_addresses(statistics, plan)
+    compiled.forward(plan.walk, 0.0, torch.get_num_threads(), 0, x.data_ptr(), 0, 0, 0, 0, mean, m2, 0, 0, 0, 0, 0.0)
+    return open_statistics(statistics, plan)
 
 
 def can_move(plan: Plan, x: Tensor, mean: Tensor, var: Tensor, momentum: float | Tensor) -> bool:
     """Whether the kernels can move running averages: in memory, as wide as parameters are, by a plain number."""
     dtype = parameter_dtype(x)
     return (
-        type(momentum) is float
+        not plan.packed[2] > 1
+        and type(momentum) is float
         and momentum >= 0
         and mean.dtype is dtype
         and var.dtype is dtype
@@ -284,12 +293,11 @@ def backward(
     plan: Plan,
     weight: Tensor | None,
     bias: Tensor | None,
-    statistics: tuple[Tensor | None, Tensor],
+    statistics: Statistics,
     eps: float,
-    *,
+    needs: Sequence[bool],
     activation: str | None = None,
     residual: Tensor | None = None,
-    needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, gamma, beta and the residual, see `plain.backward`.
 
@@ -307,10 +315,10 @@ def backward(
     dgamma = torch.empty(plan.channels, dtype=dtype) if needs[1] else None
     dbeta = torch.empty(plan.channels, dtype=dtype) if needs[2] else None
     dresidual = torch.empty_like(x) if needs[3] else None
-    mean, m2 = statistics
+    mean, m2 = find_addresses(statistics, plan)
     compiled.backward(
         plan.walk, eps, torch.get_num_threads(), CHOICES[activation],
         g.data_ptr(), x.data_ptr(), address(residual), address(dx), address(dresidual), address(gamma), address(beta),
-        address(mean), m2.data_ptr(), 0, address(dgamma), address(dbeta),
+        mean, m2, 0, address(dgamma), address(dbeta),
     )  # fmt: skip
     return dx, dgamma, dbeta, dresidual

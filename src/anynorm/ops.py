@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _dispatch_keys
 from torch._C._functorch import get_dynamic_layer_stack_depth, is_legacy_batchedtensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
@@ -63,26 +64,62 @@ def prefers_torch(x: Tensor) -> bool:
     return x.device.type != "cpu" and not exact.forced
 
 
+# Dispatch keys of an ordinary tensor on the CPU, outside and inside inference mode. All else has others: other devices
+# and layouts, subclasses, nested tensors, signs, conjugation or zeros that are only noted, tensors under a transform.
+with torch.inference_mode():
+    PLAIN_KEYS = {_dispatch_keys(torch.empty(0, device="cpu")).raw_repr()}
+PLAIN_KEYS.add(_dispatch_keys(torch.empty(0, device="cpu")).raw_repr())
+
+
+def is_watched() -> bool:
+    """Whether something follows the operations: tracing, a transform, a mode, forward-mode derivatives."""
+    return bool(
+        torch.compiler.is_compiling()
+        or torch._C._is_tracing()
+        or get_dynamic_layer_stack_depth()
+        or forward_ad._current_level >= 0
+        or _len_torch_dispatch_stack()
+        or (_len_torch_function_stack() and not only_default_device())
+    )
+
+
 def is_plain(*tensors: Tensor | None) -> bool:
     """Whether nothing watches the operations and every tensor lies in memory as it reads.
 
-    No tracing, no transform, no mode, no subclass, no dual number; strided, on the CPU, no sign or zeros that are only
-    noted. The kernels take addresses, so what is not known to be harmless is refused here.
+    The kernels take addresses, so this is an allow-list: what is not known to be harmless is refused.
     """
-    if torch.compiler.is_compiling() or torch._C._is_tracing():
+    if is_watched():
         return False
-    if get_dynamic_layer_stack_depth() or forward_ad._current_level >= 0:
-        return False
-    if _len_torch_dispatch_stack() or (_len_torch_function_stack() and not only_default_device()):
-        return False
-    for t in tensors:
+    return all(
+        t is None or ((type(t) is Tensor or type(t) is Parameter) and _dispatch_keys(t).raw_repr() in PLAIN_KEYS)
+        for t in tensors
+    )
+
+
+# What was checked before, by all that the checks look at, and how it is served.
+RECIPES: dict[tuple[Any, ...], tuple[Pooling, kernels.Plan]] = {}
+RECIPES_KEPT = 4096
+
+
+def find_key(function: str, options: tuple[Any, ...], x: Tensor, *others: Tensor | None) -> tuple[Any, ...] | None:
+    """All that a function's checks look at, where kernels may serve; else None.
+
+    A call whose key is in `RECIPES` needs no checks: the same ones have passed.
+    """
+    if is_watched():
+        return None
+    key = [function, options]
+    for t in (x, *others):
         if t is None:
+            key.append(None)
             continue
-        if type(t) is not Tensor and type(t) is not Parameter:
-            return False
-        if not t.is_cpu or t.layout is not torch.strided or t.is_neg() or t._is_zerotensor():
-            return False
-    return True
+        kind = type(t)
+        if (kind is not Tensor and kind is not Parameter) or _dispatch_keys(t).raw_repr() not in PLAIN_KEYS:
+            return None
+        key.append(t.shape)
+        key.append(t.dtype)
+    key.append(x.stride())
+    return tuple(key)
 
 
 def describe_environment() -> dict[str, str]:
@@ -121,6 +158,7 @@ def normalize(
     activation: str | None = None,
     residual: Tensor | None = None,
     running: Running | None = None,
+    key: tuple[Any, ...] | None = None,
 ) -> Tensor:
     """The formula on whichever path serves x.
 
@@ -132,22 +170,51 @@ def normalize(
         activation: a name in `activations.ACTIVATIONS`, applied last.
         residual: shape and dtype of x, added before the activation.
         running: averages that x moves, in place.
+        key: from `find_key`, to remember that the checks have passed.
 
     Returns:
         y with the shape and dtype of x, channels_last where x is.
     """
     if not is_plain(x, weight, bias, residual, *(given or ()), *(running or ())[:2]):
         return compose(x, pooling, weight, bias, eps, given, activation, residual, running)
-    x = kernels.arrange(x)
+    arranged = kernels.arrange(x)
+    if key is not None and arranged is not x:
+        key = None
+    x = arranged
     walk = kernels.find_walk(x, pooling, 0 if given is None else 1)
     if walk is None and (activation is not None or residual is not None or x.numel() == 0):
         return compose(x, pooling, weight, bias, eps, given, activation, residual, running)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, residual)):
-        function: Any = NormalizeByBlocks if walk is None else Normalize
-        return function.apply(x, weight, bias, residual, pooling, walk, eps, given, activation, running)
     if walk is None:
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
+            return NormalizeByBlocks.apply(x, weight, bias, pooling, eps, given, running)
         return forward_by_blocks(x, pooling, weight, bias, eps, given, running)[0]
-    return forward_walk(x, pooling, walk, weight, bias, eps, given, activation, residual, running, False)[0]
+    if key is not None:
+        if len(RECIPES) >= RECIPES_KEPT:
+            RECIPES.clear()
+        RECIPES[key] = pooling, walk
+    return run((pooling, walk), x, weight, bias, eps, given, activation, residual, running)
+
+
+def run(
+    recipe: tuple[Pooling, kernels.Plan],
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    given: tuple[Tensor, Tensor] | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    running: Running | None = None,
+) -> Tensor:
+    """By the kernels, with autograd where a gradient is wanted; everything was checked."""
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+        or (residual is not None and residual.requires_grad)
+    ):
+        return Normalize.apply(x, weight, bias, residual, recipe, eps, given, activation, running)
+    return forward_walk(recipe, x, weight, bias, eps, given, activation, residual, running, False)[0]
 
 
 def compose(
@@ -196,9 +263,8 @@ def forward_by_blocks(
 
 
 def forward_walk(
+    recipe: tuple[Pooling, kernels.Plan],
     x: Tensor,
-    pooling: Pooling,
-    walk: kernels.Plan,
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
@@ -207,92 +273,102 @@ def forward_walk(
     residual: Tensor | None,
     running: Running | None,
     keep: bool,
-) -> tuple[Tensor, tuple[Tensor | None, Tensor] | None]:
+) -> tuple[Tensor, kernels.Statistics | None]:
     """By the kernels; and mean and m2, or the given mean and variance, where they are to be kept."""
+    pooling, walk = recipe
     moved: Any = None
-    statistics: tuple[Tensor | None, Tensor] | None
+    statistics: kernels.Statistics | None = None
     if given is not None:
-        statistics = kernels.ready_statistics(given, walk, x)
-        if keep and statistics[0] is given[0]:  # What is kept for backward must not change when the buffers do.
-            statistics = (given[0].clone(), given[1].clone())
+        statistics = mean, var = kernels.ready_statistics(given, walk, x)
+        if keep and mean is given[0]:  # What is kept for backward must not change when the buffers do.
+            statistics = mean.clone(), var.clone()
     else:
         if running is not None and kernels.can_move(walk, x, *running):
             moved = running
-        statistics = kernels.make_statistics(walk) if keep or (running is not None and moved is None) else None
-    options: Any = {"statistics": statistics, "activation": activation, "residual": residual, "running": moved}
-    y = kernels.forward(x, walk, weight, bias, eps, **options)
+        if keep or (running is not None and moved is None):
+            statistics = kernels.make_statistics(walk)
+    y = kernels.forward(x, walk, weight, bias, eps, statistics, activation, residual, moved)
     if moved is not None:
-        for buffer in moved[:2]:
-            if not buffer.is_inference():  # written through its address, which autograd must hear of
-                torch.autograd.graph.increment_version(buffer)
-    elif running is not None and statistics is not None:
-        mean, m2 = statistics
-        move_running(running, Moments(walk.count, mean, m2), pooling, x)
+        increment_version(moved)
+    elif running is not None and isinstance(statistics, Tensor):
+        move_running(running, kernels.open_statistics(statistics, walk), pooling, x)
     return y, statistics
+
+
+def increment_version(running: Running) -> None:
+    """Let autograd hear of buffers that were written through their addresses."""
+    if not running[0].is_inference():
+        torch._C._increment_version(running[:2])
 
 
 class Normalize(torch.autograd.Function):
     """By the kernels. Keeps x, the statistics and, behind an activation, beta and the residual, and nothing else."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Any, bias: Any, residual: Any, pooling: Any, walk: Any, *rest: Any) -> Tensor:
-        eps, given, activation, running = rest
-        y, statistics = forward_walk(
-            x, pooling, walk, weight, bias, eps, given, activation, residual, running, True
-        )
-        # Without an activation beta may change before backward, as in torch, and the residual need not be kept.
-        kept = (bias, residual) if activation is not None else (None, None)
-        ctx.save_for_backward(x, weight, *kept, *statistics)
-        ctx.how = pooling, walk, eps, activation, given is not None
-        ctx.bias = None if bias is None else (bias.shape, bias.dtype)
+    def forward(
+        ctx: Any, x: Tensor, weight: Any, bias: Any, residual: Any, recipe: Any, eps: float, *rest: Any
+    ) -> Tensor:
+        given, activation, running = rest
+        y, statistics = forward_walk(recipe, x, weight, bias, eps, given, activation, residual, running, True)
+        known = statistics if type(statistics) is tuple else (statistics,)
+        if activation is None:  # Beta may change before backward, as in torch, and the residual need not be kept.
+            ctx.save_for_backward(x, weight, *known)
+        else:
+            ctx.save_for_backward(x, weight, *known, bias, residual)
+        ctx.how = recipe, eps, activation, given is not None, None if bias is None else (bias.shape, bias.dtype)
         return y
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-        x, weight, bias, residual, mean, m2 = ctx.saved_tensors
-        pooling, walk, eps, activation, is_given = ctx.how
+        recipe, eps, activation, is_given, bias_like = ctx.how
+        x, weight, statistics, *kept = ctx.saved_tensors
+        if is_given:
+            statistics = statistics, kept.pop(0)
+        bias, residual = kept or (None, None)
         if torch.is_grad_enabled() or not is_plain(g) or is_legacy_batchedtensor(g):
-            given = (mean, m2) if is_given else None
-            return backward_differentiable(ctx, g, x, weight, bias, residual, given)
+            given = statistics if is_given else None
+            return backward_differentiable(ctx, recipe[0], g, (x, weight, bias, residual), given)
         needs_x, needs_weight, needs_bias, needs_residual, *_ = ctx.needs_input_grad
         dresidual = None
         if needs_residual and activation is None:
             dresidual, needs_residual = g, False
         needs = needs_x, needs_weight, needs_bias, needs_residual
-        options: Any = {"activation": activation, "residual": residual, "needs": needs}
-        dx, dweight, dbias, found = kernels.backward(g, x, walk, weight, bias, (mean, m2), eps, **options)
+        dx, dweight, dbias, found = kernels.backward(
+            g, x, recipe[1], weight, bias, statistics, eps, needs, activation, residual
+        )
         if dweight is not None:
             dweight = like(dweight, weight.shape, weight.dtype)
         if dbias is not None:
-            dbias = like(dbias, *ctx.bias)
-        return dx, dweight, dbias, dresidual if found is None else found, None, None, None, None, None, None
+            dbias = like(dbias, *bias_like)
+        return dx, dweight, dbias, dresidual if found is None else found, None, None, None, None, None
 
 
 class NormalizeByBlocks(torch.autograd.Function):
     """In torch operations, block by block. Keeps x and the statistics and nothing else."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Any, bias: Any, _: None, pooling: Any, walk: None, *rest: Any) -> Tensor:
-        eps, given, activation, running = rest
+    def forward(ctx: Any, x: Tensor, weight: Any, bias: Any, pooling: Pooling, eps: float, *rest: Any) -> Tensor:
+        given, running = rest
         y, moments = forward_by_blocks(x, pooling, weight, bias, eps, given, running)
         ctx.save_for_backward(x, weight, moments.mean, moments.m2)
-        ctx.how = pooling, None, eps, activation, given is not None
-        ctx.count = moments.count
-        ctx.bias = None if bias is None else (bias.shape, bias.dtype)
+        bias_like = None if bias is None else (bias.shape, bias.dtype)
+        ctx.how = pooling, eps, None, given is not None, bias_like, moments.count
         return y
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         x, weight, mean, m2 = ctx.saved_tensors
-        pooling, _, eps, _, is_given = ctx.how
+        pooling, eps, _, is_given, bias_like, count = ctx.how
         if torch.is_grad_enabled() or not is_plain(g) or is_legacy_batchedtensor(g):
-            return backward_differentiable(ctx, g, x, weight, None, None, (mean, m2) if is_given else None)
-        moments = Moments(ctx.count, mean, m2)
+            given = (mean, m2) if is_given else None
+            dx, dweight, dbias, *_ = backward_differentiable(ctx, pooling, g, (x, weight, None), given)
+            return dx, dweight, dbias, None, None, None, None
+        moments = Moments(count, mean, m2)
         needs = ctx.needs_input_grad[:3]
         dx, dgamma, dbeta = plain.backward(g, x, pooling, weight, moments, eps, given=is_given, needs=needs)
         dweight = like(dgamma, weight.shape, weight.dtype) if needs[1] and dgamma is not None else None
-        dbias = like(dbeta, *ctx.bias) if needs[2] and dbeta is not None else None
-        return dx, dweight, dbias, None, None, None, None, None, None, None
+        dbias = like(dbeta, *bias_like) if needs[2] and dbeta is not None else None
+        return dx, dweight, dbias, None, None, None, None
 
 
 def like(t: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
@@ -302,30 +378,30 @@ def like(t: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
 
 
 def backward_differentiable(
-    ctx: Any,
-    g: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    given: tuple[Tensor, Tensor] | None,
+    ctx: Any, pooling: Pooling, g: Tensor, inputs: tuple[Tensor | None, ...], given: tuple[Tensor, Tensor] | None
 ) -> tuple[Any, ...]:
-    """The gradients as a graph of their own, for ``create_graph=True``, and for batched gradients."""
-    pooling, _, eps, activation, _ = ctx.how
+    """The gradients as a graph of their own, for ``create_graph=True``, and for batched gradients.
+
+    Args:
+        inputs: x, gamma, beta and maybe a residual; what was not kept is None.
+    """
+    _, eps, activation, _, bias_like, *_ = ctx.how
     create_graph = torch.is_grad_enabled()
-    if bias is None and ctx.bias is not None:
-        bias = torch.zeros(ctx.bias[0], dtype=ctx.bias[1], requires_grad=True)
     with torch.enable_grad():
         # Views cut the outer graph off: where gamma depends on x (or x on gamma) that path is autograd's to count, and
         # hooks on the saved tensors must not run here.
-        x, weight, bias, residual = (t if t is None else t.view_as(t) for t in (x, weight, bias, residual))  # type: ignore[assignment]
+        x, weight, bias, *more = (t if t is None else t.view_as(t) for t in inputs)
+        if bias is None and bias_like is not None:
+            bias = torch.zeros(bias_like[0], dtype=bias_like[1], requires_grad=True)
+        residual = more[0] if more else None
+        assert x is not None
         known = None if given is None else read_running(*given, pooling, pooling.open(x))
         y, _ = plain.compose(x, pooling, weight, bias, eps, known, activation, residual)
-    needed = ctx.needs_input_grad[:4]
-    inputs = (x, weight, bias, residual)
-    wanted = [t for t, need in zip(inputs, needed, strict=True) if need and t is not None]
+    leaves = (x, weight, bias, residual)[: len(inputs)]
+    needed = ctx.needs_input_grad[: len(inputs)]
+    wanted = [t for t, need in zip(leaves, needed, strict=True) if need and t is not None]
     found = iter(torch.autograd.grad(y, wanted, g, create_graph=create_graph) if wanted else ())
-    gradients = [next(found) if need and t is not None else None for t, need in zip(inputs, needed, strict=True)]
-    if needed[3] and residual is None:  # without an activation it was not kept, and its gradient is y's
+    gradients = [next(found) if need and t is not None else None for t, need in zip(leaves, needed, strict=True)]
+    if more and needed[3] and residual is None:  # without an activation it was not kept, and its gradient is y's
         gradients[3] = g
-    return (*gradients, None, None, None, None, None, None)
+    return (*gradients, None, None, None, None, None)

@@ -84,6 +84,27 @@ INLINE V sigmoid(V v) {
     return 1 / (1 + exponential(-v));
 }
 
+// What takes many instructions is written once, not in every loop.
+template <class V>
+__attribute__((noinline)) V silu(V v) {
+    return v * sigmoid(v);
+}
+template <class V>
+__attribute__((noinline)) V gelu(V v) {
+    return v * Normal<V>(v).distribution;
+}
+template <class V>
+__attribute__((noinline)) V silu_derivative(V v) {
+    const V s = sigmoid(v);
+    return s * (1 + v * (1 - s));
+}
+template <class V>
+__attribute__((noinline)) V gelu_derivative(V v) {
+    using S = typename Math<V>::Scalar;
+    const Normal<V> normal(v);
+    return normal.distribution + v * normal.bell * static_cast<S>(0.39894228040143267794);
+}
+
 // A NaN stays one.
 template <class V>
 INLINE V activate(int activation, V v) {
@@ -91,8 +112,8 @@ INLINE V activate(int activation, V v) {
     switch (activation) {
         case kRelu: return v < 0 ? V{} : v;
         case kLeakyRelu: return v < 0 ? v * static_cast<S>(kLeak) : v;
-        case kSilu: return v * sigmoid(v);
-        case kGelu: return v * Normal<V>(v).distribution;
+        case kSilu: return silu(v);
+        case kGelu: return gelu(v);
         default: return v;
     }
 }
@@ -103,14 +124,8 @@ INLINE V derivative(int activation, V v) {
     switch (activation) {
         case kRelu: return v <= 0 ? V{} : V{} + 1;
         case kLeakyRelu: return v <= 0 ? V{} + static_cast<S>(kLeak) : V{} + 1;
-        case kSilu: {
-            const V s = sigmoid(v);
-            return s * (1 + v * (1 - s));
-        }
-        case kGelu: {
-            const Normal<V> normal(v);
-            return normal.distribution + v * normal.bell * static_cast<S>(0.39894228040143267794);
-        }
+        case kSilu: return silu_derivative(v);
+        case kGelu: return gelu_derivative(v);
         default: return V{} + 1;
     }
 }

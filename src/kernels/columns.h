@@ -15,13 +15,13 @@ struct Columns {
     const T* x = static_cast<const T*>(call.x);
     const T* grad = static_cast<const T*>(call.grad);
     T* out = static_cast<T*>(call.out);
-    T* gradient = find_gradient_room<T>(call);
+    T* gradient = static_cast<T*>(call.dresidual);
     bool by_sample = call.last;  // whether samples have statistics of their own
     int64_t samples = by_sample ? call.n : 1;
     int64_t rows = call.last ? call.s : call.n;
     int64_t width = call.channels() * (call.last ? 1 : call.s);
     int64_t columns = call.last ? call.k : call.k * call.s;  // in a pool
-    int64_t tensors = call.grad ? (gradient ? 3 : 2) : 1;    // that are read twice
+    int64_t tensors = call.grad ? 2 : 1;                     // that are read twice
     int64_t slab = find_slab();
     bool fused = rows * slab * tensors * static_cast<int64_t>(sizeof(T)) <= 2 * kSlabBytes;
     int64_t slabs = fused ? divide_up(width, slab) : 1;
@@ -47,9 +47,9 @@ struct Columns {
         Lines<Compute> lines() const { return {table<Compute>(0), table<Compute>(1), table<Compute>(2)}; }
     };
     Panel make_panel(int64_t sample, int64_t begin, int64_t size, double* room) const {
-        return {sample, begin, size, room, room + size, room + 2 * size, room + 3 * size, reinterpret_cast<bool*>(room + 7 * size)};
+        return {sample, begin, size, room, room + size, room + 2 * size, room + 3 * size, reinterpret_cast<bool*>(room + 8 * size)};
     }
-    static int64_t room_size(int64_t width) { return 7 * width + 1; }
+    static int64_t room_size(int64_t width) { return 8 * width + 1; }
 
     int64_t at(const Panel& p, int64_t row) const { return (p.sample * rows + row) * width + p.begin; }
     int64_t first_pool(const Panel& p) const { return (by_sample ? p.sample * call.g : 0) + p.begin / columns; }
@@ -244,6 +244,9 @@ struct Columns {
         each_column(p, [&](int64_t, int64_t pool, int64_t c) {
             fits = fits && fits_float<T>(found.mean[pool], found.rstd[pool] * gamma_of<T>(call, c), beta_of<T>(call, c));
         });
+        put_lines(p, fits);
+    }
+    void put_lines(const Panel& p, bool fits) {
         *p.is_float = fits;
         with_compute<T>(fits, [&](auto zero) {
             auto lines = p.template lines<decltype(zero)>();
@@ -325,28 +328,32 @@ struct Columns {
             }
             fits = fits && fits_float<T>(found.mean[pool], slope.c1, slope.c2);
         }
-        each_column(p, [&](int64_t, int64_t pool, int64_t c) {
-            fits = fits && fits_float<T>(0, found.rstd[pool] * gamma_of<T>(call, c));
-        });
-        *p.is_float = fits;
-        with_compute<T>(fits, [&](auto zero) {
-            auto lines = p.template lines<decltype(zero)>();
-            auto* a = p.template table<decltype(zero)>(3);
-            each_column(p, [&](int64_t i, int64_t pool, int64_t c) INLINE_LAMBDA {
-                lines.put(i, found.mean[pool], p.second[i], p.first[i]);
-                a[i] = static_cast<decltype(zero)>(found.rstd[pool] * gamma_of<T>(call, c));
+        if (!fits && *p.is_float) put_lines(p, false);
+        with_compute<T>(*p.is_float, [&](auto zero) {
+            using Compute = decltype(zero);
+            Compute *slope = p.template table<Compute>(3), *constant = p.template table<Compute>(4);
+            each_column(p, [&](int64_t i, int64_t pool, int64_t) INLINE_LAMBDA {
+                const Line<Compute> line(found.mean[pool], p.second[i], p.first[i]);
+                slope[i] = line.scale;
+                constant[i] = line.shift;
             });
         });
     }
 
     void write_dx(const Panel& p, int64_t row, int64_t row_count) const {
         const int64_t from = at(p, row);
-        const T* g = (gradient ? gradient : grad) + from;
         const Tile part = tile(p, row_count);
         with_compute<T>(*p.is_float, [&](auto zero) {
-            const auto* a = p.template table<decltype(zero)>(3);
-            if (call.given && !call.weight) return column_scale(g, out + from, part, a);
-            column_dx(g, x + from, out + from, part, a, p.template lines<decltype(zero)>(), weight(p, row));
+            using Compute = decltype(zero);
+            const auto lines = p.template lines<Compute>();
+            const Compute *slope = p.template table<Compute>(3), *constant = p.template table<Compute>(4);
+            if (call.given && !call.is_active()) return column_scale(grad + from, out + from, part, lines.scale);
+            if constexpr (kHasPlain<Compute, T>) {
+                if (!call.is_active()) {
+                    return column_dx<Compute, false>(grad + from, x + from, out + from, part, lines, slope, constant, TileAfter<T>{});
+                }
+            }
+            column_dx<Compute, true>(grad + from, x + from, out + from, part, lines, slope, constant, after(p, row));
         });
     }
 

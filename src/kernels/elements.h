@@ -16,7 +16,7 @@ struct Elements {
     const T* residual = static_cast<const T*>(call.residual);
     const T* grad = static_cast<const T*>(call.grad);
     T* out = static_cast<T*>(call.out);
-    T* gradient = find_gradient_room<T>(call);
+    T* gradient = static_cast<T*>(call.dresidual);
     int64_t length = call.k * call.s;           // of a pool
     int64_t period = call.channels() * call.s;  // of gamma and beta
     Room<P> own_gamma{table_size(call.gamma, true)}, own_beta{table_size(call.beta, false)};
@@ -180,10 +180,16 @@ struct Elements {
         const double mean = found.mean[pool], rstd = found.rstd[pool];
         scaled.second /= rstd;
         const Slopes slopes(call.centred, scaled, rstd, found.count(pool));
-        const T* g = (gradient ? gradient : grad) + at;
         with_compute<T>(fits_float<T>(mean, rstd, slopes.c1, slopes.c2), [&](auto zero) {
-            const Line<decltype(zero)> line(mean, slopes.c2, slopes.c1);
-            run_dx_table(g, x + at, out + at, length, rstd, line, gamma + offset(pool));
+            using Compute = decltype(zero);
+            const Line<Compute> line(mean, rstd, 0), slope(mean, slopes.c2, slopes.c1);
+            const P *scale = gamma + offset(pool), *shift = beta ? beta + offset(pool) : nullptr;
+            if constexpr (kHasPlain<Compute, T>) {
+                if (!call.is_active()) {
+                    return run_dx_table<Compute, false>(grad + at, x + at, out + at, length, line, slope, scale, shift, after(pool));
+                }
+            }
+            run_dx_table<Compute, true>(grad + at, x + at, out + at, length, line, slope, scale, shift, after(pool));
         });
     }
 

@@ -240,10 +240,16 @@ INLINE double add_lanes(Lanes v) {
 INLINE Lanes low_half(Singles v) { return __builtin_convertvector(bits_of<Halves>(v).low, Lanes); }
 INLINE Lanes high_half(Singles v) { return __builtin_convertvector(bits_of<Halves>(v).high, Lanes); }
 
-// body(start, Full or Part, which of four accumulators) over [0, length), in vectors of `Width`.
-template <int Width, class Body>
+// body(start, Full or Part, which of four accumulators) over [0, length), in vectors of `Width`. A long body is not
+// written out several times.
+template <int Width, bool Long = false, class Body>
 INLINE void sweep(int64_t length, Body body) {
     int64_t i = 0;
+    if constexpr (Long) {
+        for (; i + Width <= length; i += Width) body(i, Full{}, 0);
+        if (i < length) body(i, Part{length - i}, 1);
+        return;
+    }
     for (; i + 4 * Width <= length; i += 4 * Width) {
         body(i, Full{}, 0);
         body(i + Width, Full{}, 1);

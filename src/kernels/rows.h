@@ -17,7 +17,7 @@ struct Rows {
     const T* residual = static_cast<const T*>(call.residual);
     const T* grad = static_cast<const T*>(call.grad);
     T* out = static_cast<T*>(call.out);
-    T* gradient = find_gradient_room<T>(call);
+    T* gradient = static_cast<T*>(call.dresidual);
     bool by_sample = call.pool_n || call.given;      // whether a pool has a run in each sample
     int64_t pools = by_sample ? call.g : call.pools();
     int64_t runs = by_sample ? call.n : call.k;  // of a pool
@@ -240,14 +240,19 @@ struct Rows {
 
     void write_dx(int64_t pool, int64_t run, int64_t from, const Runs& all, const Slopes& slopes) const {
         const int64_t c = channel(pool, run), at = start(pool) + run * stride() + from;
-        const double mean = found.mean[pool], a = rstd(pool) * gamma_of<T>(call, c);
-        const T* g = (gradient ? gradient : grad) + at;
-        const float* counted = weight(pool, run);
-        with_compute<T>(fits_float<T>(mean, a, slopes.c1, slopes.c2), [&](auto zero) {
+        const double mean = found.mean[pool], a = rstd(pool) * gamma_of<T>(call, c), b = beta_of<T>(call, c);
+        with_compute<T>(fits_float<T>(mean, a, b, slopes.c1, slopes.c2), [&](auto zero) {
             using Compute = decltype(zero);
-            if (call.given && !counted) return run_scale<Compute>(g, out + at, all, a);
-            run_dx(g, x + at, out + at, all, a, Line<Compute>(mean, slopes.c2, slopes.c1),
-                   counted ? counted + from : nullptr, by_sample ? call.s : 0);
+            const Line<Compute> line(mean, a, b), slope(mean, slopes.c2, slopes.c1);
+            if (call.given && !call.is_active()) return run_scale<Compute>(grad + at, out + at, all, a);
+            if constexpr (kHasPlain<Compute, T>) {
+                if (!call.is_active()) {
+                    return run_dx<Compute, false>(grad + at, x + at, out + at, all, line, slope, [](int64_t) { return After<T>{}; });
+                }
+            }
+            run_dx<Compute, true>(grad + at, x + at, out + at, all, line, slope, [&](int64_t r) {
+                return after(pool, run + r, at + r * all.stride, from);
+            });
         });
     }
 
@@ -261,7 +266,7 @@ struct Rows {
         const int64_t channels = by_sample ? 1 : runs;
         Room<Sums> sums(pools * channels, true);
         if (whole) {
-            each_slab(gradient ? 3 : 2, [&](int64_t begin, int64_t end) {
+            each_slab(2, [&](int64_t begin, int64_t end) {
                 for (int64_t p = begin; p < end; ++p) {
                     for (int64_t j = 0; j < channels; ++j) {
                         sums[p * channels + j] = grad_sums(p, j, 0, {by_sample ? runs : 1, stride(), call.s});

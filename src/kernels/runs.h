@@ -104,12 +104,12 @@ struct Accumulator {
     }
     // body(start, Full or Part, which of four) over all runs. With `restart` sums are flushed at the end of each run, so
     // that zeros behind its real elements change no bit.
-    template <class Body>
+    template <bool Long = false, class Body>
     INLINE void sweep_runs(const Runs& runs, bool restart, Body body) {
         for (int64_t r = 0; r < runs.count; ++r) {
             for (int64_t from = 0; from < runs.length; from += kBlock<Compute>) {
                 const int64_t left = runs.length - from, size = left < kBlock<Compute> ? left : kBlock<Compute>;
-                sweep<kWidth<Compute>>(size, [&](int64_t i, auto some, int u) INLINE_LAMBDA {
+                sweep<kWidth<Compute>, Long>(size, [&](int64_t i, auto some, int u) INLINE_LAMBDA {
                     body(r, from + i, some, u);
                 });
                 waiting += size;
@@ -155,7 +155,7 @@ void run_apply(const T* x, T* y, const Runs& runs, Line<Compute> line, AfterOf a
     using V = VectorOf<Compute>;
     for (int64_t r = 0; r < runs.count; ++r, x += runs.stride, y += runs.stride) {
         const After<T> after = after_of(r);
-        sweep<kWidth<Compute>>(runs.length, [&](int64_t i, auto some, int) INLINE_LAMBDA {
+        sweep<kWidth<Compute>, Active>(runs.length, [&](int64_t i, auto some, int) INLINE_LAMBDA {
             V v = (load_as<Compute>(x + i, some) - line.high) * line.scale + line.shift;
             if constexpr (Active) v = after.template forward<V, Compute>(v, i, some);
             store(y + i, v, some);
@@ -168,7 +168,7 @@ template <class Compute, bool Active, class T, class AfterOf>
 Sums run_grad_sums(const T* g, const T* x, const Runs& runs, Line<Compute> line, AfterOf after_of) {
     using V = VectorOf<Compute>;
     Accumulator<Compute> sums;
-    sums.sweep_runs(runs, false, [&](int64_t r, int64_t i, auto some, int u) INLINE_LAMBDA {
+    sums.template sweep_runs<Active>(runs, false, [&](int64_t r, int64_t i, auto some, int u) INLINE_LAMBDA {
         V v = load_as<Compute>(g + r * runs.stride + i, some);
         const V d = load_as<Compute>(x + r * runs.stride + i, some) - line.high;
         if constexpr (Active) {
@@ -180,17 +180,22 @@ Sums run_grad_sums(const T* g, const T* x, const Runs& runs, Line<Compute> line,
     return sums.total();
 }
 
-// dx[i] = g[i] * a - ((x[i] - high) * slope + constant), 0 where a position does not count, for all runs
-template <class Compute, class T>
-void run_dx(const T* g, const T* x, T* dx, const Runs& runs, double a, Line<Compute> line, const float* weight,
-            int64_t weight_stride) {
+// dx[i] = g[i] * line.scale - ((x[i] - high) * slope + constant), 0 where a position does not count, for all runs; g
+// before the activation, found once more rather than read rounded
+template <class Compute, bool Active, class T, class AfterOf>
+void run_dx(const T* g, const T* x, T* dx, const Runs& runs, Line<Compute> line, Line<Compute> slopes, AfterOf after_of) {
     using V = VectorOf<Compute>;
-    const Compute scale = static_cast<Compute>(a);
     for (int64_t r = 0; r < runs.count; ++r, g += runs.stride, x += runs.stride, dx += runs.stride) {
-        sweep<kWidth<Compute>>(runs.length, [&](int64_t i, auto some, int) INLINE_LAMBDA {
+        After<T> after = after_of(r);
+        after.gradient = nullptr;
+        sweep<kWidth<Compute>, Active>(runs.length, [&](int64_t i, auto some, int) INLINE_LAMBDA {
             const V centred = load_as<Compute>(x + i, some) - line.high;
-            V v = load_as<Compute>(g + i, some) * scale - (centred * line.scale + line.shift);
-            if (weight) v = load_as<Compute>(weight + r * weight_stride + i, some) > 0 ? v : V{};
+            V before = load_as<Compute>(g + i, some);
+            if constexpr (Active) before = after.template backward<V, Compute>(before, centred * line.scale + line.shift, i, some);
+            V v = before * line.scale - (centred * slopes.scale + slopes.shift);
+            if constexpr (Active) {
+                if (after.weight) v = load_as<Compute>(after.weight + i, some) > 0 ? v : V{};
+            }
             store(dx + i, v, some);
         });
     }
@@ -213,7 +218,7 @@ void run_scale(const T* g, T* dx, const Runs& runs, double a) {
 template <class Compute, bool Active, bool Beta, class T, class P>
 void run_apply_table(const T* x, T* y, int64_t length, Line<Compute> line, const P* gamma, const P* beta, After<T> after) {
     using V = VectorOf<Compute>;
-    sweep<kWidth<Compute>>(length, [&](int64_t i, auto some, int) INLINE_LAMBDA {
+    sweep<kWidth<Compute>, Active>(length, [&](int64_t i, auto some, int) INLINE_LAMBDA {
         V v = (load_as<Compute>(x + i, some) - line.high) * line.scale + line.shift;
         v *= load_as<Compute>(gamma + i, some);
         if constexpr (Beta) v += load_as<Compute>(beta + i, some);
@@ -268,14 +273,22 @@ void run_grad_sums_table(const T* g, const T* x, int64_t length, int64_t stride,
     }
 }
 
-// dx[i] = g[i] * gamma[i] * rstd - ((x[i] - high) * slope + constant)
-template <class Compute, class T, class P>
-void run_dx_table(const T* g, const T* x, T* dx, int64_t length, double rstd, Line<Compute> line, const P* gamma) {
-    const Compute scale = static_cast<Compute>(rstd);
-    sweep<kWidth<Compute>>(length, [&](int64_t i, auto some, int) INLINE_LAMBDA {
-        const auto scaled = load_as<Compute>(g + i, some) * load_as<Compute>(gamma + i, some);
-        const auto centred = load_as<Compute>(x + i, some) - line.high;
-        store(dx + i, scaled * scale - (centred * line.scale + line.shift), some);
+// dx[i] = g[i] * gamma[i] * rstd - ((x[i] - high) * slope + constant), g before the activation
+template <class Compute, bool Active, class T, class P>
+void run_dx_table(const T* g, const T* x, T* dx, int64_t length, Line<Compute> line, Line<Compute> slopes, const P* gamma,
+                  const P* beta, After<T> after) {
+    using V = VectorOf<Compute>;
+    after.gradient = nullptr;
+    sweep<kWidth<Compute>, Active>(length, [&](int64_t i, auto some, int) INLINE_LAMBDA {
+        const V scale = load_as<Compute>(gamma + i, some);
+        const V centred = load_as<Compute>(x + i, some) - line.high;
+        V before = load_as<Compute>(g + i, some);
+        if constexpr (Active) {
+            V z = (centred * line.scale + line.shift) * scale;
+            if (beta) z += load_as<Compute>(beta + i, some);
+            before = after.template backward<V, Compute>(before, z, i, some);
+        }
+        store(dx + i, before * scale * line.scale - (centred * slopes.scale + slopes.shift), some);
     });
 }
 

@@ -30,18 +30,17 @@ INLINE void add_to(double* sums, VectorOf<Compute> v, Some some) {
 }
 
 // body(column, Full or Part, how many vectors as a constant) over [0, width).
-template <int Width, class Body>
+template <int Width, bool Long = false, class Body>
 INLINE void sweep_columns(int64_t width, Body body) {
     int64_t i = 0;
-    for (; i + 4 * Width <= width; i += 4 * Width) body(i, Full{}, std::integral_constant<int, 4>{});
-    if (i + 2 * Width <= width) {
-        body(i, Full{}, std::integral_constant<int, 2>{});
-        i += 2 * Width;
+    for (; !Long && i + 4 * Width <= width; i += 4 * Width) body(i, Full{}, std::integral_constant<int, 4>{});
+    if constexpr (!Long) {
+        if (i + 2 * Width <= width) {
+            body(i, Full{}, std::integral_constant<int, 2>{});
+            i += 2 * Width;
+        }
     }
-    if (i + Width <= width) {
-        body(i, Full{}, std::integral_constant<int, 1>{});
-        i += Width;
-    }
+    for (; i + Width <= width; i += Width) body(i, Full{}, std::integral_constant<int, 1>{});
     if (i < width) body(i, Part{width - i}, std::integral_constant<int, 1>{});
 }
 
@@ -110,14 +109,14 @@ struct Lines {
 };
 
 // body(row, column, Full or Part, how many rows as a constant)
-template <class Compute, class Body>
+template <class Compute, bool Long = false, class Body>
 INLINE void sweep_tile(const Tile& tile, Body body) {
     int64_t r = 0;
-    for (; r + kApplyRows <= tile.rows; r += kApplyRows) {
+    for (; !Long && r + kApplyRows <= tile.rows; r += kApplyRows) {
         sweep<kWidth<Compute>>(tile.width, [&](int64_t i, auto some, int) INLINE_LAMBDA { body(r, i, some, kApplyRows); });
     }
     for (; r < tile.rows; ++r) {
-        sweep<kWidth<Compute>>(tile.width, [&](int64_t i, auto some, int) INLINE_LAMBDA { body(r, i, some, 1); });
+        sweep<kWidth<Compute>, true>(tile.width, [&](int64_t i, auto some, int) INLINE_LAMBDA { body(r, i, some, 1); });
     }
 }
 
@@ -125,7 +124,7 @@ INLINE void sweep_tile(const Tile& tile, Body body) {
 template <class Compute, bool Active, class T>
 void column_apply(const T* x, T* y, const Tile& tile, const Lines<Compute>& lines, const TileAfter<T>& after) {
     using V = VectorOf<Compute>;
-    sweep_tile<Compute>(tile, [&](int64_t r, int64_t i, auto some, int rows) INLINE_LAMBDA {
+    sweep_tile<Compute, Active>(tile, [&](int64_t r, int64_t i, auto some, int rows) INLINE_LAMBDA {
         const V high = load_as<Compute>(lines.high + i, some), scale = load_as<Compute>(lines.scale + i, some);
         const V shift = load_as<Compute>(lines.shift + i, some);
         for (int u = 0; u < rows; ++u) {
@@ -145,7 +144,7 @@ void column_grad_sums(const T* g, const T* x, const Tile& tile, const Lines<Comp
     constexpr int width = kWidth<Compute>;
     for (int64_t row = 0; row < tile.rows; row += kSumRows) {
         const int64_t end = row + kSumRows < tile.rows ? row + kSumRows : tile.rows;
-        sweep_columns<width>(tile.width, [&](int64_t i, auto some, auto vectors) INLINE_LAMBDA {
+        sweep_columns<width, Active>(tile.width, [&](int64_t i, auto some, auto vectors) INLINE_LAMBDA {
             V sum[vectors] = {}, products[vectors] = {}, high[vectors];
             for (int u = 0; u < vectors; ++u) high[u] = load_as<Compute>(lines.high + i + u * width, some);
             for (int64_t r = row; r < end; ++r) {
@@ -171,19 +170,28 @@ void column_grad_sums(const T* g, const T* x, const Tile& tile, const Lines<Comp
     }
 }
 
-// dx[r][i] = g[r][i] * a[i] - ((x[r][i] - high[i]) * scale[i] + shift[i]), 0 in rows that do not count
-template <class Compute, class T>
-void column_dx(const T* g, const T* x, T* dx, const Tile& tile, const Compute* a, const Lines<Compute>& lines,
-               const float* weight) {
+// dx[r][i] = g[r][i] * scale[i] - ((x[r][i] - high[i]) * slope[i] + constant[i]), 0 in rows that do not count; g before the
+// activation, found once more rather than read rounded
+template <class Compute, bool Active, class T>
+void column_dx(const T* g, const T* x, T* dx, const Tile& tile, const Lines<Compute>& lines, const Compute* slope,
+               const Compute* constant, TileAfter<T> after) {
     using V = VectorOf<Compute>;
-    sweep_tile<Compute>(tile, [&](int64_t r, int64_t i, auto some, int rows) INLINE_LAMBDA {
-        const V high = load_as<Compute>(lines.high + i, some), slope = load_as<Compute>(lines.scale + i, some);
-        const V constant = load_as<Compute>(lines.shift + i, some), factor = load_as<Compute>(a + i, some);
+    after.gradient = nullptr;
+    sweep_tile<Compute, Active>(tile, [&](int64_t r, int64_t i, auto some, int rows) INLINE_LAMBDA {
+        const V high = load_as<Compute>(lines.high + i, some), scale = load_as<Compute>(lines.scale + i, some);
+        const V by = load_as<Compute>(slope + i, some), less = load_as<Compute>(constant + i, some);
         for (int u = 0; u < rows; ++u) {
             const int64_t at = (r + u) * tile.stride + i;
             const V centred = load_as<Compute>(x + at, some) - high;
-            V v = load_as<Compute>(g + at, some) * factor - (centred * slope + constant);
-            if (weight && !(weight[r + u] > 0)) v = V{};
+            V before = load_as<Compute>(g + at, some);
+            if constexpr (Active) {
+                const V shift = load_as<Compute>(lines.shift + i, some);
+                before = after.template backward<V, Compute>(before, centred * scale + shift, r + u, at, some);
+            }
+            V v = before * scale - (centred * by + less);
+            if constexpr (Active) {
+                if (after.weight && !(after.weight[r + u] > 0)) v = V{};
+            }
             store(dx + at, v, some);
         }
     });

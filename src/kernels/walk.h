@@ -281,11 +281,4 @@ struct Slopes {
     }
 };
 
-// Where the gradient before the activation goes: to the residual's, or to dx, which is written over it.
-template <class T>
-INLINE T* find_gradient_room(const Call& call) {
-    if (call.activation == kIdentity && !call.dresidual) return nullptr;
-    return static_cast<T*>(call.dresidual ? call.dresidual : call.out);
-}
-
 }  // namespace anynorm::ANYNORM_TARGET
