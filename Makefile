@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup compare try speed bench explain env list test check accuracy format clean
+.PHONY: sanitize help setup compare try speed bench explain env list test check accuracy format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -54,6 +54,9 @@ check: $(READY) ## lint and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+sanitize: $(READY) ## the kernel tests under address, undefined-behaviour and thread sanitizers
+	bash tests/sanitize/run.sh $(BIN)/python
 
 accuracy: $(READY) ## measure the errors against float64 and write docs/accuracy.md
 	$(BIN)/python benchmarks/accuracy.py

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -416,7 +415,7 @@ def test_what_follows_the_norm(name, shape, sizes, activation, dtype, last, with
     want = torch.autograd.grad(true, [t for t in leaves if t is not None], g.double())
     term = (
         4
-        * float(g.abs().max() * weight.abs().max())
+        * float((g.abs().max() * weight.abs().max()).detach())
         * float(plain.compose(x.double(), pooling, None, None, 1e-5, None)[1].rstd(1e-5).max())
     )
     # The gradient before the activation is rounded to the dtype where it is kept, as between torch's own operations.
@@ -436,3 +435,103 @@ def compare_layouts(name: str, shape: tuple[int, ...], sizes: tuple, dtype: torc
     if last and len(shape) == 4:
         x = x.to(memory_format=torch.channels_last)
     compare(x, pool(name, x, sizes), shape[1], (shape[1],))
+
+
+# ---- a weight for each position, which masks will use -------------------------------------------------------------
+
+
+def run_weighted(plan: tuple, x: Tensor, g: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, activation: int):
+    """y, dx, dgamma, dbeta, mean and m2 of a walk in which positions of weight 0 do not count."""
+    walk = kernels.compiled.Plan(*plan)
+    pools = plan[1] if plan[5] else plan[0] * plan[1]
+    y, dx, dgamma, dbeta = torch.empty_like(x), torch.empty_like(x), torch.empty_like(gamma), torch.empty_like(beta)
+    mean, m2 = torch.empty(pools, dtype=torch.float64), torch.empty(pools, dtype=torch.float64)
+    at = [t.data_ptr() for t in (x, g, y, dx, gamma, beta, mean, m2, weight, dgamma, dbeta)]
+    x_at, g_at, y_at, dx_at, gamma_at, beta_at, mean_at, m2_at, weight_at, dgamma_at, dbeta_at = at
+    kernels.compiled.forward(
+        walk, 1e-5, 2, activation, x_at, 0, y_at, gamma_at, beta_at, mean_at, m2_at, weight_at, 0, 0, 0, 0.0
+    )
+    kernels.compiled.backward(
+        walk, 1e-5, 2, activation, g_at, x_at, 0, dx_at, 0, gamma_at, beta_at, mean_at, m2_at, weight_at, dgamma_at, dbeta_at
+    )  # fmt: skip
+    return y, dx, dgamma, dbeta, mean, m2
+
+
+WEIGHTED = {
+    "batch, rows": ((3, 4, 1, 70, False, True, True, 0, 0, 0), "n c s -> c"),
+    "batch, columns": ((3 * 70, 4, 1, 1, False, True, True, 0, 0, 70), "n c s -> c"),
+    "instance, rows": ((3, 4, 1, 70, False, False, True, 0, 0, 0), "n c s -> n c"),
+    "instance, columns": ((3, 4, 1, 70, True, False, True, 0, 0, 0), "n c s -> n c"),
+    "group, rows": ((3, 2, 2, 70, False, False, True, 0, 0, 0), "n g"),
+    "group, columns": ((3, 2, 2, 70, True, False, True, 0, 0, 0), "n g"),
+    "layer": ((3 * 70, 1, 4, 1, False, False, True, 0, 0, 0), "n s"),
+}
+
+
+def find_weighted(name: str, padding: int, activation: int = 0):
+    """A case's results when the samples, 70, 33 and 1 long, are padded by NaN; positions first, as (n, s, c)."""
+    plan, _ = WEIGHTED[name]
+    generator = torch.Generator().manual_seed(3)
+    x, g = (torch.randn(3, 70, 4, generator=generator) + 3 for _ in range(2))
+    gamma, beta = (torch.randn(4, generator=generator) for _ in range(2))
+    lengths = torch.tensor([70, 33, 1])
+    length = 70 + padding
+    weight = (torch.arange(length) < lengths[:, None]).float()
+    x, g = (
+        torch.nn.functional.pad(t, (0, 0, 0, padding)).masked_fill(weight[..., None] == 0, float("nan")) for t in (x, g)
+    )
+    sizes = [length if size == 70 else 3 * length if size == 210 else size for size in plan[:4]]
+    plan = (*sizes, *plan[4:9], length if plan[9] else 0)
+    is_last = plan[4] or "columns" in name or name == "layer"
+    lay = (lambda t: t.contiguous()) if is_last else (lambda t: t.movedim(1, 2).contiguous())
+    back = (lambda t: t) if is_last else (lambda t: t.movedim(2, 1))
+    y, dx, *rest = run_weighted(plan, lay(x), lay(g), weight, gamma, beta, activation)
+    return back(y), back(dx), rest, (x, g, gamma, beta, weight)
+
+
+@pytest.mark.parametrize("activation", [0, 1, 4], ids=["", "relu", "gelu"])
+@pytest.mark.parametrize("name", WEIGHTED)
+def test_positions_of_weight_0_do_not_count(name, activation):
+    """Equals the formula over the real positions alone; NaN in the padding does not leak, its outputs are 0."""
+    y, dx, (dgamma, dbeta, *_), (x, g, gamma, beta, weight) = find_weighted(name, 0, activation)
+    kept = weight[..., None] > 0
+    leaf, scale, shift = (t.double().requires_grad_() for t in (torch.where(kept, x, 0), gamma, beta))
+    view, keep = leaf.view(3, 70, 2, 2), kept.double().view(3, 70, 1, 1)
+    axes, size = {"b": ((0, 1), 1), "i": ((1,), 1), "g": ((1, 3), 2), "l": ((2, 3), 4)}[name[0]]
+    along = tuple(a for a in axes if a < 2)
+    count = ((keep.sum(along, keepdim=True) if along else keep) * size).clamp(min=1)
+    mean = (view * keep).sum(axes, keepdim=True) / count
+    var = ((view - mean).square() * keep).sum(axes, keepdim=True) / count
+    true = ((view - mean) / (var + 1e-5).sqrt()).reshape(3, 70, 4) * scale + shift
+    true = (true, torch.relu(true), None, None, torch.nn.functional.gelu(true))[activation] * kept
+    want = torch.autograd.grad(true, (leaf, scale, shift), torch.where(kept, g, 0).double())
+    assert (y[~kept.expand_as(y)] == 0).all()
+    assert (dx[~kept.expand_as(dx)] == 0).all()
+    assert_close(y, wide(true), 8, "y", 4.0)
+    term = float((g.nan_to_num().abs().max() * gamma.abs().max())) * float((1 / (var + 1e-5).sqrt()).max()) * 4
+    for what, got, its in zip(("dx", "dgamma", "dbeta"), (dx, dgamma, dbeta), want, strict=True):
+        assert_close(got, wide(its), 8, what, term)
+
+
+@pytest.mark.parametrize("name", WEIGHTED)
+def test_more_padding_changes_no_bit(name):
+    short, long = find_weighted(name, 0), find_weighted(name, 4000)
+    for mine, its in zip(short[:2], long[:2], strict=True):
+        assert torch.equal(mine, its[:, :70])
+    if name != "layer":  # whose gradients of gamma and beta are summed in chunks of rows, padded or not
+        assert torch.equal(short[2][0], long[2][0])
+        assert torch.equal(short[2][1], long[2][1])
+
+
+def test_nothing_that_counts_changes_nothing():
+    x, weight = torch.randn(2, 3, 40), torch.zeros(2, 40)
+    running = torch.randn(3), torch.rand(3)
+    before = [t.clone() for t in running]
+    counter = torch.tensor(5)
+    y, mean, m2 = torch.empty_like(x), torch.empty(3, dtype=torch.float64), torch.empty(3, dtype=torch.float64)
+    at = [t.data_ptr() for t in (x, y, mean, m2, weight, *running, counter)]
+    plan = kernels.compiled.Plan(2, 3, 1, 40, False, True, True, 0, 0, 0)
+    kernels.compiled.forward(plan, 1e-5, 1, 0, at[0], 0, at[1], 0, 0, at[2], at[3], at[4], at[5], at[6], at[7], 0.1)
+    assert (y == 0).all()
+    assert all(torch.equal(a, b) for a, b in zip(running, before, strict=True))
+    assert counter == 5

@@ -353,3 +353,33 @@ def test_fast_path_leaves_tracing():
         warnings.simplefilter("ignore")
         traced = torch.jit.trace(anynorm.BatchNorm2d(6).eval(), X)
     assert "aten::batch_norm" in str(traced.inlined_graph)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(
+    "kind", ["BatchNorm2d", "GroupNorm", "InstanceNorm2d", "LayerNorm", "RMSNorm", "BatchNormAct2d"]
+)
+def test_compiled_calls_of_the_kernels_equal_eager(kind, layout):
+    """Inputs large enough to be given to the kernels, in one graph; small ones are traced, see test_accuracy."""
+    from anynorm import kernels, library
+
+    shape = (4, 32, 24, 24)
+    assert kernels.OFF or torch.Size(shape).numel() >= library.LEAST
+    arguments = {"GroupNorm": (4, 32), "LayerNorm": (24,), "RMSNorm": (24,)}.get(kind, (32,))
+    torch.compiler.reset()
+    eager = getattr(anynorm, kind)(*arguments)
+    compiled = copy.deepcopy(eager)
+    call = torch.compile(compiled, fullgraph=True)
+    for step in range(2):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(step)) + 1e3
+        if layout == "channels_last":
+            x = x.to(memory_format=torch.channels_last)
+        found = []
+        for module, function in ((eager, eager), (compiled, call)):
+            leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
+            y = function(leaf)
+            parameters = list(module.parameters())
+            found.append([y, *torch.autograd.grad(y.square().sum(), [leaf, *parameters]), *module.buffers()])
+        assert found[0][0].stride() == found[1][0].stride()
+        for mine, its in zip(*found, strict=True):
+            torch.testing.assert_close(mine, its, rtol=1e-5, atol=1e-5 * float(mine.abs().max().detach()))

@@ -144,7 +144,7 @@ def batch_norm(
     key = ops.find_key(
         "batch_norm", (training, eps, activation), input, weight, bias, running_mean, running_var, residual
     )
-    if key in ops.RECIPES:
+    if key is not None and key in ops.RECIPES:
         return run_with_running(
             key, input, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual
         )
@@ -208,7 +208,7 @@ def instance_norm(
     """
     options = (use_input_stats, activation)
     key = ops.find_key("instance_norm", options, input, weight, bias, running_mean, running_var, residual)
-    if key in ops.RECIPES:
+    if key is not None and key in ops.RECIPES:
         return run_with_running(
             key, input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps, activation, residual
         )
@@ -288,7 +288,7 @@ def layer_norm(
     """
     hashable = normalized_shape if type(normalized_shape) is tuple else str(normalized_shape)
     key = ops.find_key("layer_norm", (hashable, activation), input, weight, bias, residual)
-    if key in ops.RECIPES:
+    if key is not None and key in ops.RECIPES:
         return ops.run(ops.RECIPES[key], input, weight, bias, eps, None, activation, residual)
     check_floating("layer_norm", input)
     activation = check_finish("layer_norm", input, activation, residual)
@@ -348,7 +348,7 @@ def rms_norm(
     """
     hashable = normalized_shape if type(normalized_shape) is tuple else str(normalized_shape)
     key = ops.find_key("rms_norm", (hashable, activation), input, weight, residual)
-    if key in ops.RECIPES:
+    if key is not None and key in ops.RECIPES:
         return ops.run(ops.RECIPES[key], input, weight, None, find_rms_eps(eps, input), None, activation, residual)
     check_floating("rms_norm", input)
     activation = check_finish("rms_norm", input, activation, residual)
@@ -401,7 +401,7 @@ def group_norm(
         tensor([[-1.,  1., -1.,  1.]])
     """
     key = ops.find_key("group_norm", (num_groups, activation), input, weight, bias, residual)
-    if key in ops.RECIPES:
+    if key is not None and key in ops.RECIPES:
         return ops.run(ops.RECIPES[key], input, weight, bias, eps, None, activation, residual)
     check_floating("group_norm", input)
     activation = check_finish("group_norm", input, activation, residual)

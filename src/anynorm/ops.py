@@ -23,7 +23,7 @@ from torch.overrides import _get_current_function_mode_stack, _len_torch_functio
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
-from . import kernels, plain
+from . import kernels, library, plain
 from .pooling import Pooling
 from .sources import read_running, update_running
 from .statistics import Moments
@@ -229,6 +229,10 @@ def compose(
     running: Running | None,
 ) -> Tensor:
     """The formula in differentiable operations, laid out as torch's result would be."""
+    if given is None and torch.compiler.is_compiling() and library.serves(x):
+        y, moments = library.normalize(x, pooling, weight, bias, eps, activation, residual)
+        move_running(running, moments, pooling, x)
+        return y
     known = None if given is None else read_running(*given, pooling, pooling.open(x))
     y, moments = plain.compose(x, pooling, weight, bias, eps, known, activation, residual)
     if get_dynamic_layer_stack_depth() == 0:  # inside vmap a tensor cannot tell its layout

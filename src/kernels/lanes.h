@@ -241,13 +241,13 @@ INLINE Lanes low_half(Singles v) { return __builtin_convertvector(bits_of<Halves
 INLINE Lanes high_half(Singles v) { return __builtin_convertvector(bits_of<Halves>(v).high, Lanes); }
 
 // body(start, Full or Part, which of four accumulators) over [0, length), in vectors of `Width`. A long body is not
-// written out several times.
+// written out several times and has one accumulator, so that an element's place in the sum does not depend on the length.
 template <int Width, bool Long = false, class Body>
 INLINE void sweep(int64_t length, Body body) {
     int64_t i = 0;
     if constexpr (Long) {
         for (; i + Width <= length; i += Width) body(i, Full{}, 0);
-        if (i < length) body(i, Part{length - i}, 1);
+        if (i < length) body(i, Part{length - i}, 0);
         return;
     }
     for (; i + 4 * Width <= length; i += 4 * Width) {

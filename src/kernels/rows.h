@@ -229,12 +229,11 @@ struct Rows {
     INLINE Sums grad_sums_about(Line<Compute> line, int64_t pool, int64_t run, int64_t from, int64_t at, const Runs& all) const {
         if constexpr (kHasPlain<Compute, T>) {
             if (!call.is_active()) {
-                return run_grad_sums<Compute, false>(grad + at, x + at, all, line, [](int64_t) { return After<T>{}; });
+                return run_grad_sums<Compute, false>(grad + at, x + at, all, line, [](int64_t) { return After<T>{}; }, false);
             }
         }
-        return run_grad_sums<Compute, true>(grad + at, x + at, all, line, [&](int64_t r) {
-            return after(pool, run + r, at + r * all.stride, from);
-        });
+        const auto after_of = [&](int64_t r) { return after(pool, run + r, at + r * all.stride, from); };
+        return run_grad_sums<Compute, true>(grad + at, x + at, all, line, after_of, call.weight != nullptr);
     }
     double rstd(int64_t pool) const { return const_cast<Statistics<T>&>(found).rstd[pool]; }
 

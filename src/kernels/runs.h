@@ -125,7 +125,7 @@ Sums run_moments(const T* x, const Runs& runs, double about, const float* weight
     using V = VectorOf<Compute>;
     Accumulator<Compute> sums;
     const V shift = V{} + static_cast<Compute>(about);
-    sums.sweep_runs(runs, Weighted, [&](int64_t r, int64_t i, auto some, int u) INLINE_LAMBDA {
+    sums.template sweep_runs<Weighted>(runs, Weighted, [&](int64_t r, int64_t i, auto some, int u) INLINE_LAMBDA {
         V d = load_as<Compute>(x + r * runs.stride + i, some) - shift;
         if constexpr (Weighted) {
             d = load_as<Compute>(weight + r * weight_stride + i, some) > 0 ? d : V{};
@@ -165,14 +165,16 @@ void run_apply(const T* x, T* y, const Runs& runs, Line<Compute> line, AfterOf a
 
 // first = sum(g[i]), second = sum(g[i] * (x[i] - high)), g before the activation; after_of(run) says what follows it
 template <class Compute, bool Active, class T, class AfterOf>
-Sums run_grad_sums(const T* g, const T* x, const Runs& runs, Line<Compute> line, AfterOf after_of) {
+Sums run_grad_sums(const T* g, const T* x, const Runs& runs, Line<Compute> line, AfterOf after_of, bool is_weighted) {
     using V = VectorOf<Compute>;
     Accumulator<Compute> sums;
-    sums.template sweep_runs<Active>(runs, false, [&](int64_t r, int64_t i, auto some, int u) INLINE_LAMBDA {
+    sums.template sweep_runs<Active>(runs, is_weighted, [&](int64_t r, int64_t i, auto some, int u) INLINE_LAMBDA {
         V v = load_as<Compute>(g + r * runs.stride + i, some);
-        const V d = load_as<Compute>(x + r * runs.stride + i, some) - line.high;
+        V d = load_as<Compute>(x + r * runs.stride + i, some) - line.high;
         if constexpr (Active) {
-            v = after_of(r).template backward<V, Compute>(v, d * line.scale + line.shift, i, some);
+            const After<T> after = after_of(r);
+            v = after.template backward<V, Compute>(v, d * line.scale + line.shift, i, some);
+            if (after.weight) d = load_as<Compute>(after.weight + i, some) > 0 ? d : V{};
         }
         sums.first[u] += v;
         sums.second[u] += v * d;

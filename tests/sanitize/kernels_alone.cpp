@@ -1,0 +1,97 @@
+// The kernels without Python and torch, on std::thread: what a thread sanitizer can follow. Every walk forward and backward
+// with 1, 2 and 4 threads must give the same bits.
+#include <atomic>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "call.h"
+#include "threads.h"
+
+namespace anynorm {
+
+// Takes the place of threads.cpp: plain threads instead of torch's OpenMP runtime.
+void run_tasks(int threads, int64_t tasks, void (*body)(void*, int64_t), void* context) {
+    std::atomic<int64_t> next{0};
+    auto take = [&] {
+        for (int64_t task = next++; task < tasks; task = next++) body(context, task);
+    };
+    std::vector<std::thread> team;
+    for (int i = 1; i < threads; ++i) team.emplace_back(take);
+    take();
+    for (auto& thread : team) thread.join();
+}
+
+}  // namespace anynorm
+
+namespace {
+
+using anynorm::Call;
+
+struct Case {
+    const char* name;
+    int64_t n, g, k, s;
+    bool last, pool_n, centred;
+};
+
+std::vector<float> draw(int64_t size, int seed) {
+    std::mt19937 generator(seed);
+    std::normal_distribution<float> normal;
+    std::vector<float> values(size);
+    for (float& value : values) value = normal(generator) + 3;
+    return values;
+}
+
+std::vector<float> run(const Case& c, int activation, int threads) {
+    const int64_t total = c.n * c.g * c.k * c.s, channels = c.g * c.k;
+    Call call{};
+    call.n = c.n, call.g = c.g, call.k = c.k, call.s = c.s;
+    call.last = c.last, call.pool_n = c.pool_n, call.centred = c.centred;
+    call.dtype = anynorm::kFloat32, call.activation = activation, call.threads = threads, call.eps = 1e-5;
+    const auto x = draw(total, 1), grad = draw(total, 2), gamma = draw(channels, 3), beta = draw(channels, 4);
+    std::vector<float> y(total), dx(total), dgamma(channels), dbeta(channels), running(2 * c.g, 1.0f);
+    std::vector<double> statistics(2 * call.pools());
+    call.x = x.data(), call.out = y.data(), call.gamma = gamma.data(), call.beta = beta.data();
+    call.mean = statistics.data(), call.m2 = statistics.data() + call.pools();
+    if (c.k == 1 && c.centred) call.running_mean = running.data(), call.running_var = running.data() + c.g;
+    call.momentum = 0.1;
+    const auto kernels = anynorm::ANYNORM_TARGET::kernels_of<float>();
+    kernels.forward(call);
+    call.grad = grad.data(), call.out = dx.data(), call.dgamma = dgamma.data(), call.dbeta = dbeta.data();
+    kernels.backward(call);
+    for (const auto* more : {&dx, &dgamma, &dbeta, &running}) y.insert(y.end(), more->begin(), more->end());
+    return y;
+}
+
+}  // namespace
+
+int main() {
+    const Case cases[] = {
+        {"rows, whole pools", 6, 40, 1, 900, false, true, true},
+        {"rows, few and long", 2, 3, 1, 70000, false, true, true},
+        {"rows of groups", 3, 4, 5, 700, false, false, true},
+        {"elements", 90, 1, 300, 1, false, false, true},
+        {"elements, not centred", 90, 1, 300, 1, false, false, false},
+        {"columns, fused", 50, 700, 1, 1, false, true, true},
+        {"columns in tiles", 30000, 40, 1, 1, false, true, true},
+        {"columns of groups", 3, 4, 6, 3000, true, false, true},
+    };
+    int wrong = 0;
+    for (const Case& c : cases) {
+        for (int activation : {anynorm::kIdentity, anynorm::kSilu}) {
+            const auto one = run(c, activation, 1);
+            for (int threads : {2, 4}) {
+                const auto many = run(c, activation, threads);
+                if (std::memcmp(one.data(), many.data(), one.size() * sizeof(float)) != 0) {
+                    std::printf("%s: %d threads give other bits than 1\n", c.name, threads);
+                    ++wrong;
+                }
+            }
+        }
+    }
+    std::printf("%d wrong\n", wrong);
+    return wrong != 0;
+}
