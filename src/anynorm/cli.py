@@ -142,10 +142,11 @@ def compare_norms(
 
 @app.command("env")
 def show_environment() -> None:
-    """Show versions, and whether the compiled kernels are in use."""
+    """Show versions, whether the compiled kernels are in use, and how memory is allocated."""
+    from anynorm.allocator import describe
     from anynorm.ops import describe_environment
 
-    for name, value in describe_environment().items():
+    for name, value in {**describe_environment(), **describe()}.items():
         typer.echo(f"{name:12} {value}")
 
 
