@@ -454,6 +454,13 @@ def view_of_residual_moves(n, x):
     return F.relu(total) * 2
 
 
+def base_of_residual_moves(n, x):
+    base = x.sin()
+    total = n.norm(x) + base.view(x.shape)
+    base.mul_(2)
+    return F.relu(total) * 2
+
+
 def another_moves(n, x):
     """Not the residual, nor a view of it."""
     residual = x.sin() * 1
@@ -474,6 +481,7 @@ STAY = {
     "the sum goes into another tensor": (into_another, "the sum is written into a tensor that others may see"),
     "the residual moves afterwards": (residual_moves, "mul_ may change the residual after the sum"),
     "a view of it moves": (view_of_residual_moves, "relu may change the residual after the sum"),
+    "its base moves": (base_of_residual_moves, "mul_ may change the residual after the sum"),
     "a number is added": (lambda n, x: F.relu(n.norm(x) + 1), "what is added is no other tensor"),
     "added to itself": (lambda n, x: F.relu((y := n.norm(x)) + y), "what is added is no other tensor"),
     "a multiple is added": (lambda n, x: F.relu(torch.add(n.norm(x), x, alpha=2)), "the sum has further arguments"),
