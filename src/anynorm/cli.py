@@ -68,7 +68,7 @@ def try_model(
 def show_speed(
     seconds: Annotated[
         float, typer.Option("--seconds", min=0.1, max=3600, help="How long to measure, setting up not counted.")
-    ] = 80.0,
+    ] = 70.0,
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, help="CPU threads; 1 is steadier on a busy machine.")
     ] = None,
