@@ -38,6 +38,9 @@ def bench(
     dtypes: Annotated[str, typer.Option("--dtypes", help="float32, bfloat16 or both; both, or float32 if quick.")] = "",
     only: Annotated[str, typer.Option("--only", help="Cases whose network, name or layout contains this.")] = "",
     seconds: Annotated[float, typer.Option("--seconds", min=0.0, help="For a case in a mode, over all peers.")] = 0.4,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="CPU threads of every peer; 1 is steadier where others work.")
+    ] = None,
     allocator: Annotated[bool, typer.Option("--allocator", help="Call anynorm.tune_allocator() first.")] = False,
     docs: Annotated[
         bool | None, typer.Option("--docs/--no-docs", help="Write docs/speed.md; the complete run does.")
@@ -51,6 +54,7 @@ def bench(
     if source:
         report(console, *read_csv(source), docs=bool(docs))
         return
+    torch.set_num_threads(threads or torch.get_num_threads())
     cases = choose_cases(dtypes or ("float32" if quick else ",".join(DTYPES)), quick, only)
     chosen, missing = choose_peers(peers)
     facts = find_facts(set_allocator(allocator))
@@ -62,9 +66,9 @@ def bench(
     grid = "the quick grid" if quick else f"the cases with {only!r}" if only else "the complete grid"
     facts |= {"peers": ", ".join(chosen), "run": f"{grid}, {len(cases)} cases, in {minutes:.1f} minutes"}
     facts |= {"other work meanwhile": describe_load(watch.find_share())}
-    path = out or RESULTS / name_results(facts, [*(["quick"] if quick else []), only, "allocator" if allocator else ""])
+    path = out or RESULTS / name_results(facts, describe_options(quick, only, threads, allocator))
     write_csv(rows, facts, path)
-    complete = not (quick or only or problems or dtypes) and set(USUAL) <= set(chosen)
+    complete = not (quick or only or problems or dtypes or threads) and set(USUAL) <= set(chosen)
     report(console, rows, facts, docs=complete if docs is None else docs)
     console.print(f"wrote {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
     if problems:
@@ -126,10 +130,16 @@ def report(console: Console, rows: list[Row], facts: dict[str, str], docs: bool)
         console.print(f"wrote docs/{page.PAGE.name} and docs/{page.PICTURE.name}")
 
 
+def describe_options(quick: bool, only: str, threads: int | None, allocator: bool) -> list[str]:
+    """What is special about a run, for the name of its CSV."""
+    chosen = (("quick", quick), (only, only), (f"{threads} threads", threads), ("allocator", allocator))
+    return [words for words, is_given in chosen if is_given]
+
+
 def name_results(facts: dict[str, str], words: list[str]) -> str:
     """The CSV's name: date, processor, and what was special about the run."""
     parts = [facts["date"], facts["cpu"], *words]
-    return "-".join(filter(None, (re.sub(r"\W+", "-", part.lower()).strip("-") for part in parts))) + ".csv"
+    return "-".join(re.sub(r"\W+", "-", part.lower()).strip("-") for part in parts) + ".csv"
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from anynorm.trial.cases import Case, needs_grad
 
-os.environ.setdefault("NPROC", str(torch.get_num_threads()))  # XLA's thread pool is made at the first import
+os.environ.setdefault("NPROC", str(torch.get_num_threads()))  # the size of XLA's thread pools, read at the import
 
 import jax
 import jax.numpy as jnp

@@ -72,18 +72,17 @@ def find_facts(allocator: str) -> dict[str, str]:
 
 
 def set_allocator(tuned: bool) -> str:
-    """Tune the C allocator where asked for, and say how memory is allocated.
+    """Tune the C allocator where asked for, before the first tensor is made, and say how memory is allocated.
 
     Raises:
-        UserError: this version has no tune_allocator.
+        UserError: nothing could be done on this system.
     """
     if not tuned:
         return "the system's default"
-    tune = getattr(anynorm, "tune_allocator", None)
-    if tune is None:
-        raise UserError("bench: --allocator needs anynorm.tune_allocator, which this version lacks; leave it out.")
-    tune()
-    return "anynorm.tune_allocator()"
+    report = anynorm.tune_allocator()
+    if not report:
+        raise UserError(f"bench: --allocator must change something here; {report}; leave it out.")
+    return f"anynorm.tune_allocator(): {report}"
 
 
 class Watch:

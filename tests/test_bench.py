@@ -254,6 +254,13 @@ def test_what_cannot_be_measured_is_refused_in_one_sentence(dtypes, only, text):
         bench.choose_cases(dtypes, quick=False, only=only)
 
 
+def test_results_are_named_by_date_processor_and_options():
+    facts = {"date": "2000-01-01", "cpu": "AMD EPYC(tm) 1"}
+    assert bench.name_results(facts, bench.describe_options(False, "", None, False)) == "2000-01-01-amd-epyc-tm-1.csv"
+    name = bench.name_results(facts, bench.describe_options(True, "7x7", 1, True))
+    assert name == "2000-01-01-amd-epyc-tm-1-quick-7x7-1-threads-allocator.csv"
+
+
 def test_a_run_measures_every_mode_and_peer():
     rows, problems = bench.run(Console(quiet=True), [TINY], ["anynorm", "torch"], seconds=0.0)
     assert not problems

@@ -24,6 +24,7 @@ from specimens import ARGUMENTS, SIZES, SPECIMENS, TRACKING, Specimen, assert_cl
 
 NAMES = [*ACTIVATIONS, "identity"]
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+HALVES = (torch.bfloat16, torch.float16)
 ids = {"ids": str}
 
 
@@ -61,14 +62,21 @@ def find_ours(fused: Fused, x, residual, g) -> list:
 
 
 def check(specimen: Specimen, fused: Fused, activation: str, x: torch.Tensor) -> None:
+    """To a few roundings of the largest value or summed term.
+
+    The kernels keep the gradient before the activation in x's dtype before they sum it, as torch does between two
+    operations; so in the half types dx is as exact as that gradient, not as dx itself.
+    """
     residual, g = (specimen.draw(dtype=x.dtype, seed=seed) - 3 for seed in (7, 8))
     true = find_true(specimen, fused, activation, x, residual, g)
     factor = 4 if x.dtype == torch.float32 else 200
     terms = [float(abs(residual).max()) + 5, *[float(abs(g).max()) * 8] * 4]
-    for name, got, want, term in zip(
-        ("y", "dx", "dresidual", "dgamma", "dbeta"), find_ours(fused, x, residual, g), true, terms, strict=False
-    ):
-        assert_close(got, wide(want), factor, name, term)
+    names = ("y", "dx", "dresidual", "dgamma", "dbeta")
+    for name, got, want, term in zip(names, find_ours(fused, x, residual, g), true, terms, strict=False):
+        if name == "dx" and x.dtype in HALVES and activation not in ("relu", "identity"):
+            assert float((got - want).abs().max()) <= torch.finfo(x.dtype).eps * term, name
+        else:
+            assert_close(got, wide(want), factor, name, term)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, **ids)
@@ -139,6 +147,8 @@ def test_every_class_has_a_fused_twin_that_is_no_norm_of_torchs(scheme):
         assert kind.plain is getattr(anynorm, plain)
         assert issubclass(kind, Fused)
         assert not issubclass(kind, theirs)
+    rows = (Path(__file__).parents[1] / "docs/fused.md").read_text().splitlines()
+    assert f"| {scheme.name} | {', '.join(scheme.fused)} |" in rows
 
 
 @pytest.mark.parametrize("specimen", SPECIMENS, **ids)

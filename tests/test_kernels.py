@@ -452,7 +452,8 @@ def run_weighted(plan: tuple, x: Tensor, g: Tensor, weight: Tensor, gamma: Tenso
         walk, 1e-5, 2, activation, x_at, 0, y_at, gamma_at, beta_at, mean_at, m2_at, weight_at, 0, 0, 0, 0.0
     )
     kernels.compiled.backward(
-        walk, 1e-5, 2, activation, g_at, x_at, 0, dx_at, 0, gamma_at, beta_at, mean_at, m2_at, weight_at, dgamma_at, dbeta_at
+        walk, 1e-5, 2, activation, g_at, x_at, 0, dx_at, 0, gamma_at, beta_at, mean_at, m2_at, weight_at, dgamma_at,
+        dbeta_at,
     )  # fmt: skip
     return y, dx, dgamma, dbeta, mean, m2
 
@@ -508,7 +509,7 @@ def test_positions_of_weight_0_do_not_count(name, activation):
     assert (y[~kept.expand_as(y)] == 0).all()
     assert (dx[~kept.expand_as(dx)] == 0).all()
     assert_close(y, wide(true), 8, "y", 4.0)
-    term = float((g.nan_to_num().abs().max() * gamma.abs().max())) * float((1 / (var + 1e-5).sqrt()).max()) * 4
+    term = float(g.nan_to_num().abs().max() * gamma.abs().max()) * float((1 / (var + 1e-5).sqrt()).max()) * 4
     for what, got, its in zip(("dx", "dgamma", "dbeta"), (dx, dgamma, dbeta), want, strict=True):
         assert_close(got, wide(its), 8, what, term)
 

@@ -6,6 +6,7 @@
 """
 
 from . import functional, reference
+from .allocator import tune_allocator
 from .errors import PatternError, UserError
 from .family import FAMILY
 from .modules.batch import (
@@ -75,4 +76,5 @@ __all__ = [
     "exact",
     "functional",
     "reference",
+    "tune_allocator",
 ]

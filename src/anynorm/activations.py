@@ -81,4 +81,4 @@ def finish(y: Tensor, activation: str | None, residual: Tensor | None) -> Tensor
     """activation(y + residual), either of them absent."""
     if residual is not None:
         y = y + residual
-    return y if activation in (None, IDENTITY) else ACTIVATIONS[activation].function(y)
+    return y if activation is None or activation == IDENTITY else ACTIVATIONS[activation].function(y)

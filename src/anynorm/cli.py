@@ -68,7 +68,7 @@ def try_model(
 def show_speed(
     seconds: Annotated[
         float, typer.Option("--seconds", min=0.1, max=3600, help="How long to measure, setting up not counted.")
-    ] = 80.0,
+    ] = 70.0,
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, help="CPU threads; 1 is steadier on a busy machine.")
     ] = None,
@@ -142,10 +142,11 @@ def compare_norms(
 
 @app.command("env")
 def show_environment() -> None:
-    """Show versions, and whether the compiled kernels are in use."""
+    """Show versions, whether the compiled kernels are in use, and how memory is allocated."""
+    from anynorm.allocator import describe
     from anynorm.ops import describe_environment
 
-    for name, value in describe_environment().items():
+    for name, value in {**describe_environment(), **describe()}.items():
         typer.echo(f"{name:12} {value}")
 
 

@@ -108,7 +108,7 @@ def find_key(function: str, options: tuple[Any, ...], x: Tensor, *others: Tensor
     """
     if is_watched():
         return None
-    key = [function, options]
+    key: list[Any] = [function, options]
     for t in (x, *others):
         if t is None:
             key.append(None)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from ..activations import ACTIVATIONS, list_activations
+from ..modules.state import Norm
 from . import trace
 from .report import FUSED, Entry, Report, describe
 from .sequential import check_settings, count_places, find_reason, leave, read_activation
@@ -32,6 +33,10 @@ SUMS: dict[Any, Callable[[Any, Any], Any]] = {
     "add_": operator.iadd,
 }
 SAFE = ("_operator", "math", "builtins", "torch", "anynorm")  # where functions tell by their name what is in place
+
+NEW = {"add", "sub", "mul", "truediv", "div", "matmul", "bmm", "cat", "stack", "linear", "conv1d", "conv2d", "conv3d"}
+NEW |= {name.lower() for name in nn.modules.activation.__all__} - {"multiheadattention"}
+NEW_MODULES = {kind.__module__ for kind in (nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.LayerNorm, nn.ReLU, nn.MaxPool2d)}
 
 
 @dataclass(frozen=True)
@@ -148,27 +153,57 @@ def find_obstacle_of_sum(chain: Chain, modules: dict[str, nn.Module]) -> str:
         return "the sum has further arguments"
     if SUMS[chain.sum.target] is operator.iadd and chain.sum.args[0] is not chain.norm:
         return "the sum is written into a tensor that others may see"
-    node = chain.norm.next
-    while node is not chain.sum:
-        if works_in_place(node, modules):
-            return f"{node.name} may work in place between the norm and the sum"
-        node = node.next
+    (x,) = chain.norm.all_input_nodes
+    watched, where = find_aliases(x, modules), "the norm's input before the sum"
+    node = chain.norm
+    while (node := node.next).op != "output":
+        if node is chain.sum:  # It keeps nothing for backward; fused, the residual is kept and must not change.
+            watched, where = find_aliases(chain.residual, modules), "the residual after the sum"
+        elif node is not chain.activation and not watched.isdisjoint(find_changed(node, modules)):
+            return f"{node.name} may change {where}"
     return ""
 
 
-def works_in_place(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    """Whether a call may change its input, as far as its name and its arguments tell; unknown code may."""
+def find_aliases(node: fx.Node, modules: dict[str, nn.Module]) -> set[fx.Node]:
+    """All nodes that may return the same memory, as far as it is not known that they do not."""
+    found: set[fx.Node] = set()
+    todo = [node]
+    while todo:
+        if (node := todo.pop()) not in found:
+            found.add(node)
+            todo += find_sources(node, modules)
+            todo += [user for user in node.users if node in find_sources(user, modules)]
+    return found
+
+
+def find_sources(node: fx.Node, modules: dict[str, nn.Module]) -> list[fx.Node]:
+    """The inputs that a node's output may be a view of."""
+    if changed := find_changed(node, modules):
+        return changed
+    if node.op == "call_module":
+        kind = type(modules[str(node.target)])
+        is_new = kind is not nn.Identity and (kind.__module__ in NEW_MODULES or issubclass(kind, Norm))
+    else:
+        is_new = name_call(node) in NEW
+    return [] if is_new else node.all_input_nodes
+
+
+def find_changed(node: fx.Node, modules: dict[str, nn.Module]) -> list[fx.Node]:
+    """The inputs that a call may change, as far as its name and its arguments tell; unknown code may change any."""
+    inputs = node.all_input_nodes
     if node.op == "call_module":
         module = modules[str(node.target)]
-        known = type(module).__module__.startswith(("torch.nn.", "anynorm."))
-        return not known or getattr(module, "inplace", False) or trace.is_hooked(module)
-    name, flagged = name_call(node), any(value is True for value in (*node.args, node.kwargs.get("inplace")))
-    if flagged or "out" in node.kwargs or name.endswith("_"):
-        return True
-    if node.op == "call_function":
-        room = getattr(node.target, "__module__", None) or "torch"
-        return room.split(".")[0] not in SAFE or room == trace.__name__ or name in ("setitem", *trace.IN_PLACE)
-    return False
+        if not type(module).__module__.startswith(("torch.nn.", "anynorm.")) or trace.is_hooked(module):
+            return inputs
+        return inputs[:1] if getattr(module, "inplace", False) else []
+    if node.op not in ("call_function", "call_method"):
+        return []
+    name, room = name_call(node), getattr(node.target, "__module__", None) or "torch"
+    if "out" in node.kwargs or (node.op == "call_function" and room.split(".")[0] not in SAFE):
+        return inputs
+    flagged = any(value is True for value in (*node.args, node.kwargs.get("inplace")))
+    named = name.endswith("_") or (node.op == "call_function" and name in ("setitem", *trace.IN_PLACE))
+    return inputs[:1] if flagged or named else []
 
 
 def fuse_chain(chain: Chain, activation: str, graph: fx.Graph, modules: dict[str, nn.Module]) -> Entry:

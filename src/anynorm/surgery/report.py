@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 import torch.nn as nn
 
-from ..family import FAMILY
 from ..modules import batch, fused, lazy, sample
 
 PAIRS: dict[type[nn.Module], type[nn.Module]] = {
@@ -20,7 +19,9 @@ PAIRS: dict[type[nn.Module], type[nn.Module]] = {
     for name in names
 }
 FUSED: dict[type[nn.Module], type[fused.Fused]] = {
-    kind.plain: kind for scheme in FAMILY.values() for kind in (getattr(fused, name) for name in scheme.fused)
+    kind.plain: kind
+    for kind in vars(fused).values()
+    if isinstance(kind, type) and issubclass(kind, fused.Fused) and "plain" in vars(kind)
 }
 
 

@@ -178,7 +178,9 @@ def find_fused(model: nn.Module, report: Report) -> list[Place]:
             continue
         sequential, first, second = pairs.get(name, ("", "", ""))
         behind = model.get_submodule(join(sequential, second))
-        if type(behind) is nn.Identity and type(norm) in FUSED.values() and counts[id(norm)] == 1:
+        # A graph calls what it called when it was made: there only an nn.Identity that was called as the activation.
+        called = not isinstance(model, fx.GraphModule) or KEPT_AS in vars(behind)
+        if type(behind) is nn.Identity and called and type(norm) in FUSED.values() and counts[id(norm)] == 1:
             places.append(Place(sequential, first, second, norm.activation))
         else:
             reason = "a fused norm is taken apart where torch.nn.Identity stands behind it in a Sequential"

@@ -71,7 +71,7 @@ class Tracer(fx.Tracer):
         return Recorder(node, self)
 
     def create_node(self, kind: str, *arguments: Any, **options: Any) -> fx.Node:
-        if kind == "placeholder" and self.surroundings is None:
+        if self.surroundings is None:  # at the first placeholder, before forward runs
             self.surroundings = find_surroundings()
         if find_surroundings() != self.surroundings:
             lost = "torch.no_grad, autocast, a checkpoint or an autograd function"
@@ -142,7 +142,10 @@ def copy_sharing(model: nn.Module) -> nn.Module:
         shared += [value for value in vars(module).values() if isinstance(value, Tensor) and not value.is_leaf]
         hooks = [hook for name in HOOKS for hook in getattr(module, name).values()]
         shared += [hook for hook in hooks if id(getattr(hook, "__self__", None)) not in own]
-    return copy.deepcopy(model, {id(value): value for value in shared})
+    twin = copy.deepcopy(model, {id(value): value for value in shared})
+    if [*map(id, twin.parameters())] != [*map(id, model.parameters())]:
+        raise TypeError("a copy does not share its parameters, for it copies itself in its own way")
+    return twin
 
 
 def is_hooked(module: nn.Module) -> bool:
