@@ -40,17 +40,22 @@ class _BatchNorm(_Running):
     def normalize(self, input: Tensor, activation: str | None = None, residual: Tensor | None = None) -> Tensor:
         """Choose the source, normalize, count the batch; see `anynorm.functional.batch_norm`."""
         self._check_input_dim(input)  # torch's hook: subclasses override it
-        tracked = not self.training or self.track_running_stats
-        running_mean, running_var = (b if tracked else None for b in (self.running_mean, self.running_var))
-        counter = self.num_batches_tracked if self.training and tracked else None
+        training, running_mean, running_var, counter = self.training, None, None, None
+        momentum: float | Tensor | None = self.momentum
+        if not training or self.track_running_stats:
+            running_mean, running_var = self.running_mean, self.running_var
+            if training:
+                counter = self.num_batches_tracked
+        if momentum is None:
+            momentum = find_momentum(None, counter)
         y = functional.batch_norm(
             input,
             running_mean,
             running_var,
             self.weight,
             self.bias,
-            self.training or (running_mean is None and running_var is None),
-            find_momentum(self.momentum, counter),
+            training or (running_mean is None and running_var is None),
+            momentum,
             self.eps,
             activation=activation,
             residual=residual,
