@@ -8,6 +8,7 @@
 namespace anynorm::ANYNORM_TARGET {
 
 constexpr int64_t kTileBytes = 1 << 17;  // of x, for what is read once
+constexpr int64_t kNearBytes = 1 << 22;  // of x
 
 template <class T>
 struct Columns {
@@ -22,6 +23,7 @@ struct Columns {
     int64_t width = call.channels() * (call.last ? 1 : call.s);
     int64_t columns = call.last ? call.k : call.k * call.s;  // in a pool
     int64_t tensors = call.grad ? 2 : 1;                     // that are read twice
+    bool is_near = samples * rows * width * static_cast<int64_t>(sizeof(T)) <= kNearBytes;
     int64_t slab = find_slab();
     bool fused = rows * slab * tensors * static_cast<int64_t>(sizeof(T)) <= 2 * kSlabBytes;
     int64_t slabs = fused ? divide_up(width, slab) : 1;
@@ -32,8 +34,9 @@ struct Columns {
 
     // Columns that are finished together: whole pools, and 512 bytes at least, which memory delivers well.
     int64_t find_slab() const {
-        const int64_t wanted = most(128, kSlabBytes / (static_cast<int64_t>(sizeof(T)) * rows * tensors));
-        return least(width, divide_up(least(wanted, width), columns) * columns);
+        const int64_t wanted = most(kWide, kSlabBytes / (static_cast<int64_t>(sizeof(T)) * rows * tensors));
+        const int64_t pools = most(1, wanted / columns);
+        return least(width, columns == 1 ? pools / kWide * kWide : pools * columns);
     }
 
     // Some columns of a sample, with what is known of each. Tables are floats where `is_float`.
@@ -53,7 +56,7 @@ struct Columns {
 
     int64_t at(const Panel& p, int64_t row) const { return (p.sample * rows + row) * width + p.begin; }
     int64_t first_pool(const Panel& p) const { return (by_sample ? p.sample * call.g : 0) + p.begin / columns; }
-    Tile tile(const Panel& p, int64_t row_count) const { return {row_count, p.width, width}; }
+    Tile tile(const Panel& p, int64_t row_count) const { return {row_count, p.width, width, is_near}; }
     const float* weight(const Panel& p, int64_t row) const {
         return call.weight ? call.weight + p.sample * rows + row : nullptr;
     }

@@ -4,15 +4,18 @@
 // kSumRows rows before they are added to sums of doubles.
 #pragma once
 
-#include "runs.h"
+#include "walk.h"
 
 namespace anynorm::ANYNORM_TARGET {
 
 struct Tile {
     int64_t rows, width, stride;
+    bool is_near;  // in a cache from which rows are read side by side at full speed
 };
 
-constexpr int kSumRows = 32, kApplyRows = 4;
+// Rows are read side by side where they are short or near; else memory delivers less well than in order.
+constexpr int kSumRows = 32, kWideRows = 8, kApplyRows = 4;
+constexpr int64_t kWide = 128;  // elements
 
 // Adds vectors of Compute to sums of doubles.
 template <class Compute, class Some>
@@ -44,32 +47,83 @@ INLINE void sweep_columns(int64_t width, Body body) {
     if (i < width) body(i, Part{width - i}, std::integral_constant<int, 1>{});
 }
 
+// Two sums a column over a tile: prepare(column, Full or Part, vectors as a constant) loads what columns have in common,
+// add(that, row, column, Full or Part, vectors, sums, more sums) adds one row's. Sums of Compute stay in registers for kSumRows rows, or where rows are long in a table, for kWideRows rows at a time.
+template <class Compute, bool Long, class Prepare, class Add>
+INLINE void sum_columns(const Tile& tile, double* first, double* second, Prepare prepare, Add add) {
+    using V = VectorOf<Compute>;
+    constexpr int width = kWidth<Compute>;
+    if (tile.width <= kWide || tile.is_near) {
+        for (int64_t row = 0; row < tile.rows; row += kSumRows) {
+            const int64_t end = row + kSumRows < tile.rows ? row + kSumRows : tile.rows;
+            sweep_columns<width, Long>(tile.width, [&](int64_t i, auto some, auto vectors) INLINE_LAMBDA {
+                V one[vectors] = {}, two[vectors] = {};
+                const auto known = prepare(i, some, vectors);
+                for (int64_t r = row; r < end; ++r) add(known, r, i, some, vectors, one, two);
+                for (int u = 0; u < vectors; ++u) {
+                    add_to<Compute>(first + i + u * width, one[u], some);
+                    add_to<Compute>(second + i + u * width, two[u], some);
+                }
+            });
+        }
+        return;
+    }
+    Room<Compute> room(2 * tile.width, true);
+    Compute *ones = room.get(), *twos = ones + tile.width;
+    for (int64_t row = 0; row < tile.rows; row += kWideRows) {
+        const int64_t end = row + kWideRows < tile.rows ? row + kWideRows : tile.rows;
+        const bool is_full = end - row == kWideRows;
+        sweep<width, Long>(tile.width, [&](int64_t i, auto some, int) INLINE_LAMBDA {
+            V one[1] = {load_as<Compute>(ones + i, some)}, two[1] = {load_as<Compute>(twos + i, some)};
+            constexpr std::integral_constant<int, 1> single;
+            const auto known = prepare(i, some, single);
+            if (is_full && !Long) {
+                for (int u = 0; u < kWideRows; ++u) add(known, row + u, i, some, single, one, two);
+            } else {
+                for (int64_t r = row; r < end; ++r) add(known, r, i, some, single, one, two);
+            }
+            store(ones + i, one[0], some);
+            store(twos + i, two[0], some);
+        });
+        if (end % kSumRows == 0 || end == tile.rows) {
+            for (int64_t i = 0; i < tile.width; ++i) {
+                first[i] += ones[i];
+                second[i] += twos[i];
+                ones[i] = twos[i] = 0;
+            }
+        }
+    }
+}
+
+// As many vectors of a table.
+template <class Compute, int Vectors>
+struct Loaded {
+    VectorOf<Compute> v[Vectors];
+};
+template <class Compute>
+INLINE auto loader(const Compute* table) {
+    return [table](int64_t i, auto some, auto vectors) INLINE_LAMBDA {
+        Loaded<Compute, vectors> loaded;
+        for (int u = 0; u < vectors; ++u) loaded.v[u] = load_as<Compute>(table + i + u * kWidth<Compute>, some);
+        return loaded;
+    };
+}
+
 // first[i] += sum over rows of x[r][i] - shift[i], second[i] += sum over rows of (x[r][i] - shift[i])^2, over rows that
 // count
 template <class Compute, class T>
 void column_moments(const T* x, const Tile& tile, const Compute* shift, const float* weight, double* first,
                     double* second) {
-    using V = VectorOf<Compute>;
     constexpr int width = kWidth<Compute>;
-    for (int64_t row = 0; row < tile.rows; row += kSumRows) {
-        const int64_t end = row + kSumRows < tile.rows ? row + kSumRows : tile.rows;
-        sweep_columns<width>(tile.width, [&](int64_t i, auto some, auto vectors) INLINE_LAMBDA {
-            V sum[vectors] = {}, squares[vectors] = {}, about[vectors];
-            for (int u = 0; u < vectors; ++u) about[u] = load_as<Compute>(shift + i + u * width, some);
-            for (int64_t r = row; r < end; ++r) {
-                if (weight && !(weight[r] > 0)) continue;
-                for (int u = 0; u < vectors; ++u) {
-                    const V d = load_as<Compute>(x + r * tile.stride + i + u * width, some) - about[u];
-                    sum[u] += d;
-                    squares[u] += d * d;
-                }
-            }
-            for (int u = 0; u < vectors; ++u) {
-                add_to<Compute>(first + i + u * width, sum[u], some);
-                add_to<Compute>(second + i + u * width, squares[u], some);
-            }
-        });
-    }
+    const auto add = [&](const auto& about, int64_t r, int64_t i, auto some, auto vectors, auto* sum, auto* squares) INLINE_LAMBDA {
+        if (weight && !(weight[r] > 0)) return;
+        for (int u = 0; u < vectors; ++u) {
+            const auto d = load_as<Compute>(x + r * tile.stride + i + u * width, some) - about.v[u];
+            sum[u] += d;
+            squares[u] += d * d;
+        }
+    };
+    sum_columns<Compute, false>(tile, first, second, loader(shift), add);
 }
 
 // What follows a tile's norm; `at` is an element's place in the tile.
@@ -112,11 +166,11 @@ struct Lines {
 template <class Compute, bool Long = false, class Body>
 INLINE void sweep_tile(const Tile& tile, Body body) {
     int64_t r = 0;
-    for (; !Long && r + kApplyRows <= tile.rows; r += kApplyRows) {
+    for (; !Long && (tile.width <= kWide || tile.is_near) && r + kApplyRows <= tile.rows; r += kApplyRows) {
         sweep<kWidth<Compute>>(tile.width, [&](int64_t i, auto some, int) INLINE_LAMBDA { body(r, i, some, kApplyRows); });
     }
     for (; r < tile.rows; ++r) {
-        sweep<kWidth<Compute>, true>(tile.width, [&](int64_t i, auto some, int) INLINE_LAMBDA { body(r, i, some, 1); });
+        sweep<kWidth<Compute>, Long>(tile.width, [&](int64_t i, auto some, int) INLINE_LAMBDA { body(r, i, some, 1); });
     }
 }
 
@@ -142,32 +196,21 @@ void column_grad_sums(const T* g, const T* x, const Tile& tile, const Lines<Comp
                       double* first, double* second) {
     using V = VectorOf<Compute>;
     constexpr int width = kWidth<Compute>;
-    for (int64_t row = 0; row < tile.rows; row += kSumRows) {
-        const int64_t end = row + kSumRows < tile.rows ? row + kSumRows : tile.rows;
-        sweep_columns<width, Active>(tile.width, [&](int64_t i, auto some, auto vectors) INLINE_LAMBDA {
-            V sum[vectors] = {}, products[vectors] = {}, high[vectors];
-            for (int u = 0; u < vectors; ++u) high[u] = load_as<Compute>(lines.high + i + u * width, some);
-            for (int64_t r = row; r < end; ++r) {
-                for (int u = 0; u < vectors; ++u) {
-                    const int64_t at = r * tile.stride + i + u * width;
-                    V v = load_as<Compute>(g + at, some);
-                    const V d = load_as<Compute>(x + at, some) - high[u];
-                    if constexpr (Active) {
-                        const V scale = load_as<Compute>(lines.scale + i + u * width, some);
-                        const V shift = load_as<Compute>(lines.shift + i + u * width, some);
-                        v = after.template backward<V, Compute>(v, d * scale + shift, r, at, some);
-                        if (after.weight && !(after.weight[r] > 0)) continue;
-                    }
-                    sum[u] += v;
-                    products[u] += v * d;
-                }
+    const auto add = [&](const auto& high, int64_t r, int64_t i, auto some, auto vectors, auto* sum, auto* products) INLINE_LAMBDA {
+        for (int u = 0; u < vectors; ++u) {
+            const int64_t column = i + u * width, at = r * tile.stride + column;
+            V v = load_as<Compute>(g + at, some);
+            const V d = load_as<Compute>(x + at, some) - high.v[u];
+            if constexpr (Active) {
+                const V scale = load_as<Compute>(lines.scale + column, some), shift = load_as<Compute>(lines.shift + column, some);
+                v = after.template backward<V, Compute>(v, d * scale + shift, r, at, some);
+                if (after.weight && !(after.weight[r] > 0)) continue;
             }
-            for (int u = 0; u < vectors; ++u) {
-                add_to<Compute>(first + i + u * width, sum[u], some);
-                add_to<Compute>(second + i + u * width, products[u], some);
-            }
-        });
-    }
+            sum[u] += v;
+            products[u] += v * d;
+        }
+    };
+    sum_columns<Compute, Active>(tile, first, second, loader<Compute>(lines.high), add);
 }
 
 // dx[r][i] = g[r][i] * scale[i] - ((x[r][i] - high[i]) * slope[i] + constant[i]), 0 in rows that do not count; g before the
