@@ -361,13 +361,18 @@ def test_running_averages_hear_of_the_kernels():
         product.sum().backward()
 
 
-def test_statistics_alone():
+def test_statistics_alone_and_applied_later():
+    """What synchronization and recalibration do in between; given means keep all digits of a double."""
     x = torch.randn(8, 6, 5, 5) + 1e4
     for layout in (torch.contiguous_format, torch.channels_last):
         moments = kernels.find_moments(x.to(memory_format=layout), pool("batch", x))
         mean, var = anynorm.reference.moments(wide(x), (0, 2, 3))
         assert abs(wide(moments.mean) - mean).max() < 1e-6 * 1e4
         assert abs(wide(moments.var) - var).max() < 1e-6
+        laid = x.to(memory_format=layout)
+        plan = kernels.find_walk(laid, pool("batch", x), 2)
+        y = kernels.forward(laid, plan, None, None, 1e-5, (moments.mean.flatten(), moments.var.flatten()))
+        assert_close(y, anynorm.reference.forward(wide(x), (0, 2, 3)), 4, "y")
 
 
 ACTIVATED = ("relu", "leaky_relu", "silu", "gelu", None)
