@@ -229,7 +229,8 @@ def compose(
     running: Running | None,
 ) -> Tensor:
     """The formula in differentiable operations, laid out as torch's result would be."""
-    if given is None and torch.compiler.is_compiling() and library.serves(x):
+    # Exported graphs are read by other tools, and must not depend on sizes.
+    if given is None and torch.compiler.is_compiling() and not torch.compiler.is_exporting() and library.serves(x):
         y, moments = library.normalize(x, pooling, weight, bias, eps, activation, residual)
         move_running(running, moments, pooling, x)
         return y

@@ -3,18 +3,23 @@
 import importlib.util
 import sys
 
-spec = importlib.util.spec_from_file_location("anynorm._kernels", sys.argv[1])
-assert spec is not None
-assert spec.loader is not None
-import torch  # noqa: E402, F401  its OpenMP runtime must be there first
 
-module = importlib.util.module_from_spec(spec)
-sys.modules[spec.name] = module
-spec.loader.exec_module(module)
+def main() -> int:
+    """Put the module where the package looks for it, then run the tests."""
+    import pytest
+    import torch  # noqa: F401  its OpenMP runtime must be there first
 
-import pytest  # noqa: E402
+    spec = importlib.util.spec_from_file_location("anynorm._kernels", sys.argv[1])
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    from anynorm import kernels
 
-from anynorm import kernels  # noqa: E402
+    assert kernels.compiled is module
+    return pytest.main(sys.argv[2:])
 
-assert kernels.compiled is module
-sys.exit(pytest.main(sys.argv[2:]))
+
+if __name__ == "__main__":
+    sys.exit(main())
