@@ -164,8 +164,13 @@ def write_times(found: dict[str, dict[str, list[dict[str, float]]]]) -> str:
             ratio = "" if name == SETTINGS[0] else f"**{middle:.2f}** ({low:.2f} to {high:.2f})"
             ms, faults, peak = (statistics.median(run[key] for run in runs) for key in ("ms", "faults", "peak"))
             label = name if name == SETTINGS[0] else f"`{name}`"
-            rows.append(f"| {case} | {label} | {ms:.3g} | {ratio} | {faults:,.0f} | {peak:,.0f} |")
+            rows.append(f"| {case} | {label} | {say(ms)} | {ratio} | {faults:,.0f} | {peak:,.0f} |")
     return "\n".join(rows)
+
+
+def say(ms: float) -> str:
+    """Milliseconds with three digits at least."""
+    return f"{ms:,.0f}" if ms >= 100 else f"{ms:.3g}"
 
 
 def write_memory(found: dict[str, dict[str, list[dict[str, float]]]]) -> str:
@@ -217,7 +222,7 @@ def main() -> None:
     if not given.only:
         text = PAGE.read_text()
         for name, table in tables.items():
-            text = re.sub(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", rf"\g<1>{table}\g<2>", text, flags=re.DOTALL)
+            text = re.sub(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", rf"\g<1>{table}\n\g<2>", text, flags=re.DOTALL)
         PAGE.write_text(text)
 
 
