@@ -169,6 +169,41 @@ def test_large_inputs_equal_the_plain_path(name, ratio):
     compare(x, pool("group", x, (("g", 2 - x.shape[1] % 2),)), x.shape[1], (x.shape[1],))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", LARGE)
+def test_results_that_bypass_the_caches_have_the_same_bits(name, dtype):
+    norms, x, g = find_large(name)
+    x, g, holds = x.to(dtype), g.to(dtype), kernels.compiled.last_cache()
+    try:
+        for norm in norms:
+            found = []
+            for size in (holds, 1 << 40, 0):
+                kernels.compiled.set_last_cache(size)
+                found.append(everything(norm.to(dtype if dtype == torch.float64 else torch.float32), x, g))
+            assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*found, strict=True))
+    finally:
+        kernels.compiled.set_last_cache(holds)
+
+
+def lends_huge_pages() -> bool:
+    enabled = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    return enabled.exists() and "[never]" not in enabled.read_text()
+
+
+@pytest.mark.skipif(not lends_huge_pages(), reason="this system lends no huge pages")
+def test_a_large_result_costs_few_page_faults():
+    """67 MB are 16,385 pages of 4 KB, or 32 of 2 MB and some at both ends."""
+    source = """
+import resource, torch, anynorm
+x = torch.zeros(1 << 14, 1 << 10)
+anynorm.functional.layer_norm(x[:8], [1 << 10])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+y = anynorm.functional.layer_norm(x, [1 << 10])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    assert int(run(source)) < 4000
+
+
 def test_one_openmp_runtime_is_mapped_and_it_is_torchs():
     maps = Path("/proc/self/maps")
     if not maps.exists() or not kernels.compiled.thread_runtime():

@@ -9,6 +9,7 @@
 
 #include "call.h"
 #include "dispatch.h"
+#include "memory.h"
 #include "threads.h"
 
 namespace nb = nanobind;
@@ -144,6 +145,8 @@ void forward(const Plan& plan, double eps, int threads, int activation, Address 
     if (running_mean && (call.k != 1 || !call.centred)) refuse("running averages are one per channel");
     memory.check();
     nb::gil_scoped_release release;
+    if (y) anynorm::ask_for_huge_pages(y, plan.all());
+    call.past_caches = (2 + (residual != 0)) * plan.all() > anynorm::last_cache();
     anynorm::kernels(call.dtype).forward(call);
 }
 
@@ -167,6 +170,9 @@ void backward(const Plan& plan, double eps, int threads, int activation, Address
     // grad and x may be one tensor, as in y = norm(x), y.backward(x): both are only read.
     memory.check();
     nb::gil_scoped_release release;
+    if (dx) anynorm::ask_for_huge_pages(dx, plan.all());
+    call.past_caches = (3 + (residual != 0) + (dresidual != 0)) * plan.all() > anynorm::last_cache();
+    if (dresidual) anynorm::ask_for_huge_pages(dresidual, plan.all());
     anynorm::kernels(call.dtype).backward(call);
 }
 
@@ -178,6 +184,8 @@ NB_MODULE(_kernels, module) {
         .def(nb::init<int64_t, int64_t, int64_t, int64_t, bool, bool, bool, int, int, int64_t>());
     module.def("forward", &forward);
     module.def("backward", &backward);
+    module.def("last_cache", &anynorm::last_cache);
+    module.def("set_last_cache", &anynorm::set_last_cache);
     module.def("choose_instruction_set", &anynorm::choose_instruction_set);
     module.def("instruction_set", &anynorm::instruction_set);
     module.def("instruction_sets", &anynorm::instruction_sets);

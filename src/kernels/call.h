@@ -15,6 +15,7 @@ struct Call {
     bool last, pool_n, centred;
     bool given;  // statistics are given, one per g, and are constants: in `mean` and `m2`, or as parameters are
     int dtype, activation, threads;
+    bool past_caches;  // more is touched than the last of them holds: nothing written will be read from there
     double eps;
     const void* x;
     const void* residual;  // added before the activation; laid out as x, or null

@@ -56,7 +56,7 @@ struct Columns {
 
     int64_t at(const Panel& p, int64_t row) const { return (p.sample * rows + row) * width + p.begin; }
     int64_t first_pool(const Panel& p) const { return (by_sample ? p.sample * call.g : 0) + p.begin / columns; }
-    Tile tile(const Panel& p, int64_t row_count) const { return {row_count, p.width, width, is_near}; }
+    Tile tile(const Panel& p, int64_t row_count) const { return {row_count, p.width, width, is_near, call.past_caches}; }
     const float* weight(const Panel& p, int64_t row) const {
         return call.weight ? call.weight + p.sample * rows + row : nullptr;
     }

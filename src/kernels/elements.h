@@ -72,11 +72,11 @@ struct Elements {
             const Line<Compute> line(mean, rstd, 0);
             const P *scale = gamma + offset(pool), *shift = beta ? beta + offset(pool) : nullptr;
             if constexpr (kHasPlain<Compute, T>) {
-                if (!call.is_active() && beta) return run_apply_table<Compute, false, true>(run, y, length, line, scale, shift, after(pool));
-                if (!call.is_active()) return run_apply_table<Compute, false, false>(run, y, length, line, scale, shift, after(pool));
+                if (!call.is_active() && beta) return run_apply_table<Compute, false, true>(run, y, length, line, scale, shift, after(pool), call.past_caches);
+                if (!call.is_active()) return run_apply_table<Compute, false, false>(run, y, length, line, scale, shift, after(pool), call.past_caches);
             }
-            if (beta) return run_apply_table<Compute, true, true>(run, y, length, line, scale, shift, after(pool));
-            run_apply_table<Compute, true, false>(run, y, length, line, scale, shift, after(pool));
+            if (beta) return run_apply_table<Compute, true, true>(run, y, length, line, scale, shift, after(pool), call.past_caches);
+            run_apply_table<Compute, true, false>(run, y, length, line, scale, shift, after(pool), call.past_caches);
         });
     }
 
@@ -186,10 +186,10 @@ struct Elements {
             const P *scale = gamma + offset(pool), *shift = beta ? beta + offset(pool) : nullptr;
             if constexpr (kHasPlain<Compute, T>) {
                 if (!call.is_active()) {
-                    return run_dx_table<Compute, false>(grad + at, x + at, out + at, length, line, slope, scale, shift, after(pool));
+                    return run_dx_table<Compute, false>(grad + at, x + at, out + at, length, line, slope, scale, shift, after(pool), call.past_caches);
                 }
             }
-            run_dx_table<Compute, true>(grad + at, x + at, out + at, length, line, slope, scale, shift, after(pool));
+            run_dx_table<Compute, true>(grad + at, x + at, out + at, length, line, slope, scale, shift, after(pool), call.past_caches);
         });
     }
 

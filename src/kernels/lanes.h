@@ -6,7 +6,7 @@
 
 #include <cstdint>
 #include <cstring>
-#if defined(__F16C__) || defined(__AVX512VL__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -73,29 +73,27 @@ INLINE Lanes load(const float16* p, Full) {
     return __builtin_convertvector(f, Lanes);
 }
 
-INLINE void store(double* p, Lanes v, Full) { std::memcpy(p, &v, sizeof(v)); }
-INLINE void store(float* p, Lanes v, Full) {
-    const Floats f = __builtin_convertvector(v, Floats);
-    std::memcpy(p, &f, sizeof(f));
-}
-INLINE void store(bfloat16* p, Lanes v, Full) {
+// The bits that are stored of a vector.
+INLINE Lanes narrow(const double*, Lanes v) { return v; }
+INLINE Floats narrow(const float*, Lanes v) { return __builtin_convertvector(v, Floats); }
+INLINE Shorts narrow(const bfloat16*, Lanes v) {
     const Words w = bits_of<Words>(__builtin_convertvector(v, Floats));
     const Words rounded = (w + 0x7fff + ((w >> 16) & 1)) >> 16;  // to nearest, ties to even
     const Words is_nan = (Words)((w & 0x7fffffff) > 0x7f800000);
-    const Shorts h = __builtin_convertvector((is_nan & 0x7fc0) | (~is_nan & rounded), Shorts);
-    std::memcpy(p, &h, sizeof(h));
+    return __builtin_convertvector((is_nan & 0x7fc0) | (~is_nan & rounded), Shorts);
 }
-INLINE void store(float16* p, Lanes v, Full) {
+INLINE Shorts narrow(const float16*, Lanes v) {
     const Floats f = __builtin_convertvector(v, Floats);
+    Shorts h;
 #if defined(__F16C__) && defined(__AVX512F__)
-    const __m128i h = _mm256_cvtps_ph(bits_of<__m256>(f), 0);
-    std::memcpy(p, &h, 16);
+    h = bits_of<Shorts>(_mm256_cvtps_ph(bits_of<__m256>(f), 0));
 #elif defined(__F16C__)
-    const __m128i h = _mm_cvtps_ph(bits_of<__m128>(f), 0);
-    std::memcpy(p, &h, 8);
+    const __m128i both = _mm_cvtps_ph(bits_of<__m128>(f), 0);
+    std::memcpy(&h, &both, sizeof(h));
 #else
-    for (int i = 0; i < W; ++i) p[i].bits = bits_of<uint16_t>(static_cast<_Float16>(f[i]));
+    for (int i = 0; i < W; ++i) h[i] = bits_of<uint16_t>(static_cast<_Float16>(f[i]));
 #endif
+    return h;
 }
 
 INLINE Singles load_singles(const float* p, Full) { return raw_load<Singles>(p); }
@@ -114,23 +112,53 @@ INLINE Singles load_singles(const float16* p, Full) {
 #endif
 }
 
-INLINE void store(float* p, Singles v, Full) { std::memcpy(p, &v, sizeof(v)); }
-INLINE void store(bfloat16* p, Singles v, Full) {
+INLINE Singles narrow(const float*, Singles v) { return v; }
+INLINE SingleShorts narrow(const bfloat16*, Singles v) {
     const SingleWords w = bits_of<SingleWords>(v);
     const SingleWords rounded = (w + 0x7fff + ((w >> 16) & 1)) >> 16;  // to nearest, ties to even
     const SingleWords is_nan = (SingleWords)((w & 0x7fffffff) > 0x7f800000);
-    const SingleShorts h = __builtin_convertvector((is_nan & 0x7fc0) | (~is_nan & rounded), SingleShorts);
-    std::memcpy(p, &h, sizeof(h));
+    return __builtin_convertvector((is_nan & 0x7fc0) | (~is_nan & rounded), SingleShorts);
 }
-INLINE void store(float16* p, Singles v, Full) {
+INLINE SingleShorts narrow(const float16*, Singles v) {
 #if defined(__F16C__) && defined(__AVX512F__)
-    const __m256i h = _mm512_cvtps_ph(bits_of<__m512>(v), 0);
-    std::memcpy(p, &h, sizeof(h));
+    return bits_of<SingleShorts>(_mm512_cvtps_ph(bits_of<__m512>(v), 0));
 #elif defined(__F16C__)
-    const __m128i h = _mm256_cvtps_ph(bits_of<__m256>(v), 0);
-    std::memcpy(p, &h, sizeof(h));
+    return bits_of<SingleShorts>(_mm256_cvtps_ph(bits_of<__m256>(v), 0));
 #else
-    for (int i = 0; i < 2 * W; ++i) p[i].bits = bits_of<uint16_t>(static_cast<_Float16>(v[i]));
+    SingleShorts h;
+    for (int i = 0; i < 2 * W; ++i) h[i] = bits_of<uint16_t>(static_cast<_Float16>(v[i]));
+    return h;
+#endif
+}
+
+template <class T, class Vector>
+INLINE void store(T* p, Vector v, Full) {
+    const auto bits = narrow(p, v);
+    std::memcpy(p, &bits, sizeof(bits));
+}
+
+// Stores a part of a result; past the caches where it is too large for them, which else would read memory before they
+// overwrite it and forget what is needed.
+template <class T, class Vector>
+INLINE void put(T* p, Vector v, Full, [[maybe_unused]] bool past_caches) {
+    const auto bits = narrow(p, v);
+    [[maybe_unused]] const bool is_aligned = reinterpret_cast<uintptr_t>(p) % sizeof(bits) == 0;
+#if defined(__AVX512F__)
+    if constexpr (sizeof(bits) == 64) {
+        if (past_caches && is_aligned) return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), bits_of<__m512i>(bits));
+    }
+#endif
+#if defined(__AVX2__)
+    if constexpr (sizeof(bits) == 32) {
+        if (past_caches && is_aligned) return _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bits_of<__m256i>(bits));
+    }
+#endif
+    std::memcpy(p, &bits, sizeof(bits));
+}
+// Such stores are done before what follows.
+INLINE void finish_puts() {
+#if defined(__AVX2__)
+    _mm_sfence();
 #endif
 }
 
@@ -171,6 +199,11 @@ INLINE void store(float* p, Singles v, Part part) {
     _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << part.n) - 1), bits_of<__m512>(v));
 }
 #endif
+
+template <class T, class Vector>
+INLINE void put(T* p, Vector v, Part part, bool) {
+    store(p, v, part);
+}
 
 // What a loop computes in, by name: double or float.
 template <class Compute>

@@ -135,12 +135,12 @@ struct Rows {
     INLINE void apply_line(Line<Compute> line, int64_t pool, int64_t run, int64_t from, int64_t at, const Runs& all) const {
         if constexpr (kHasPlain<Compute, T>) {
             if (!call.is_active()) {
-                return run_apply<Compute, false>(x + at, out + at, all, line, [](int64_t) { return After<T>{}; });
+                return run_apply<Compute, false>(x + at, out + at, all, line, [](int64_t) { return After<T>{}; }, call.past_caches);
             }
         }
         run_apply<Compute, true>(x + at, out + at, all, line, [&](int64_t r) {
             return after(pool, run + r, at + r * all.stride, from);
-        });
+        }, call.past_caches);
     }
 
     void forward() {
@@ -243,15 +243,16 @@ struct Rows {
         with_compute<T>(fits_float<T>(mean, a, b, slopes.c1, slopes.c2), [&](auto zero) {
             using Compute = decltype(zero);
             const Line<Compute> line(mean, a, b), slope(mean, slopes.c2, slopes.c1);
-            if (call.given && !call.is_active()) return run_scale<Compute>(grad + at, out + at, all, a);
+            if (call.given && !call.is_active()) return run_scale<Compute>(grad + at, out + at, all, a, call.past_caches);
             if constexpr (kHasPlain<Compute, T>) {
                 if (!call.is_active()) {
-                    return run_dx<Compute, false>(grad + at, x + at, out + at, all, line, slope, [](int64_t) { return After<T>{}; });
+                    return run_dx<Compute, false>(grad + at, x + at, out + at, all, line, slope, [](int64_t) { return After<T>{}; },
+                                                  call.past_caches);
                 }
             }
             run_dx<Compute, true>(grad + at, x + at, out + at, all, line, slope, [&](int64_t r) {
                 return after(pool, run + r, at + r * all.stride, from);
-            });
+            }, call.past_caches);
         });
     }
 

@@ -151,14 +151,14 @@ double run_squares(const T* x, int64_t length) {
 
 // y[i] = after((x[i] - high) * scale + shift), for all runs; after_of(run) says what follows
 template <class Compute, bool Active, class T, class AfterOf>
-void run_apply(const T* x, T* y, const Runs& runs, Line<Compute> line, AfterOf after_of) {
+void run_apply(const T* x, T* y, const Runs& runs, Line<Compute> line, AfterOf after_of, bool past_caches) {
     using V = VectorOf<Compute>;
     for (int64_t r = 0; r < runs.count; ++r, x += runs.stride, y += runs.stride) {
         const After<T> after = after_of(r);
         sweep<kWidth<Compute>, Active>(runs.length, [&](int64_t i, auto some, int) INLINE_LAMBDA {
             V v = (load_as<Compute>(x + i, some) - line.high) * line.scale + line.shift;
             if constexpr (Active) v = after.template forward<V, Compute>(v, i, some);
-            store(y + i, v, some);
+            put(y + i, v, some, past_caches);
         });
     }
 }
@@ -185,7 +185,8 @@ Sums run_grad_sums(const T* g, const T* x, const Runs& runs, Line<Compute> line,
 // dx[i] = g[i] * line.scale - ((x[i] - high) * slope + constant), 0 where a position does not count, for all runs; g
 // before the activation, found once more rather than read rounded
 template <class Compute, bool Active, class T, class AfterOf>
-void run_dx(const T* g, const T* x, T* dx, const Runs& runs, Line<Compute> line, Line<Compute> slopes, AfterOf after_of) {
+void run_dx(const T* g, const T* x, T* dx, const Runs& runs, Line<Compute> line, Line<Compute> slopes, AfterOf after_of,
+            bool past_caches) {
     using V = VectorOf<Compute>;
     for (int64_t r = 0; r < runs.count; ++r, g += runs.stride, x += runs.stride, dx += runs.stride) {
         After<T> after = after_of(r);
@@ -198,18 +199,18 @@ void run_dx(const T* g, const T* x, T* dx, const Runs& runs, Line<Compute> line,
             if constexpr (Active) {
                 if (after.weight) v = load_as<Compute>(after.weight + i, some) > 0 ? v : V{};
             }
-            store(dx + i, v, some);
+            put(dx + i, v, some, past_caches);
         });
     }
 }
 
 // dx[i] = g[i] * a, for all runs
 template <class Compute, class T>
-void run_scale(const T* g, T* dx, const Runs& runs, double a) {
+void run_scale(const T* g, T* dx, const Runs& runs, double a, bool past_caches) {
     const Compute scale = static_cast<Compute>(a);
     for (int64_t r = 0; r < runs.count; ++r, g += runs.stride, dx += runs.stride) {
         sweep<kWidth<Compute>>(runs.length, [&](int64_t i, auto some, int) INLINE_LAMBDA {
-            store(dx + i, load_as<Compute>(g + i, some) * scale, some);
+            put(dx + i, load_as<Compute>(g + i, some) * scale, some, past_caches);
         });
     }
 }
@@ -218,14 +219,15 @@ void run_scale(const T* g, T* dx, const Runs& runs, double a) {
 
 // y[i] = after(((x[i] - high) * scale + shift) * gamma[i] + beta[i])
 template <class Compute, bool Active, bool Beta, class T, class P>
-void run_apply_table(const T* x, T* y, int64_t length, Line<Compute> line, const P* gamma, const P* beta, After<T> after) {
+void run_apply_table(const T* x, T* y, int64_t length, Line<Compute> line, const P* gamma, const P* beta, After<T> after,
+                     bool past_caches) {
     using V = VectorOf<Compute>;
     sweep<kWidth<Compute>, Active>(length, [&](int64_t i, auto some, int) INLINE_LAMBDA {
         V v = (load_as<Compute>(x + i, some) - line.high) * line.scale + line.shift;
         v *= load_as<Compute>(gamma + i, some);
         if constexpr (Beta) v += load_as<Compute>(beta + i, some);
         if constexpr (Active) v = after.template forward<V, Compute>(v, i, some);
-        store(y + i, v, some);
+        put(y + i, v, some, past_caches);
     });
 }
 
@@ -278,7 +280,7 @@ void run_grad_sums_table(const T* g, const T* x, int64_t length, int64_t stride,
 // dx[i] = g[i] * gamma[i] * rstd - ((x[i] - high) * slope + constant), g before the activation
 template <class Compute, bool Active, class T, class P>
 void run_dx_table(const T* g, const T* x, T* dx, int64_t length, Line<Compute> line, Line<Compute> slopes, const P* gamma,
-                  const P* beta, After<T> after) {
+                  const P* beta, After<T> after, bool past_caches) {
     using V = VectorOf<Compute>;
     after.gradient = nullptr;
     sweep<kWidth<Compute>, Active>(length, [&](int64_t i, auto some, int) INLINE_LAMBDA {
@@ -290,7 +292,7 @@ void run_dx_table(const T* g, const T* x, T* dx, int64_t length, Line<Compute> l
             if (beta) z += load_as<Compute>(beta + i, some);
             before = after.template backward<V, Compute>(before, z, i, some);
         }
-        store(dx + i, before * scale * line.scale - (centred * slopes.scale + slopes.shift), some);
+        put(dx + i, before * scale * line.scale - (centred * slopes.scale + slopes.shift), some, past_caches);
     });
 }
 

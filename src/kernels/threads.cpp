@@ -19,6 +19,8 @@ struct Runtime {
     char path[4096] = "";
 };
 
+constexpr int kMostThreads = 64;  // memory is busy long before
+
 // A child of fork() has none of the runtime's threads; to ask for them would wait for ever.
 std::atomic<bool> is_forked{false};
 
@@ -41,24 +43,42 @@ const Runtime& runtime() {
     return found;
 }
 
+// Each thread has a range of tasks of its own, neighbours in memory, and helps with another's when it is done.
 struct Work {
     void (*body)(void*, int64_t);
     void* context;
-    int64_t tasks;
-    std::atomic<int64_t> next;
+    int64_t tasks, team;
+    std::atomic<int64_t> joined{0};
+    struct alignas(64) Next {
+        std::atomic<int64_t> task{0};
+    } next[kMostThreads];
+    int64_t begin(int64_t member) const { return tasks * member / team; }
 };
 
 void take_tasks(void* argument) {
     auto* work = static_cast<Work*>(argument);
-    for (int64_t task = work->next++; task < work->tasks; task = work->next++) work->body(work->context, task);
+    const int64_t own = work->joined++;
+    for (int64_t i = 0; i < work->team; ++i) {
+        const int64_t member = (own + i) % work->team, begin = work->begin(member), end = work->begin(member + 1);
+        auto& next = work->next[member].task;
+        for (int64_t task = begin + next++; task < end; task = begin + next++) work->body(work->context, task);
+    }
 }
 
 }  // namespace
 
 void run_tasks(int threads, int64_t tasks, void (*body)(void*, int64_t), void* context) {
-    Work work{body, context, tasks, {0}};
-    const int64_t team = threads < tasks ? threads : tasks;
-    if (team < 2 || is_forked.load() || !runtime().parallel) return take_tasks(&work);
+    int64_t team = threads < tasks ? threads : tasks;
+    if (team > kMostThreads) team = kMostThreads;
+    if (team < 2 || is_forked.load() || !runtime().parallel) {
+        for (int64_t task = 0; task < tasks; ++task) body(context, task);
+        return;
+    }
+    Work work;
+    work.body = body;
+    work.context = context;
+    work.tasks = tasks;
+    work.team = team;
     runtime().parallel(take_tasks, &work, static_cast<unsigned>(team), 0);
 }
 

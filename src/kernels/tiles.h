@@ -10,11 +10,12 @@ namespace anynorm::ANYNORM_TARGET {
 
 struct Tile {
     int64_t rows, width, stride;
-    bool is_near;  // in a cache from which rows are read side by side at full speed
+    bool is_near;      // in a cache from which rows are read side by side at full speed
+    bool past_caches;  // where results go
 };
 
 // Rows are read side by side where they are short or near; else memory delivers less well than in order.
-constexpr int kSumRows = 32, kWideRows = 8, kApplyRows = 4;
+constexpr int kSumRows = 32, kApplyRows = 4;
 constexpr int64_t kWide = 128;  // elements
 
 // Adds vectors of Compute to sums of doubles.
@@ -48,7 +49,8 @@ INLINE void sweep_columns(int64_t width, Body body) {
 }
 
 // Two sums a column over a tile: prepare(column, Full or Part, vectors as a constant) loads what columns have in common,
-// add(that, row, column, Full or Part, vectors, sums, more sums) adds one row's. Sums of Compute stay in registers for kSumRows rows, or where rows are long in a table, for kWideRows rows at a time.
+// add(that, row, column, Full or Part, vectors, sums, more sums) adds one row's. For kSumRows rows sums of Compute stay in
+// registers, or where rows are long and far, so that memory is read in order, in a table.
 template <class Compute, bool Long, class Prepare, class Add>
 INLINE void sum_columns(const Tile& tile, double* first, double* second, Prepare prepare, Add add) {
     using V = VectorOf<Compute>;
@@ -70,22 +72,15 @@ INLINE void sum_columns(const Tile& tile, double* first, double* second, Prepare
     }
     Room<Compute> room(2 * tile.width, true);
     Compute *ones = room.get(), *twos = ones + tile.width;
-    for (int64_t row = 0; row < tile.rows; row += kWideRows) {
-        const int64_t end = row + kWideRows < tile.rows ? row + kWideRows : tile.rows;
-        const bool is_full = end - row == kWideRows;
+    for (int64_t row = 0; row < tile.rows; ++row) {
         sweep<width, Long>(tile.width, [&](int64_t i, auto some, int) INLINE_LAMBDA {
             V one[1] = {load_as<Compute>(ones + i, some)}, two[1] = {load_as<Compute>(twos + i, some)};
             constexpr std::integral_constant<int, 1> single;
-            const auto known = prepare(i, some, single);
-            if (is_full && !Long) {
-                for (int u = 0; u < kWideRows; ++u) add(known, row + u, i, some, single, one, two);
-            } else {
-                for (int64_t r = row; r < end; ++r) add(known, r, i, some, single, one, two);
-            }
+            add(prepare(i, some, single), row, i, some, single, one, two);
             store(ones + i, one[0], some);
             store(twos + i, two[0], some);
         });
-        if (end % kSumRows == 0 || end == tile.rows) {
+        if ((row + 1) % kSumRows == 0 || row + 1 == tile.rows) {
             for (int64_t i = 0; i < tile.width; ++i) {
                 first[i] += ones[i];
                 second[i] += twos[i];
@@ -185,7 +180,7 @@ void column_apply(const T* x, T* y, const Tile& tile, const Lines<Compute>& line
             const int64_t at = (r + u) * tile.stride + i;
             V v = (load_as<Compute>(x + at, some) - high) * scale + shift;
             if constexpr (Active) v = after.template forward<V, Compute>(v, r + u, at, some);
-            store(y + at, v, some);
+            put(y + at, v, some, tile.past_caches);
         }
     });
 }
@@ -235,7 +230,7 @@ void column_dx(const T* g, const T* x, T* dx, const Tile& tile, const Lines<Comp
             if constexpr (Active) {
                 if (after.weight && !(after.weight[r + u] > 0)) v = V{};
             }
-            store(dx + at, v, some);
+            put(dx + at, v, some, tile.past_caches);
         }
     });
 }
@@ -247,7 +242,7 @@ void column_scale(const T* g, T* dx, const Tile& tile, const Compute* a) {
         const auto factor = load_as<Compute>(a + i, some);
         for (int u = 0; u < rows; ++u) {
             const int64_t at = (r + u) * tile.stride + i;
-            store(dx + at, load_as<Compute>(g + at, some) * factor, some);
+            put(dx + at, load_as<Compute>(g + at, some) * factor, some, tile.past_caches);
         }
     });
 }

@@ -61,10 +61,12 @@ void share(const Call& call, int64_t total, int64_t elements_each, Body body) {
     struct Context {
         Body& body;
         int64_t total, step;
-    } context{body, total, step};
+        bool past_caches;
+    } context{body, total, step, call.past_caches};
     auto run = [](void* argument, int64_t task) {
         auto& c = *static_cast<Context*>(argument);
         c.body(task * c.step, least(c.total, (task + 1) * c.step));
+        if (c.past_caches) finish_puts();
     };
     run_tasks(call.threads, divide_up(total, step), run, &context);
 }

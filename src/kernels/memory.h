@@ -1,0 +1,17 @@
+// What the machine's memory is like: how much its caches hold, and pages of 2 MB for large results.
+#pragma once
+
+#include <cstdint>
+
+namespace anynorm {
+
+// Bytes that the last cache holds; results larger than that bypass the caches. Tests set it.
+int64_t last_cache();
+void set_last_cache(int64_t bytes);
+
+// Asks the system to back [begin, begin + size) with huge pages where it lends them on request. A fresh result of 32 MB
+// then costs 16 page faults instead of 8,192, which take longer than the kernel. Only whole pages within are named, and
+// every byte of them is about to be written: no more memory is used than without.
+void ask_for_huge_pages(uintptr_t begin, int64_t size);
+
+}  // namespace anynorm
