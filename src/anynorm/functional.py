@@ -72,7 +72,9 @@ def normalize_with_running(
     if mean is not None and var is not None:
         if watch.has_memory(x, mean, var):
             check_no_overlap(function, x, mean, var)
-        return ops.normalize(x, pooling, weight, bias, eps, None, activation, residual, (mean, var, momentum), mask, key)
+        return ops.normalize(
+            x, pooling, weight, bias, eps, None, activation, residual, (mean, var, momentum), mask, key
+        )
     return ops.normalize(x, pooling, weight, bias, eps, None, activation, residual, None, mask, key)
 
 
@@ -230,12 +232,23 @@ def instance_norm(
     key = watch.find_key("instance_norm", options, input, weight, bias, running_mean, running_var, residual, mask)
     if key is not None and key in ops.RECIPES:
         return run_with_running(
-            key, input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps, activation, residual, mask
+            key,
+            input,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            use_input_stats,
+            momentum,
+            eps,
+            activation,
+            residual,
+            mask,
         )
     if key is None and ragged.is_ragged(input):
-        running = (running_mean, running_var, momentum) if running_mean is not None else None
+        averages: Any = None if running_mean is None else (running_mean, running_var, momentum)
         return ragged.by_sequence(
-            "instance_norm", input, residual, None, weight, bias, eps, activation, running, use_input_stats
+            "instance_norm", input, residual, None, weight, bias, eps, activation, averages, use_input_stats
         )
     check_floating("instance_norm", input)
     activation = check_finish("instance_norm", input, activation, residual)
@@ -300,8 +313,8 @@ def layer_norm(
         weight, bias: normalized_shape, gamma and beta.
         eps: in units of x squared.
         activation, residual: y = activation(norm(input) + residual), see `anynorm.activations`.
-        mask, lengths: which positions count, see `anynorm.masks`: the input's axes before normalized_shape, or for (N, L, *) a length for each
-            sample.
+        mask, lengths: which positions count, see `anynorm.masks`: the input's axes before normalized_shape, or for
+            (N, L, *) a length for each sample.
 
     Returns:
         Shape and dtype of input.
@@ -369,8 +382,8 @@ def rms_norm(
         eps: in units of x squared; None takes the machine epsilon of the computation in torch: that of float32 for
             half types and float32, of float64 for float64.
         activation, residual: y = activation(norm(input) + residual), see `anynorm.activations`.
-        mask, lengths: which positions count, see `anynorm.masks`: the input's axes before normalized_shape, or for (N, L, *) a length for each
-            sample.
+        mask, lengths: which positions count, see `anynorm.masks`: the input's axes before normalized_shape, or for
+            (N, L, *) a length for each sample.
 
     Returns:
         Shape and dtype of input.

@@ -53,10 +53,10 @@ def find_mask(
         )
     if mask.dtype != torch.bool:
         check_zeros_and_ones(function, mask)
-    mask = mask.to(x.device, torch.float32).expand(wanted)
-    for axis in sorted(channels):
-        mask = mask.unsqueeze(axis)
-    return mask.contiguous()
+    mask = mask.to(x.device, torch.float32)
+    if mask.shape != wanted:
+        mask = mask.expand(wanted)
+    return mask.reshape([1 if axis in channels else size for axis, size in enumerate(x.shape)]).contiguous()
 
 
 def fits(mask: Tensor, wanted: tuple[int, ...]) -> bool:
@@ -147,7 +147,9 @@ def shorten(mask: Tensor, kernel_size: int, stride: int = 1, padding: int = 0, d
                 [ True,  True,  True]])
     """
     if mask.dim() != 2:
-        raise ValueError(f"shorten: mask must be (N, L); got {tuple(mask.shape)}; shorten each axis of an image by itself")
+        raise ValueError(
+            f"shorten: mask must be (N, L); got {tuple(mask.shape)}; shorten each axis of an image by itself"
+        )
     reach = dilation * (kernel_size - 1)
     real = mask.to(torch.float32)
     windows = F.pad(real, (padding, padding)).unfold(1, reach + 1, stride)[..., ::dilation]
@@ -165,12 +167,12 @@ SERVED: WeakKeyDictionary[nn.Module, masked] = WeakKeyDictionary()
 class masked:
     """Hand a mask to every norm that is called inside, for models that have no argument for one.
 
-    A norm takes the first mask that fits the positions of its input. Where strided layers shorten the positions, give the
-    shorter masks too (`shorten` computes them). A norm behind the pooling of all positions, whose input is (N, C), needs
-    none.
+    A norm takes the first mask that fits the positions of its input. Where strided layers shorten the positions, give
+    the shorter masks too (`shorten` computes them). A norm behind the pooling of all positions, whose input is (N, C),
+    needs none.
 
-    The context belongs to the thread and to the asynchronous task that entered it. When activation checkpointing computes
-    a norm again outside the context, or inside another, that is an error: call backward inside the context, too.
+    The context belongs to the thread and to the asynchronous task that entered it. When activation checkpointing
+    computes a norm again outside the context, or inside another, that is an error: call backward inside the context.
 
     Args:
         masks: (N, positions...), True or 1 at real positions.
@@ -213,8 +215,8 @@ class masked:
             return None
         known = " and ".join(str(tuple(mask.shape)) for mask in self.masks)
         raise ValueError(
-            f"{describe(layer)}: no mask of anynorm.masked fits an input {tuple(shape)}, which needs one of {wanted}; got {known}; "
-            "pass the shorter mask too: masked(mask, anynorm.shorten(mask, kernel_size, stride))"
+            f"{describe(layer)}: no mask of anynorm.masked fits an input {tuple(shape)}, which needs one of {wanted}; "
+            f"got {known}; pass the shorter mask too: masked(mask, anynorm.shorten(mask, kernel_size, stride))"
         )
 
 
@@ -228,8 +230,8 @@ def find_current(layer: nn.Module, positions: Sequence[int], shape: Sequence[int
     context = CURRENT.get() if masked.opened else None
     if SERVED and torch._C._current_graph_task_id() != -1 and SERVED.get(layer) not in (None, context):
         raise RuntimeError(
-            f"{describe(layer)}: activation checkpointing computes this norm again outside the anynorm.masked context of its forward; "
-            "the mask would be forgotten; call backward inside the context"
+            f"{describe(layer)}: activation checkpointing computes this norm again outside the anynorm.masked context "
+            "of its forward; the mask would be forgotten; call backward inside the context"
         )
     if context is None:
         SERVED.pop(layer, None)

@@ -98,8 +98,8 @@ def normalize(
         activation: a name in `activations.ACTIVATIONS`, applied last.
         residual: shape and dtype of x, added before the activation.
         running: averages that x moves, in place.
-        mask: float32, 1 at positions that count and 0 at padding, in the axes of x with size 1 for channels, contiguous.
-            Padding enters no statistic; its outputs are 0 and it receives no gradient.
+        mask: float32, 1 at positions that count and 0 at padding, contiguous, in the axes of x with size 1 for
+            channels. Padding enters no statistic; its outputs are 0 and it receives no gradient.
         key: from `watch.find_key`, to remember that the checks have passed.
 
     Returns:

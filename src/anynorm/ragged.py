@@ -34,7 +34,9 @@ def open_rows(function: str, x: Any) -> Tensor:
     if isinstance(x, PackedSequence):
         return x.data
     if x.lengths() is not None:
-        raise ValueError(f"{function}: a jagged input must have no holes; got one with lengths; call contiguous() first")
+        raise ValueError(
+            f"{function}: a jagged input must have no holes; got one with lengths; call contiguous() first"
+        )
     return x.values().movedim(find_ragged_axis(x) - 1, 0)
 
 

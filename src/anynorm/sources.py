@@ -42,8 +42,8 @@ def update_running(
     """running = (1 - momentum) * running + momentum * new, in place, computed wide and rounded once.
 
     The variance stored is the unbiased one, n/(n-1) times the variance that normalized the batch, as in torch. Where
-    every sample has statistics of its own (instance norm) their average is stored. Samples of which nothing counts do not
-    enter it, and a batch of which nothing counts changes nothing.
+    every sample has statistics of its own (instance norm) their average is stored. Samples of which nothing counts
+    do not enter it, and a batch of which nothing counts changes nothing.
 
     Args:
         momentum: weight of the new value, from 0 to 1; a tensor for a cumulative average.

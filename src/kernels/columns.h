@@ -181,23 +181,35 @@ struct Columns {
         });
     }
 
-    // Each column's shift: the mean of a few of its values, or the first that counts.
+    // Each column's shift: the mean of a few of its values.
     void guess(const Panel& p) const {
         clear(p.mean, 0, p.width);
         if (call.centred && kIsNarrow<T>) {
-            const int64_t spots = call.weight ? 1 : least(8, rows);
-            for (int64_t j = 0; j < spots; ++j) {
-                int64_t row = j * rows / spots;
-                while (call.weight && row < rows - 1 && !(call.weight[p.sample * rows + row] > 0)) ++row;
-                if (call.weight && !(call.weight[p.sample * rows + row] > 0)) break;  // none counts
+            int64_t found_rows = 0;
+            for (int64_t j = 0; j < least(8, rows); ++j) {
+                const int64_t row = call.weight ? find_counted(p, j) : j * rows / least(8, rows);
+                if (row < 0) continue;
+                ++found_rows;
                 const T* from = x + at(p, row);
                 sweep<W>(p.width, [&](int64_t i, auto some, int) INLINE_LAMBDA {
                     store(p.mean + i, load(p.mean + i, some) + load(from + i, some), some);
                 });
             }
-            for (int64_t i = 0; i < p.width; ++i) p.mean[i] /= static_cast<double>(spots);
+            for (int64_t i = 0; i < p.width; ++i) p.mean[i] /= static_cast<double>(most(1, found_rows));
         }
         put_shifts(p, kIsNarrow<T>);
+    }
+    // The j-th of eight rows that count, spread over samples or over the one, or -1: where they are does not depend on
+    // padding.
+    int64_t find_counted(const Panel& p, int64_t j) const {
+        const int64_t positions = found.positions, all = rows / positions;
+        const int64_t sample = by_sample ? p.sample : j * all / least(8, rows);
+        const int64_t extent = found.extents ? found.extents[sample] : positions;
+        const float* counted = call.weight + sample * positions;
+        for (int64_t i = j * extent / 8; i < extent; ++i) {
+            if (counted[i] > 0) return by_sample ? i : sample * positions + i;
+        }
+        return -1;
     }
     static void put_shifts(const Panel& p, bool is_float) {
         with_compute<T>(is_float, [&](auto zero) {

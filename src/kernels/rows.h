@@ -38,7 +38,7 @@ struct Rows {
     // Runs as long as all are, with their extents.
     Runs cut(int64_t pool, int64_t run, const Runs& all, int64_t from = 0) const {
         if (!found.extents) return all;
-        return {all.count, all.stride, all.length, found.extents + sample(pool, run), from};
+        return {all.count, all.stride, all.length, found.extents + sample(pool, run), from, by_sample ? 1 : 0};
     }
     After<T> after(int64_t pool, int64_t run, int64_t at, int64_t from) const {
         const float* counted = weight(pool, run);
@@ -48,10 +48,10 @@ struct Rows {
 
     // ---- moments ----------------------------------------------------------------------------------------------
 
-    // The mean of a few values, exact where all are alike; of the first that counts where some do not.
+    // The mean of a few values, exact where all are alike; of the first that count where some do not.
     double guess(int64_t pool) const {
         if (!call.centred) return 0;
-        if (call.weight) return first_counted(pool);
+        if (call.weight) return mean_of_first(pool);
         const int64_t length = by_sample ? call.s : elements, spots = most(1, least(8, elements / 512));
         const int64_t here = least(spots, by_sample ? runs : 1), per_run = spots / here;
         const int64_t size = least(W, length);
@@ -62,14 +62,17 @@ struct Rows {
         }
         return add_lanes(sum) / static_cast<double>(size * here * per_run);
     }
-    double first_counted(int64_t pool) const {
-        for (int64_t j = 0; j < runs; ++j) {
+    double mean_of_first(int64_t pool) const {
+        double sum = 0;
+        int found_here = 0;
+        for (int64_t j = 0; j < runs && !found_here; ++j) {
             const float* counted = call.weight + sample(pool, j) * call.s;
-            for (int64_t i = 0; i < call.s; ++i) {
-                if (counted[i] > 0) return scalar(x + start(pool) + j * stride() + i);
+            const T* run = x + start(pool) + j * stride();
+            for (int64_t i = 0; i < call.s && found_here < W; ++i) {
+                if (counted[i] > 0) sum += scalar(run + i), ++found_here;
             }
         }
-        return 0;
+        return found_here ? sum / found_here : 0;
     }
 
     template <class Compute>
@@ -86,8 +89,7 @@ struct Rows {
         return moments_in<double>(at, all, counted, weight_stride, shift);
     }
     Runs all_runs(int64_t pool) const {
-        if (by_sample) return cut(pool, 0, {runs, stride(), call.s});
-        if (found.extents) return {runs, stride(), found.extents[sample(pool, 0)]};
+        if (by_sample || found.extents) return cut(pool, 0, {runs, stride(), call.s});
         return {1, 0, elements};  // they follow one another
     }
 

@@ -21,17 +21,25 @@ struct Sums {
 constexpr int64_t kSegment = 1 << 15;
 
 // Runs of `length` elements, `stride` apart, or parts of runs that begin at `from`. What lies behind a run's extent is
-// padding: it is not read, and its results are 0.
+// padding: it enters nothing, and its results are 0.
 struct Runs {
     int64_t count, stride, length;
-    const int64_t* extents = nullptr;
-    int64_t from = 0;
+    const int64_t* extents = nullptr;  // one for each run, or for all of them where extent_step is 0
+    int64_t from = 0, extent_step = 1;
     INLINE int64_t size(int64_t run) const {
         if (!extents) return length;
-        const int64_t left = extents[run] - from;
+        const int64_t left = extents[run * extent_step] - from;
         return left < 0 ? 0 : left < length ? left : length;
     }
 };
+
+// Brings short padding into the cache: a stream of memory that stops and begins anew takes twice as long as to go on.
+template <class T>
+INLINE void pass_over(const T* x, int64_t begin, int64_t end) {
+    constexpr int64_t line = 64 / sizeof(T);
+    if (end - begin > 16 * line) return;
+    for (int64_t i = begin; i < end; i += line) __builtin_prefetch(x + i);
+}
 
 template <class T>
 INLINE void clear(T* values, int64_t begin, int64_t end) {
@@ -126,8 +134,9 @@ struct Accumulator {
     }
     // body(start, Full or Part, which of four) over all runs. With `restart` each run's sums are finished by themselves, and
     // each segment's of a long one: then neither padding nor how the work is shared changes a bit.
-    template <bool Long = false, class Body>
-    INLINE void sweep_runs(const Runs& runs, bool restart, Body body) {
+    // leave(run, its size) comes behind each.
+    template <bool Long = false, class Body, class Leave>
+    INLINE void sweep_runs(const Runs& runs, bool restart, Body body, Leave leave) {
         for (int64_t r = 0; r < runs.count; ++r) {
             const int64_t length = runs.size(r);
             for (int64_t from = 0; from < length; from += kBlock<Compute>) {
@@ -142,6 +151,7 @@ struct Accumulator {
                     flush();
                 }
             }
+            leave(r, length);
         }
     }
 };
@@ -161,7 +171,7 @@ Sums run_moments(const T* x, const Runs& runs, double about, bool restart, const
         }
         sums.first[u] += d;
         sums.second[u] += d * d;
-    });
+    }, [&](int64_t r, int64_t size) INLINE_LAMBDA { pass_over(x + r * runs.stride, size, runs.length); });
     return sums.total();
 }
 
@@ -172,7 +182,7 @@ double run_squares(const T* x, int64_t length) {
     sums.sweep_runs({1, 0, length}, false, [&](int64_t, int64_t i, auto some, int u) INLINE_LAMBDA {
         const auto v = load_as<Compute>(x + i, some);
         sums.second[u] += v * v;
-    });
+    }, [](int64_t, int64_t) {});
     return sums.total().second;
 }
 
@@ -183,12 +193,13 @@ void run_apply(const T* x, T* y, const Runs& runs, Line<Compute> line, AfterOf a
     for (int64_t r = 0; r < runs.count; ++r, x += runs.stride, y += runs.stride) {
         const After<T> after = after_of(r);
         const int64_t size = runs.size(r);
-        clear(y, size, runs.length);
         sweep<kWidth<Compute>, Active>(size, [&](int64_t i, auto some, int) INLINE_LAMBDA {
             V v = (load_as<Compute>(x + i, some) - line.high) * line.scale + line.shift;
             if constexpr (Active) v = after.template forward<V, Compute>(v, i, some);
             put(y + i, v, some, past_caches);
         });
+        clear(y, size, runs.length);
+        pass_over(x, size, runs.length);
     }
 }
 
@@ -212,6 +223,9 @@ Sums run_grad_sums(const T* g, const T* x, const Runs& runs, Line<Compute> line,
         }
         sums.first[u] += v;
         sums.second[u] += v * d;
+    }, [&](int64_t r, int64_t size) INLINE_LAMBDA {
+        pass_over(g + r * runs.stride, size, runs.length);
+        pass_over(x + r * runs.stride, size, runs.length);
     });
     return sums.total();
 }
@@ -226,7 +240,6 @@ void run_dx(const T* g, const T* x, T* dx, const Runs& runs, Line<Compute> line,
         After<T> after = after_of(r);
         after.gradient = nullptr;
         const int64_t size = runs.size(r);
-        clear(dx, size, runs.length);
         sweep<kWidth<Compute>, Active>(size, [&](int64_t i, auto some, int) INLINE_LAMBDA {
             const V centred = load_as<Compute>(x + i, some) - line.high;
             V before = load_as<Compute>(g + i, some);
@@ -237,6 +250,9 @@ void run_dx(const T* g, const T* x, T* dx, const Runs& runs, Line<Compute> line,
             }
             put(dx + i, v, some, past_caches);
         });
+        clear(dx, size, runs.length);
+        pass_over(g, size, runs.length);
+        pass_over(x, size, runs.length);
     }
 }
 
@@ -246,10 +262,11 @@ void run_scale(const T* g, T* dx, const Runs& runs, double a, bool past_caches) 
     const Compute scale = static_cast<Compute>(a);
     for (int64_t r = 0; r < runs.count; ++r, g += runs.stride, dx += runs.stride) {
         const int64_t size = runs.size(r);
-        clear(dx, size, runs.length);
         sweep<kWidth<Compute>>(size, [&](int64_t i, auto some, int) INLINE_LAMBDA {
             put(dx + i, load_as<Compute>(g + i, some) * scale, some, past_caches);
         });
+        clear(dx, size, runs.length);
+        pass_over(g, size, runs.length);
     }
 }
 

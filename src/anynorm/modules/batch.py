@@ -5,6 +5,7 @@ Constructors, attributes, buffers and state_dict are those of torch.nn, whose cl
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from typing import Any
 
@@ -146,25 +147,15 @@ class _Batch(_BatchNorm):
             The running averages do not move.
     """
 
-    def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        device: Any = None,
-        dtype: Any = None,
-        *,
-        on_single: str = "error",
-    ) -> None:
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)  # type: ignore[call-arg]
+    def __init__(self, *arguments: Any, on_single: str = "error", **options: Any) -> None:
+        super().__init__(*arguments, **options)
         if on_single not in ON_SINGLE:
             raise ValueError(
                 f"{type(self).__name__}: on_single must be one of {', '.join(ON_SINGLE)}; got {on_single!r}; "
                 "the default is error"
             )
-        self.on_single = on_single
+        if on_single != "error":
+            self.on_single = on_single
 
     def extra_repr(self) -> str:
         """torch's, and `on_single` where it is not torch's."""
@@ -255,6 +246,12 @@ class BatchNorm3d(_Batch, nn.BatchNorm3d):
     """
 
     _axes = (5,)
+
+
+for kind, theirs in ((BatchNorm1d, nn.BatchNorm1d), (BatchNorm2d, nn.BatchNorm2d), (BatchNorm3d, nn.BatchNorm3d)):
+    known = inspect.signature(theirs)
+    last = inspect.Parameter("on_single", inspect.Parameter.KEYWORD_ONLY, default="error", annotation="str")
+    kind.__signature__ = known.replace(parameters=[*known.parameters.values(), last])  # type: ignore[union-attr]
 
 
 class InstanceNorm1d(_InstanceNorm, nn.InstanceNorm1d):

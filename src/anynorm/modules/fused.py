@@ -53,7 +53,7 @@ class Fused(Norm):
         self.__dict__.update(self.plain(*arguments, **options).__dict__)
         self.activation = check_activation(type(self).__name__, activation) or IDENTITY
 
-    def forward(
+    def forward(  # type: ignore[override] # the residual comes first, as before masks
         self, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None, lengths: Any = None
     ) -> Tensor:
         """activation(norm(input) + residual); shape, dtype and memory format (channels_last is kept) of the input.

@@ -21,8 +21,9 @@ class Norm(nn.Module):
 
         Args:
             input: as for torch's norm, or a jagged nested tensor or a PackedSequence.
-            mask: which positions count, True or 1 where they do (torch's key_padding_mask is the opposite); broadcastable
-                to the input without its channels or features. Padding enters no statistic, and its outputs are 0.
+            mask: which positions count, True or 1 where they do (torch's key_padding_mask is the opposite);
+                broadcastable to the input without its channels or features. Padding enters no statistic, and its
+                outputs are 0.
             lengths: (N,), how many positions of each sample count, instead of a mask.
         """
         if isinstance(input, Proxy):
