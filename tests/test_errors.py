@@ -13,9 +13,14 @@ TEXTS = {
         (RuntimeError, lambda: F.group_norm(torch.zeros(2, 30, 4), 32)),
     "group_norm: input must have axes (N, C, ...); got 1 axes; add one with unsqueeze":
         (RuntimeError, lambda: F.group_norm(torch.zeros(2), 1)),
-    "batch_norm: statistics need more than 1 value per channel, or every output is beta; got input (1, 3); "
-    "use a larger batch, drop a last batch of one with DataLoader(drop_last=True), or call eval()":
+    "BatchNorm1d(3): statistics need more than 1 value per channel, or every output is beta; got input (1, 3); "
+    "use a larger batch, drop a last batch of one with DataLoader(drop_last=True), call eval(), or build the norm with "
+    "on_single='running'":
         (ValueError, lambda: anynorm.BatchNorm1d(3)(torch.zeros(1, 3))),
+    "batch_norm: statistics need more than 1 value per channel, or every output is beta; got input (1, 3); "
+    "use a larger batch, drop a last batch of one with DataLoader(drop_last=True), call eval(), or build the norm with "
+    "on_single='running'":
+        (ValueError, lambda: F.batch_norm(torch.zeros(1, 3), None, None, training=True)),
     "instance_norm: statistics need more than 1 value per channel of a sample, or every output is beta; "
     "got input (2, 3, 1); normalize before the positions are pooled away, or use layer norm":
         (ValueError, lambda: anynorm.InstanceNorm1d(3)(torch.zeros(2, 3, 1))),

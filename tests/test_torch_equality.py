@@ -14,6 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import anynorm
+from anynorm import FAMILY
 from anynorm.surgery.accelerate import PAIRS
 from specimens import LAYOUTS, SPECIMENS, TRACKING
 
@@ -44,7 +45,11 @@ def assert_same_step(ours, theirs, x, g=None) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_constructor_is_torchs(kind):
     ours, theirs = getattr(anynorm, kind), getattr(nn, kind)
-    assert inspect.signature(ours.__init__) == inspect.signature(theirs.__init__)
+    *first, last = inspect.signature(ours).parameters.values()
+    if last.name != "on_single":
+        first = [*first, last]
+    assert (last.name == "on_single") == (kind in FAMILY["batch"].classes)
+    assert first == list(inspect.signature(theirs).parameters.values())
     assert ours._version == theirs._version
     assert issubclass(ours, theirs)
 
@@ -313,6 +318,6 @@ def test_signatures_of_the_functions_begin_as_torchs():
         ours = inspect.signature(getattr(anynorm.functional, name)).parameters.values()
         theirs = inspect.signature(getattr(F, name)).parameters.values()
         added = [(p.name, p.default) for p in ours if p.kind is p.KEYWORD_ONLY]
-        assert added == [("activation", None), ("residual", None)]
+        assert added == [("activation", None), ("residual", None), ("mask", None), ("lengths", None)]
         same = [(p.name, p.default, p.kind) for p in ours if p.kind is not p.KEYWORD_ONLY]
         assert same == [(p.name, p.default, p.kind) for p in theirs]

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import anynorm
-from anynorm import ops, plain
+from anynorm import plain, watch
 from specimens import SPECIMENS, TRACKING
 
 OTHERS = {
@@ -296,20 +296,20 @@ class Operations(TorchDispatchMode):
 
 
 def test_fast_path_serves_plain_tensors():
-    assert ops.is_plain(X, nn.Parameter(torch.ones(6)), None)
+    assert watch.is_plain(X, nn.Parameter(torch.ones(6)), None)
 
 
 @pytest.mark.parametrize("member", ["x", "weight", "bias"])
 def test_fast_path_leaves_subclasses(member):
     tensors = {"x": X, "weight": torch.ones(6), "bias": torch.zeros(6)}
     tensors[member] = tensors[member].as_subclass(Counting)
-    assert not ops.is_plain(*tensors.values())
+    assert not watch.is_plain(*tensors.values())
     assert type(anynorm.functional.group_norm(tensors["x"], 3, tensors["weight"], tensors["bias"])) is Counting
 
 
 def test_fast_path_leaves_other_devices_and_layouts():
-    assert not ops.is_plain(X.to("meta"))
-    assert not ops.is_plain(X[0, 0].to_sparse())
+    assert not watch.is_plain(X.to("meta"))
+    assert not watch.is_plain(X[0, 0].to_sparse())
 
 
 def test_fast_path_leaves_transforms_and_duals(monkeypatch):
@@ -332,9 +332,9 @@ def test_fast_path_leaves_modes(mode, monkeypatch):
 def test_fast_path_stays_under_a_default_device():
     """torch.set_default_device and `with torch.device(...)` are function modes that watch nothing."""
     with torch.device("cpu"):
-        assert ops.is_plain(X)
+        assert watch.is_plain(X)
         with Functions():
-            assert not ops.is_plain(X)
+            assert not watch.is_plain(X)
 
 
 def test_batched_gradients():

@@ -9,6 +9,7 @@ from . import functional, reference
 from .allocator import tune_allocator
 from .errors import PatternError, UserError
 from .family import FAMILY
+from .masks import mask_of, masked, shorten
 from .modules.batch import (
     BatchNorm1d,
     BatchNorm2d,
@@ -75,6 +76,9 @@ __all__ = [
     "accelerate",
     "exact",
     "functional",
+    "mask_of",
+    "masked",
     "reference",
+    "shorten",
     "tune_allocator",
 ]

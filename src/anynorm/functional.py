@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import ops
+from . import ops, ragged, watch
 from .activations import check_finish, finish
 from .errors import (
     check_batch_norm,
@@ -21,17 +21,22 @@ from .errors import (
     check_floating,
     check_groups,
     check_more_than_one,
+    check_more_than_one_counted,
     check_no_overlap,
     check_normalized_shape,
     check_parameter_dtypes,
     warn_of_one_value,
 )
 from .family import FAMILY, Scheme
+from .masks import find_mask
 from .pooling import Pooling, Sizes, find_pooling
 
 __all__ = ["batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"]
 
-BATCH_OF_ONE = "use a larger batch, drop a last batch of one with DataLoader(drop_last=True), or call eval()"
+BATCH_OF_ONE = (
+    "use a larger batch, drop a last batch of one with DataLoader(drop_last=True), call eval(), or build the norm with "
+    "on_single='running'"
+)
 ONE_POSITION = "normalize before the positions are pooled away, or use layer norm"
 FEWER_GROUPS = "use fewer groups"
 
@@ -53,6 +58,7 @@ def normalize_with_running(
     eps: float,
     activation: str | None = None,
     residual: Tensor | None = None,
+    mask: Tensor | None = None,
     key: tuple | None = None,
 ) -> Tensor:
     """Take statistics from the batch and move the running averages, or take them from the running averages."""
@@ -62,12 +68,14 @@ def normalize_with_running(
     if not from_batch:
         assert mean is not None
         assert var is not None
-        return ops.normalize(x, pooling, weight, bias, eps, (mean, var), activation, residual, None, key)
+        return ops.normalize(x, pooling, weight, bias, eps, (mean, var), activation, residual, None, mask, key)
     if mean is not None and var is not None:
-        if ops.has_memory(x, mean, var):
+        if watch.has_memory(x, mean, var):
             check_no_overlap(function, x, mean, var)
-        return ops.normalize(x, pooling, weight, bias, eps, None, activation, residual, (mean, var, momentum), key)
-    return ops.normalize(x, pooling, weight, bias, eps, None, activation, residual, None, key)
+        return ops.normalize(
+            x, pooling, weight, bias, eps, None, activation, residual, (mean, var, momentum), mask, key
+        )
+    return ops.normalize(x, pooling, weight, bias, eps, None, activation, residual, None, mask, key)
 
 
 def run_with_running(
@@ -82,15 +90,16 @@ def run_with_running(
     eps: float,
     activation: str | None,
     residual: Tensor | None,
+    mask: Tensor | None,
 ) -> Tensor:
     """`normalize_with_running` where the same checks have passed before."""
     recipe = ops.RECIPES[key]
     if mean is None or var is None:
-        return ops.run(recipe, x, weight, bias, eps, None, activation, residual)
+        return ops.run(recipe, x, weight, bias, eps, None, activation, residual, None, mask)
     if not from_batch:
-        return ops.run(recipe, x, weight, bias, eps, (mean, var), activation, residual)
+        return ops.run(recipe, x, weight, bias, eps, (mean, var), activation, residual, None, mask)
     try:
-        return ops.run(recipe, x, weight, bias, eps, None, activation, residual, (mean, var, momentum))
+        return ops.run(recipe, x, weight, bias, eps, None, activation, residual, (mean, var, momentum), mask)
     except ValueError:  # The kernels refuse memory that overlaps, before they touch it; say what overlaps.
         check_no_overlap(key[0], x, mean, var)
         raise
@@ -108,6 +117,8 @@ def batch_norm(
     *,
     activation: str | None = None,
     residual: Tensor | None = None,
+    mask: Tensor | None = None,
+    lengths: Any = None,
 ) -> Tensor:
     """Normalize each channel over the batch and all positions.
 
@@ -121,6 +132,7 @@ def batch_norm(
         momentum: weight of the new value in the running averages; a tensor is allowed.
         eps: in units of x squared.
         activation, residual: y = activation(norm(input) + residual), see `anynorm.activations`.
+        mask, lengths: which positions count, see `anynorm.masks`: (N, *), or for (N, C, L) a length for each sample.
 
     Returns:
         Shape and dtype of input; channels_last where input is.
@@ -141,13 +153,18 @@ def batch_norm(
         tensor([[-1.],
                 [ 1.]])
     """
-    key = ops.find_key(
-        "batch_norm", (training, eps, activation), input, weight, bias, running_mean, running_var, residual
-    )
+    if mask is not None or lengths is not None:
+        mask = find_mask("batch_norm", input, (1,), mask, lengths)
+        check_more_than_one_counted("batch_norm", mask if training else None, input, BATCH_OF_ONE)
+    options = (training, eps, activation)
+    key = watch.find_key("batch_norm", options, input, weight, bias, running_mean, running_var, residual, mask)
     if key is not None and key in ops.RECIPES:
         return run_with_running(
-            key, input, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual
+            key, input, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual, mask
         )
+    if key is None and ragged.is_ragged(input):
+        how: Any = (running_mean, running_var, weight, bias, training, momentum, eps)
+        return ragged.by_rows(batch_norm, input, residual, *how, activation=activation)
     check_floating("batch_norm", input)
     activation = check_finish("batch_norm", input, activation, residual)
     check_batch_norm(input, training, eps, running_mean=running_mean, running_var=running_var)
@@ -156,13 +173,13 @@ def batch_norm(
     pooling = pool(FAMILY["batch"], input)
     if training:
         check_more_than_one("batch_norm", pooling.count(input), "channel", input, BATCH_OF_ONE)
-    if ops.prefers_torch(input) and isinstance(momentum, float | int):
+    if ops.prefers_torch(input) and mask is None and isinstance(momentum, float | int):
         return finish(
             F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps), activation, residual
         )
     running = (running_mean, running_var)
     return normalize_with_running(
-        "batch_norm", input, pooling, running, weight, bias, training, momentum, eps, activation, residual, key
+        "batch_norm", input, pooling, running, weight, bias, training, momentum, eps, activation, residual, mask, key
     )
 
 
@@ -178,6 +195,8 @@ def instance_norm(
     *,
     activation: str | None = None,
     residual: Tensor | None = None,
+    mask: Tensor | None = None,
+    lengths: Any = None,
 ) -> Tensor:
     """Normalize each channel of each sample over its positions.
 
@@ -191,6 +210,7 @@ def instance_norm(
         momentum: weight of the new value in the running averages.
         eps: in units of x squared.
         activation, residual: y = activation(norm(input) + residual), see `anynorm.activations`.
+        mask, lengths: which positions count, see `anynorm.masks`: (N, *), or for (N, C, L) a length for each sample.
 
     Returns:
         Shape and dtype of input; channels_last where input is (torch returns contiguous, pytorch#72341).
@@ -206,11 +226,29 @@ def instance_norm(
         >>> instance_norm(torch.tensor([[[1.0, 3.0]]]), eps=1e-12)
         tensor([[[-1.,  1.]]])
     """
+    if mask is not None or lengths is not None:
+        mask = find_mask("instance_norm", input, (1,), mask, lengths)
     options = (use_input_stats, activation)
-    key = ops.find_key("instance_norm", options, input, weight, bias, running_mean, running_var, residual)
+    key = watch.find_key("instance_norm", options, input, weight, bias, running_mean, running_var, residual, mask)
     if key is not None and key in ops.RECIPES:
         return run_with_running(
-            key, input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps, activation, residual
+            key,
+            input,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            use_input_stats,
+            momentum,
+            eps,
+            activation,
+            residual,
+            mask,
+        )
+    if key is None and ragged.is_ragged(input):
+        averages: Any = None if running_mean is None else (running_mean, running_var, momentum)
+        return ragged.by_sequence(
+            "instance_norm", input, residual, None, weight, bias, eps, activation, averages, use_input_stats
         )
     check_floating("instance_norm", input)
     activation = check_finish("instance_norm", input, activation, residual)
@@ -229,7 +267,7 @@ def instance_norm(
         raise RuntimeError(
             "instance_norm: use_input_stats=False needs running statistics; got None; pass running_mean and running_var"
         )
-    if ops.prefers_torch(input):
+    if ops.prefers_torch(input) and mask is None:
         return finish(
             F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps),
             activation,
@@ -248,6 +286,7 @@ def instance_norm(
         eps,
         activation,
         residual,
+        mask,
         key,
     )
 
@@ -261,6 +300,8 @@ def layer_norm(
     *,
     activation: str | None = None,
     residual: Tensor | None = None,
+    mask: Tensor | None = None,
+    lengths: Any = None,
 ) -> Tensor:
     """Normalize each sample over its last axes.
 
@@ -272,6 +313,8 @@ def layer_norm(
         weight, bias: normalized_shape, gamma and beta.
         eps: in units of x squared.
         activation, residual: y = activation(norm(input) + residual), see `anynorm.activations`.
+        mask, lengths: which positions count, see `anynorm.masks`: the input's axes before normalized_shape, or for
+            (N, L, *) a length for each sample.
 
     Returns:
         Shape and dtype of input.
@@ -287,21 +330,26 @@ def layer_norm(
         tensor([[-1.,  1.]])
     """
     hashable = normalized_shape if type(normalized_shape) is tuple else str(normalized_shape)
-    key = ops.find_key("layer_norm", (hashable, activation), input, weight, bias, residual)
+    if mask is not None or lengths is not None:
+        features = tuple(range(input.dim() - len(normalized_shape), input.dim()))
+        mask = find_mask("layer_norm", input, features, mask, lengths)
+    key = watch.find_key("layer_norm", (hashable, activation), input, weight, bias, residual, mask)
     if key is not None and key in ops.RECIPES:
-        return ops.run(ops.RECIPES[key], input, weight, bias, eps, None, activation, residual)
+        return ops.run(ops.RECIPES[key], input, weight, bias, eps, None, activation, residual, None, mask)
+    if key is None and ragged.is_ragged(input):
+        return ragged.by_rows(layer_norm, input, residual, normalized_shape, weight, bias, eps, activation=activation)
     check_floating("layer_norm", input)
     activation = check_finish("layer_norm", input, activation, residual)
     if input.is_nested:
         return finish(F.layer_norm(input, normalized_shape, weight, bias, eps), activation, residual)
     shape = check_normalized_shape("layer_norm", input, normalized_shape, weight=weight, bias=bias)
-    if ops.prefers_torch(input):
+    if ops.prefers_torch(input) and mask is None:
         return finish(F.layer_norm(input, shape, weight, bias, eps), activation, residual)
     check_parameter_dtypes("layer_norm", input, weight=weight, bias=bias)
     pooling = pool(FAMILY["layer"], input, (("d", shape),))
     warn_of_one_value("layer_norm", prod(shape), "sample", input, "beta whatever the input")
     return ops.normalize(
-        input, pooling, weight, bias, eps, None, activation, residual, None, key if prod(shape) > 1 else None
+        input, pooling, weight, bias, eps, None, activation, residual, None, mask, key if prod(shape) > 1 else None
     )
 
 
@@ -320,6 +368,8 @@ def rms_norm(
     *,
     activation: str | None = None,
     residual: Tensor | None = None,
+    mask: Tensor | None = None,
+    lengths: Any = None,
 ) -> Tensor:
     """Divide each sample by the root mean square of its last axes; nothing is subtracted.
 
@@ -332,6 +382,8 @@ def rms_norm(
         eps: in units of x squared; None takes the machine epsilon of the computation in torch: that of float32 for
             half types and float32, of float64 for float64.
         activation, residual: y = activation(norm(input) + residual), see `anynorm.activations`.
+        mask, lengths: which positions count, see `anynorm.masks`: the input's axes before normalized_shape, or for
+            (N, L, *) a length for each sample.
 
     Returns:
         Shape and dtype of input.
@@ -347,21 +399,27 @@ def rms_norm(
         tensor([[1., 1.]])
     """
     hashable = normalized_shape if type(normalized_shape) is tuple else str(normalized_shape)
-    key = ops.find_key("rms_norm", (hashable, activation), input, weight, residual)
+    if mask is not None or lengths is not None:
+        features = tuple(range(input.dim() - len(normalized_shape), input.dim()))
+        mask = find_mask("rms_norm", input, features, mask, lengths)
+    key = watch.find_key("rms_norm", (hashable, activation), input, weight, residual, mask)
     if key is not None and key in ops.RECIPES:
-        return ops.run(ops.RECIPES[key], input, weight, None, find_rms_eps(eps, input), None, activation, residual)
+        eps = find_rms_eps(eps, input)
+        return ops.run(ops.RECIPES[key], input, weight, None, eps, None, activation, residual, None, mask)
+    if key is None and ragged.is_ragged(input):
+        return ragged.by_rows(rms_norm, input, residual, normalized_shape, weight, eps, activation=activation)
     check_floating("rms_norm", input)
     activation = check_finish("rms_norm", input, activation, residual)
     if input.is_nested:
         return finish(F.rms_norm(input, normalized_shape, weight, eps), activation, residual)
     shape = check_normalized_shape("rms_norm", input, normalized_shape, weight=weight)
-    if ops.prefers_torch(input):
+    if ops.prefers_torch(input) and mask is None:
         return finish(F.rms_norm(input, shape, weight, eps), activation, residual)
     pooling = pool(FAMILY["rms"], input, (("d", shape),))
     warn_of_one_value("rms_norm", prod(shape), "sample", input, "gamma with the sign of x")
     eps = find_rms_eps(eps, input)
     return ops.normalize(
-        input, pooling, weight, None, eps, None, activation, residual, None, key if prod(shape) > 1 else None
+        input, pooling, weight, None, eps, None, activation, residual, None, mask, key if prod(shape) > 1 else None
     )
 
 
@@ -374,6 +432,8 @@ def group_norm(
     *,
     activation: str | None = None,
     residual: Tensor | None = None,
+    mask: Tensor | None = None,
+    lengths: Any = None,
 ) -> Tensor:
     """Normalize each group of channels of each sample over the group and all positions.
 
@@ -385,6 +445,7 @@ def group_norm(
         weight, bias: (C,), gamma and beta.
         eps: in units of x squared.
         activation, residual: y = activation(norm(input) + residual), see `anynorm.activations`.
+        mask, lengths: which positions count, see `anynorm.masks`: (N, *), or for (N, C, L) a length for each sample.
 
     Returns:
         Shape and dtype of input; channels_last where input is.
@@ -400,22 +461,26 @@ def group_norm(
         >>> group_norm(torch.tensor([[1.0, 3.0, 5.0, 9.0]]), 2, eps=1e-12)
         tensor([[-1.,  1., -1.,  1.]])
     """
-    key = ops.find_key("group_norm", (num_groups, activation), input, weight, bias, residual)
+    if mask is not None or lengths is not None:
+        mask = find_mask("group_norm", input, (1,), mask, lengths)
+    key = watch.find_key("group_norm", (num_groups, activation), input, weight, bias, residual, mask)
     if key is not None and key in ops.RECIPES:
-        return ops.run(ops.RECIPES[key], input, weight, bias, eps, None, activation, residual)
+        return ops.run(ops.RECIPES[key], input, weight, bias, eps, None, activation, residual, None, mask)
+    if key is None and ragged.is_ragged(input):
+        return ragged.by_sequence("group_norm", input, residual, num_groups, weight, bias, eps, activation)
     check_floating("group_norm", input)
     activation = check_finish("group_norm", input, activation, residual)
     check_groups("group_norm", input, num_groups)
     check_channels("group_norm", input.shape[1], weight=weight, bias=bias)
     check_more_than_one("group_norm", input.numel() // max(num_groups, 1), "group", input, FEWER_GROUPS)
-    if ops.prefers_torch(input):
+    if ops.prefers_torch(input) and mask is None:
         return finish(F.group_norm(input, num_groups, weight, bias, eps), activation, residual)
     check_parameter_dtypes("group_norm", input, weight=weight, bias=bias)
     pooling = pool(FAMILY["group"], input, (("g", num_groups),))
     count = pooling.count(pooling.open(input))
     warn_of_one_value("group_norm", count, "group", input, "beta whatever the input")
     return ops.normalize(
-        input, pooling, weight, bias, eps, None, activation, residual, None, key if count > 1 else None
+        input, pooling, weight, bias, eps, None, activation, residual, None, mask, key if count > 1 else None
     )
 
 

@@ -102,7 +102,12 @@ def describe() -> dict[str, str]:
 
 @remember
 def find_plan(
-    pooling: Pooling, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, given: int
+    pooling: Pooling,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    dtype: torch.dtype,
+    given: int,
+    masked: bool = False,
 ) -> Plan | None:
     """The walk over x, or None where it is not one of the two.
 
@@ -110,6 +115,7 @@ def find_plan(
         shape, strides: of x.
         given: 1 where statistics are given in the dtype of the parameters, 2 in float64, one for every channel, so that
             samples share them; else 0.
+        masked: whether a mask will tell which positions count.
     """
     if dtype not in CODES:
         return None
@@ -129,7 +135,9 @@ def find_plan(
     elif not SAMPLES_FIRST.fullmatch(letters):
         return None
     statistics = tuple(1 if axis in hidden else extent for axis, extent in enumerate(extents))
-    packed = (n, g, k, s, last, pool_n, pooling.centred, CODES[dtype], given, 0)
+    # Where positions are rows, as in (N, L, C), sums begin anew with each sample, so that padding changes no bit.
+    sample_rows = n // shape[0] if masked and pool_n and s == 1 and n > shape[0] else 0
+    packed = (n, g, k, s, last, pool_n, pooling.centred, CODES[dtype], given, sample_rows)
     count = n * s if pool_n else k * s
     return Plan(compiled.Plan(*packed), packed, prod(statistics), g * k, statistics, count, pooling.centred)
 
@@ -185,9 +193,9 @@ def address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
-def find_walk(x: Tensor, pooling: Pooling, given: int = 0) -> Plan | None:
+def find_walk(x: Tensor, pooling: Pooling, given: int = 0, masked: bool = False) -> Plan | None:
     """The plan of x, remembered with its pooling; None where `plain` must serve."""
-    key = (x.shape, x.stride(), x.dtype, given)
+    key = (x.shape, x.stride(), x.dtype, given, masked)
     try:
         return pooling.plans[key]
     except KeyError:
@@ -208,6 +216,7 @@ def forward(
     activation: str | None = None,
     residual: Tensor | None = None,
     running: Running | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """y = activation(norm(x) + residual), see `plain.forward`.
 
@@ -215,6 +224,7 @@ def forward(
         x: as `arrange` leaves it.
         statistics: room for mean and m2, or the given mean and variance; None where nobody wants them.
         running: averages to move.
+        mask: as in `ops.normalize`.
     """
     y = torch.empty_like(x)
     dtype = parameter_dtype(x)
@@ -226,7 +236,8 @@ def forward(
     averages = (0, 0, 0, 0.0) if running is None else (running[0].data_ptr(), running[1].data_ptr(), 0, running[2])
     compiled.forward(
         plan.walk, eps, torch.get_num_threads(), CHOICES[activation],
-        x.data_ptr(), address(residual), y.data_ptr(), address(gamma), address(beta), mean, m2, 0, *averages,
+        x.data_ptr(), address(residual), y.data_ptr(), address(gamma), address(beta), mean, m2,
+        find_weight(mask, plan), *averages,
     )  # fmt: skip
     return y
 
@@ -246,12 +257,32 @@ def find_addresses(statistics: Statistics | None, plan: Plan) -> tuple[int, int]
     return (start, start + 8 * plan.pools) if plan.centred else (0, start)
 
 
-def open_statistics(statistics: Tensor, plan: Plan) -> Moments:
+def open_statistics(statistics: Tensor, plan: Plan, mask: Tensor | None = None) -> Moments:
     """What the kernels left in the room for statistics."""
+    count: int | Tensor = plan.count if mask is None else find_count(mask, plan)
     if not plan.centred:
-        return Moments(plan.count, None, statistics.view(plan.shape))
+        return Moments(count, None, statistics.view(plan.shape))
     mean, m2 = statistics.view(2, *plan.shape).unbind()
-    return Moments(plan.count, mean, m2)
+    return Moments(count, mean, m2)
+
+
+def find_weight(mask: Tensor | None, plan: Plan) -> int:
+    """Where the mask is: one float for each of n and s, in this order, as a contiguous mask has them."""
+    if mask is None:
+        return 0
+    n, _, _, s, *_ = plan.packed
+    if mask.numel() != n * s or not mask.is_contiguous() or mask.dtype is not torch.float32:
+        raise RuntimeError(f"kernels: a mask must be {n * s} contiguous floats; got {mask.numel()} of {mask.dtype}")
+    return mask.data_ptr()
+
+
+def find_count(mask: Tensor, plan: Plan) -> Tensor:
+    """Elements of each pool that count, as they broadcast over its mean."""
+    n, _, k, s, _, pool_n, *_ = plan.packed
+    if pool_n:
+        return mask.sum(dtype=torch.float64)
+    count = mask.view(n, s).sum(1, dtype=torch.float64) * k
+    return count.view([size if axis == 0 else 1 for axis, size in enumerate(plan.shape)])
 
 
 def ready_statistics(given: tuple[Tensor, Tensor], plan: Plan, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -298,6 +329,7 @@ def backward(
     needs: Sequence[bool],
     activation: str | None = None,
     residual: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, gamma, beta and the residual, see `plain.backward`.
 
@@ -319,6 +351,6 @@ def backward(
     compiled.backward(
         plan.walk, eps, torch.get_num_threads(), CHOICES[activation],
         g.data_ptr(), x.data_ptr(), address(residual), address(dx), address(dresidual), address(gamma), address(beta),
-        mean, m2, 0, address(dgamma), address(dbeta),
+        mean, m2, find_weight(mask, plan), address(dgamma), address(dbeta),
     )  # fmt: skip
     return dx, dgamma, dbeta, dresidual

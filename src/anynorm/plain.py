@@ -31,16 +31,28 @@ def compose(
     given: Moments | None,
     activation: str | None = None,
     residual: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Moments]:
-    """y = activation((x - mean) / sqrt(var + eps) * gamma + beta + residual), rounded once, and the moments it used."""
+    """y = activation((x - mean) / sqrt(var + eps) * gamma + beta + residual), rounded once, and the moments it used.
+
+    With a mask padding is made 0 before anything is computed, so that neither a value nor a gradient comes from there.
+    """
     view = pooling.open(x)
     wide = view.to(find_wide_dtype(x))
-    moments = find_moments(wide, pooling, wide.dtype == x.dtype) if given is None else given
+    counted = None if mask is None else pooling.open_mask(mask) > 0
+    wide = blank(wide, counted)
+    moments = find_moments(wide, pooling, wide.dtype == x.dtype, counted) if given is None else given
     gamma, beta = (spread(p, pooling, view, wide.dtype) for p in (weight, bias))
     centre = wide if moments.mean is None else wide - moments.mean
     y = scale_shift(centre * moments.rstd(eps), gamma, beta)
-    y = finish(y, activation, None if residual is None else pooling.open(residual).to(y.dtype))
+    y = finish(y, activation, None if residual is None else blank(pooling.open(residual).to(y.dtype), counted))
+    y = blank(y, counted)
     return y.to(x.dtype).reshape(x.shape), moments
+
+
+def blank(t: Tensor, counted: Tensor | None) -> Tensor:
+    """0 where nothing counts."""
+    return t if counted is None else torch.where(counted, t, 0)
 
 
 def find_memory_format(x: Tensor) -> torch.memory_format:

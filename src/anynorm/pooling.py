@@ -48,6 +48,12 @@ class Pooling:
             x = x.unflatten(axis, sizes)
         return x
 
+    def open_mask(self, mask: Tensor) -> Tensor:
+        """View a mask in the axes of x, of size 1 where x has channels, as the opened x is viewed."""
+        for axis, sizes in self.splits:
+            mask = mask.unflatten(axis, (1,) * len(sizes))
+        return mask
+
     def count(self, view: Tensor) -> int:
         """How many elements share one mean."""
         count = 1

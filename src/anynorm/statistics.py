@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -17,18 +17,20 @@ Block = tuple[slice, ...]  # one slice for every axis of the view; () is the who
 class Moments:
     """Count, mean and sum of squared deviations of pooled elements.
 
+    `count` is a number, or with a mask a tensor that broadcasts over `mean`.
+
     `mean` and `m2` have the shape of the view with pooled axes of size 1. An uncentred norm (RMS) has `mean` None and
     `m2` about zero.
     """
 
-    count: int
+    count: int | Tensor
     mean: Tensor | None
     m2: Tensor
 
     @property
     def var(self) -> Tensor:
         """Population variance (mean square where uncentred)."""
-        return self.m2 / self.count
+        return self.m2 / (at_least_one(self.count) if isinstance(self.count, Tensor) else self.count)
 
     def rstd(self, eps: float) -> Tensor:
         """1 / sqrt(var + eps), never below float64 where the device has it."""
@@ -61,6 +63,11 @@ class Moments:
         delta = other.mean - self.mean
         mean = self.mean + delta * (other.count / count)
         return Moments(count, mean, self.m2 + other.m2 + delta * delta * (self.count * other.count / count))
+
+
+def at_least_one(count: Any) -> Any:
+    """A divisor, where the sum that it divides is 0 for a count of 0."""
+    return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
 
 
 @dataclass
@@ -122,12 +129,15 @@ def find_wide_dtype(x: Tensor) -> torch.dtype:
     return torch.float32 if x.device.type == "mps" else torch.float64
 
 
-def find_moments(wide: Tensor, pooling: Pooling, refine: bool) -> Moments:
+def find_moments(wide: Tensor, pooling: Pooling, refine: bool, counted: Tensor | None = None) -> Moments:
     """Two passes over an opened tensor, already in the dtype for statistics; differentiable.
 
     Args:
         refine: x itself has that dtype, so the first sum rounds: take back what it lost, in a pass of its own.
+        counted: bool, which positions count; `wide` is 0 at the others.
     """
+    if counted is not None:
+        return find_counted_moments(wide, pooling, refine, counted)
     count = pooling.count(wide)
     if not pooling.centred:
         return Moments(count, None, wide.square().sum(pooling.pooled, keepdim=True))
@@ -135,6 +145,19 @@ def find_moments(wide: Tensor, pooling: Pooling, refine: bool) -> Moments:
     if refine:
         mean = mean + (wide - mean).mean(pooling.pooled, keepdim=True)
     return Moments(count, mean, (wide - mean).square().sum(pooling.pooled, keepdim=True))
+
+
+def find_counted_moments(wide: Tensor, pooling: Pooling, refine: bool, counted: Tensor) -> Moments:
+    """The same over positions that count; 0 for pools of which none does."""
+    each = [size if axis in pooling.pooled else -1 for axis, size in enumerate(wide.shape)]
+    count = counted.expand(each).sum(pooling.pooled, keepdim=True).to(wide.dtype)
+    if not pooling.centred:
+        return Moments(count, None, wide.square().sum(pooling.pooled, keepdim=True))
+    share = at_least_one(count).reciprocal()
+    mean = wide.sum(pooling.pooled, keepdim=True) * share
+    if refine:
+        mean = mean + torch.where(counted, wide - mean, 0).sum(pooling.pooled, keepdim=True) * share
+    return Moments(count, mean, torch.where(counted, wide - mean, 0).square().sum(pooling.pooled, keepdim=True))
 
 
 def sum_over(x: Tensor, axes: tuple[int, ...]) -> Tensor:

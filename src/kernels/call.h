@@ -39,7 +39,7 @@ struct Call {
 
     int64_t channels() const { return g * k; }
     int64_t pools() const { return pool_n ? g : n * g; }
-    bool is_active() const { return activation != kIdentity || residual || weight; }
+    bool is_active() const { return activation != kIdentity || residual || dresidual; }  // whether something follows
 };
 
 struct bfloat16 {

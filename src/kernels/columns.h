@@ -57,8 +57,9 @@ struct Columns {
     int64_t at(const Panel& p, int64_t row) const { return (p.sample * rows + row) * width + p.begin; }
     int64_t first_pool(const Panel& p) const { return (by_sample ? p.sample * call.g : 0) + p.begin / columns; }
     Tile tile(const Panel& p, int64_t row_count) const { return {row_count, p.width, width, is_near, call.past_caches}; }
+    // Null where the extents say all.
     const float* weight(const Panel& p, int64_t row) const {
-        return call.weight ? call.weight + p.sample * rows + row : nullptr;
+        return found.needs_weight() ? call.weight + p.sample * rows + row : nullptr;
     }
     TileAfter<T> after(const Panel& p, int64_t row) const {
         const int64_t from = at(p, row);
@@ -67,34 +68,44 @@ struct Columns {
     }
     int64_t tile_begin(int64_t t) const { return t / per_stretch * stretch + t % per_stretch * tile_rows; }
     int64_t tile_size(int64_t t) const { return least(tile_rows, stretch - t % per_stretch * tile_rows); }
-    static void clear(double* values, int64_t size) {
-        for (int64_t i = 0; i < size; ++i) values[i] = 0;
+    // Its rows up to the extent of its sample.
+    int64_t counted_size(const Panel& p, int64_t t) const {
+        if (!found.extents) return tile_size(t);
+        const int64_t extent = found.extents[by_sample ? p.sample : t / per_stretch];
+        return most(0, least(tile_size(t), extent - t % per_stretch * tile_rows));
+    }
+    static void add(double* to, const double* from, int64_t size) {
+        for (int64_t i = 0; i < size; ++i) to[i] += from[i];
     }
 
-    // start(panel), then add(panel, row, rows, first, second, attempt) over all rows and finish(panel, attempt), which
+    // start(panel), then sum(panel, row, rows, first, second, attempt) over all rows and finish(panel, attempt), which
     // names the attempt to make next or -1, then write(panel, row, rows) over all rows.
-    template <class Start, class Add, class Finish, class Write>
-    void walk(Start start, Add add, Finish finish, Write write) {
-        if (!fused) return walk_tiles(start, add, finish, write);
+    template <class Start, class Sum, class Finish, class Write>
+    void walk(Start start, Sum sum, Finish finish, Write write) {
+        if (!fused) return walk_tiles(start, sum, finish, write);
         share(call, samples * slabs, rows * slab, [&](int64_t begin, int64_t end) {
-            Room<double> room(room_size(slab));
+            Room<double> room(room_size(slab)), partial(2 * slab);
             for (int64_t i = begin; i < end; ++i) {
                 const int64_t from = (i % slabs) * slab;
                 const Panel p = make_panel(i / slabs, from, least(slab, width - from), room.get());
                 start(p);
                 for (int attempt = kIsNarrow<T> ? kFloatGuess : kDoubleZero; attempt >= 0;) {
-                    clear(p.first, 2 * p.width);  // `second` follows `first`
-                    for (int64_t t = 0; t < tiles; ++t) add(p, tile_begin(t), tile_size(t), p.first, p.second, attempt);
+                    clear(p.first, 0, 2 * p.width);  // `second` follows `first`
+                    for (int64_t t = 0; t < tiles; ++t) {
+                        clear(partial.get(), 0, 2 * p.width);
+                        sum(p, tile_begin(t), counted_size(p, t), partial.get(), partial.get() + p.width, attempt);
+                        add(p.first, partial.get(), 2 * p.width);
+                    }
                     attempt = finish(p, attempt);
                 }
-                if (out) write(p, 0, rows);
+                for (int64_t t = 0; t < tiles; ++t) write_tile(p, t, write);
             }
         });
     }
 
     // The same over tiles of rows: the sums of all of them come first, in their order.
-    template <class Start, class Add, class Finish, class Write>
-    void walk_tiles(Start start, Add add, Finish finish, Write write) {
+    template <class Start, class Sum, class Finish, class Write>
+    void walk_tiles(Start start, Sum sum, Finish finish, Write write) {
         Room<double> room(samples * room_size(width)), partial(samples * tiles * 2 * width);
         Room<int> attempts(samples);
         auto panel = [&](int64_t sample) { return make_panel(sample, 0, width, room.get() + sample * room_size(width)); };
@@ -106,27 +117,32 @@ struct Columns {
             each_tile([&](int64_t n, int64_t t) {
                 if (attempts[n] < 0) return;
                 double* sums = partial.get() + (n * tiles + t) * 2 * width;
-                clear(sums, 2 * width);
-                add(panel(n), tile_begin(t), tile_size(t), sums, sums + width, attempts[n]);
+                clear(sums, 0, 2 * width);
+                sum(panel(n), tile_begin(t), counted_size(panel(n), t), sums, sums + width, attempts[n]);
             });
             is_done = true;
             for (int64_t n = 0; n < samples; ++n) {
                 if (attempts[n] < 0) continue;
                 const Panel p = panel(n);
-                clear(p.first, 2 * width);
-                for (int64_t t = 0; t < tiles; ++t) {
-                    const double* sums = partial.get() + (n * tiles + t) * 2 * width;
-                    for (int64_t i = 0; i < 2 * width; ++i) p.first[i] += sums[i];
-                }
+                clear(p.first, 0, 2 * width);
+                for (int64_t t = 0; t < tiles; ++t) add(p.first, partial.get() + (n * tiles + t) * 2 * width, 2 * width);
                 attempts[n] = finish(p, attempts[n]);
                 is_done = is_done && attempts[n] < 0;
             }
         }
-        if (!out) return;
+        if (!out && !gradient) return;
         // Backwards: what was read last is still in cache.
-        each_tile([&](int64_t n, int64_t t) {
-            write(panel(samples - 1 - n), tile_begin(tiles - 1 - t), tile_size(tiles - 1 - t));
-        });
+        each_tile([&](int64_t n, int64_t t) { write_tile(panel(samples - 1 - n), tiles - 1 - t, write); });
+    }
+    // What lies behind the extent is padding.
+    template <class Write>
+    void write_tile(const Panel& p, int64_t t, Write write) const {
+        const int64_t counted = counted_size(p, t);
+        if (out) write(p, tile_begin(t), counted);
+        for (int64_t row = tile_begin(t) + counted; row < tile_begin(t) + tile_size(t); ++row) {
+            if (out) clear(out + at(p, row), 0, p.width);
+            if (gradient) clear(gradient + at(p, row), 0, p.width);
+        }
     }
     template <class Body>
     void each_tile(Body body) const {
@@ -140,7 +156,7 @@ struct Columns {
     void forward() {
         if (call.given) return forward_given();
         auto start = [&](const Panel& p) { guess(p); };
-        auto add = [&](const Panel& p, int64_t row, int64_t row_count, double* first, double* second, int attempt) {
+        auto sum = [&](const Panel& p, int64_t row, int64_t row_count, double* first, double* second, int attempt) {
             with_compute<T>(attempt <= kFloatMean, [&](auto zero) {
                 column_moments(x + at(p, row), tile(p, row_count), p.template table<decltype(zero)>(0), weight(p, row), first, second);
             });
@@ -152,7 +168,7 @@ struct Columns {
             coefficients(p);
             return -1;
         };
-        walk(start, add, finish, [&](const Panel& p, int64_t row, int64_t n) { apply(p, row, n); });
+        walk(start, sum, finish, [&](const Panel& p, int64_t row, int64_t n) { apply(p, row, n); });
         found.move_running();
     }
     void forward_given() {
@@ -160,25 +176,40 @@ struct Columns {
         Room<double> room(room_size(width));
         const Panel p = make_panel(0, 0, width, room.get());
         coefficients(p);
-        each_tile([&](int64_t, int64_t t) { apply(p, tile_begin(t), tile_size(t)); });
+        each_tile([&](int64_t, int64_t t) {
+            write_tile(p, t, [&](const Panel& q, int64_t row, int64_t n) { apply(q, row, n); });
+        });
     }
 
-    // Each column's shift: the mean of a few of its values, or the first that counts.
+    // Each column's shift: the mean of a few of its values.
     void guess(const Panel& p) const {
-        clear(p.mean, p.width);
+        clear(p.mean, 0, p.width);
         if (call.centred && kIsNarrow<T>) {
-            const int64_t spots = call.weight ? 1 : least(8, rows);
-            for (int64_t j = 0; j < spots; ++j) {
-                int64_t row = j * rows / spots;
-                while (call.weight && row < rows - 1 && !(*weight(p, row) > 0)) ++row;
+            int64_t found_rows = 0;
+            for (int64_t j = 0; j < least(8, rows); ++j) {
+                const int64_t row = call.weight ? find_counted(p, j) : j * rows / least(8, rows);
+                if (row < 0) continue;
+                ++found_rows;
                 const T* from = x + at(p, row);
                 sweep<W>(p.width, [&](int64_t i, auto some, int) INLINE_LAMBDA {
                     store(p.mean + i, load(p.mean + i, some) + load(from + i, some), some);
                 });
             }
-            for (int64_t i = 0; i < p.width; ++i) p.mean[i] /= static_cast<double>(spots);
+            for (int64_t i = 0; i < p.width; ++i) p.mean[i] /= static_cast<double>(most(1, found_rows));
         }
         put_shifts(p, kIsNarrow<T>);
+    }
+    // The j-th of eight rows that count, spread over samples or over the one, or -1: where they are does not depend on
+    // padding.
+    int64_t find_counted(const Panel& p, int64_t j) const {
+        const int64_t positions = found.positions, all = rows / positions;
+        const int64_t sample = by_sample ? p.sample : j * all / least(8, rows);
+        const int64_t extent = found.extents ? found.extents[sample] : positions;
+        const float* counted = call.weight + sample * positions;
+        for (int64_t i = j * extent / 8; i < extent; ++i) {
+            if (counted[i] > 0) return by_sample ? i : sample * positions + i;
+        }
+        return -1;
     }
     static void put_shifts(const Panel& p, bool is_float) {
         with_compute<T>(is_float, [&](auto zero) {
@@ -265,7 +296,7 @@ struct Columns {
             const Tile part = tile(p, row_count);
             using Compute = decltype(zero);
             if constexpr (kHasPlain<Compute, T>) {
-                if (!call.is_active()) return column_apply<Compute, false>(x + from, out + from, part, lines, TileAfter<T>{});
+                if (!found.is_active()) return column_apply<Compute, false>(x + from, out + from, part, lines, TileAfter<T>{});
             }
             column_apply<Compute, true>(x + from, out + from, part, lines, after(p, row));
         });
@@ -276,9 +307,9 @@ struct Columns {
     void backward() {
         found.read();
         Room<Sums> channel_sums(samples * call.channels(), true);
-        const bool needs_sums = !call.given || call.dgamma || call.dbeta || call.is_active();
+        const bool needs_sums = !call.given || call.dgamma || call.dbeta || found.is_active();
         auto start = [&](const Panel& p) { coefficients(p); };
-        auto add = [&](const Panel& p, int64_t row, int64_t row_count, double* first, double* second, int) {
+        auto sum = [&](const Panel& p, int64_t row, int64_t row_count, double* first, double* second, int) {
             if (!needs_sums) return;
             const int64_t from = at(p, row);
             const Tile part = tile(p, row_count);
@@ -286,7 +317,7 @@ struct Columns {
                 const auto lines = p.template lines<decltype(zero)>();
                 using Compute = decltype(zero);
                 if constexpr (kHasPlain<Compute, T>) {
-                    if (!call.is_active()) {
+                    if (!found.is_active()) {
                         return column_grad_sums<Compute, false>(grad + from, x + from, part, lines, TileAfter<T>{}, first, second);
                     }
                 }
@@ -301,7 +332,7 @@ struct Columns {
             slopes(p);
             return -1;
         };
-        walk(start, add, finish, [&](const Panel& p, int64_t row, int64_t n) { write_dx(p, row, n); });
+        walk(start, sum, finish, [&](const Panel& p, int64_t row, int64_t n) { write_dx(p, row, n); });
         put_parameters(channel_sums);
     }
     // Sums of g * (x - high) become those of g * (x - mean).
@@ -350,9 +381,9 @@ struct Columns {
             using Compute = decltype(zero);
             const auto lines = p.template lines<Compute>();
             const Compute *slope = p.template table<Compute>(3), *constant = p.template table<Compute>(4);
-            if (call.given && !call.is_active()) return column_scale(grad + from, out + from, part, lines.scale);
+            if (call.given && !found.is_active()) return column_scale(grad + from, out + from, part, lines.scale);
             if constexpr (kHasPlain<Compute, T>) {
-                if (!call.is_active()) {
+                if (!found.is_active()) {
                     return column_dx<Compute, false>(grad + from, x + from, out + from, part, lines, slope, constant, TileAfter<T>{});
                 }
             }

@@ -40,7 +40,6 @@ struct Elements {
         const int64_t at = pool * length;
         return {call.activation, residual ? residual + at : nullptr, nullptr, gradient ? gradient + at : nullptr};
     }
-    static void clear(T* values, int64_t size) { std::memset(static_cast<void*>(values), 0, size * sizeof(T)); }
 
     // Of some pools; those that do not count have none.
     void moments(int64_t begin, int64_t end) {
@@ -50,7 +49,7 @@ struct Elements {
             const T* run = x + p * length;
             with_compute<T>(is_float, [&](auto zero) {
                 using Compute = decltype(zero);
-                sums = call.centred ? run_moments<Compute, false>(run, {1, 0, length}, shift, nullptr, 0)
+                sums = call.centred ? run_moments<Compute, false>(run, {1, 0, length}, shift, false, nullptr, 0)
                                     : Sums{0, run_squares<Compute>(run, length)};
             });
             return sums;
@@ -65,7 +64,7 @@ struct Elements {
     void apply(int64_t pool) {
         const T* run = x + pool * length;
         T* y = out + pool * length;
-        if (is_skipped(pool)) return clear(y, length);
+        if (is_skipped(pool)) return clear(y, 0, length);
         const double mean = found.mean[pool], rstd = found.rstd[pool];
         with_compute<T>(fits_float<T>(mean, rstd), [&](auto zero) {
             using Compute = decltype(zero);
@@ -121,8 +120,8 @@ struct Elements {
         Compute* dgamma = sums ? waiting.get() : nullptr;
         int64_t unflushed = 0;
         for (int64_t n = first; n < last;) {
-            const bool four = n + kPoolsAtOnce <= last && !call.weight;
             const int64_t pool = n * call.g + g;
+            const bool four = n + kPoolsAtOnce <= last && count_all(pool);
             if (four) {
                 some_pools<Compute, kPoolsAtOnce>(pool, dgamma);
             } else if (!is_skipped(pool)) {
@@ -141,9 +140,15 @@ struct Elements {
             }
         }
     }
+    // Whether none of the next pools is skipped.
+    bool count_all(int64_t pool) const {
+        bool all = true;
+        for (int r = 0; r < kPoolsAtOnce; ++r) all = all && !is_skipped(pool + r * call.g);
+        return all;
+    }
     void skip(int64_t pool) {
-        if (out) clear(out + pool * length, length);
-        if (gradient) clear(gradient + pool * length, length);
+        if (out) clear(out + pool * length, 0, length);
+        if (gradient) clear(gradient + pool * length, 0, length);
     }
 
     // R pools, one group's in neighbouring samples.
@@ -166,7 +171,7 @@ struct Elements {
         };
         using Yes = std::true_type;
         using No = std::false_type;
-        const bool is_active = call.activation != kIdentity || call.residual || call.dresidual;
+        const bool is_active = call.is_active();
         if constexpr (kHasPlain<Compute, T>) {
             if (!is_active) dgamma ? sum(No{}, Yes{}) : sum(No{}, No{});
         }

@@ -8,8 +8,6 @@
 
 namespace anynorm::ANYNORM_TARGET {
 
-constexpr int64_t kSegment = 1 << 15;
-
 template <class T>
 struct Rows {
     const Call& call;
@@ -32,9 +30,15 @@ struct Rows {
     int64_t channel(int64_t pool, int64_t run) const {
         return by_sample ? pool : (pool % call.g) * call.k + run;
     }
+    int64_t sample(int64_t pool, int64_t run) const { return by_sample ? run : pool / call.g; }
+    // Null where the extents say all.
     const float* weight(int64_t pool, int64_t run) const {
-        if (!call.weight) return nullptr;
-        return call.weight + (by_sample ? run : pool / call.g) * call.s;
+        return found.needs_weight() ? call.weight + sample(pool, run) * call.s : nullptr;
+    }
+    // Runs as long as all are, with their extents.
+    Runs cut(int64_t pool, int64_t run, const Runs& all, int64_t from = 0) const {
+        if (!found.extents) return all;
+        return {all.count, all.stride, all.length, found.extents + sample(pool, run), from, by_sample ? 1 : 0};
     }
     After<T> after(int64_t pool, int64_t run, int64_t at, int64_t from) const {
         const float* counted = weight(pool, run);
@@ -44,10 +48,10 @@ struct Rows {
 
     // ---- moments ----------------------------------------------------------------------------------------------
 
-    // The mean of a few values, exact where all are alike; of the first that counts where some do not.
+    // The mean of a few values, exact where all are alike; of the first that count where some do not.
     double guess(int64_t pool) const {
         if (!call.centred) return 0;
-        if (call.weight) return first_counted(pool);
+        if (call.weight) return mean_of_first(pool);
         const int64_t length = by_sample ? call.s : elements, spots = most(1, least(8, elements / 512));
         const int64_t here = least(spots, by_sample ? runs : 1), per_run = spots / here;
         const int64_t size = least(W, length);
@@ -58,20 +62,24 @@ struct Rows {
         }
         return add_lanes(sum) / static_cast<double>(size * here * per_run);
     }
-    double first_counted(int64_t pool) const {
-        for (int64_t j = 0; j < runs; ++j) {
-            const float* counted = weight(pool, j);
-            for (int64_t i = 0; i < call.s; ++i) {
-                if (counted[i] > 0) return scalar(x + start(pool) + j * stride() + i);
+    double mean_of_first(int64_t pool) const {
+        double sum = 0;
+        int found_here = 0;
+        for (int64_t j = 0; j < runs && !found_here; ++j) {
+            const float* counted = call.weight + sample(pool, j) * call.s;
+            const T* run = x + start(pool) + j * stride();
+            for (int64_t i = 0; i < call.s && found_here < W; ++i) {
+                if (counted[i] > 0) sum += scalar(run + i), ++found_here;
             }
         }
-        return 0;
+        return found_here ? sum / found_here : 0;
     }
 
     template <class Compute>
     Sums moments_in(int64_t at, const Runs& all, const float* counted, int64_t weight_stride, double shift) const {
-        if (counted) return run_moments<Compute, true>(x + at, all, shift, counted, weight_stride);
-        return run_moments<Compute, false>(x + at, all, shift, nullptr, 0);
+        const bool restart = call.weight != nullptr;
+        if (counted) return run_moments<Compute, true>(x + at, all, shift, restart, counted, weight_stride);
+        return run_moments<Compute, false>(x + at, all, shift, restart, nullptr, 0);
     }
     Sums moments(bool is_float, int64_t at, const Runs& all, const float* counted, double shift) const {
         const int64_t weight_stride = by_sample ? call.s : 0;
@@ -80,15 +88,14 @@ struct Rows {
         }
         return moments_in<double>(at, all, counted, weight_stride, shift);
     }
-    Runs all_runs() const {
-        if (by_sample || call.weight) return {runs, stride(), call.s};
+    Runs all_runs(int64_t pool) const {
+        if (by_sample || found.extents) return cut(pool, 0, {runs, stride(), call.s});
         return {1, 0, elements};  // they follow one another
     }
 
     void find_whole(int64_t begin, int64_t end) {
-        const Runs all = all_runs();
         found.find(begin, end, [&](int64_t p) { return guess(p); }, [&](int64_t p, bool is_float, double shift) {
-            return moments(is_float, start(p), all, weight(p, 0), shift);
+            return moments(is_float, start(p), all_runs(p), weight(p, 0), shift);
         });
     }
     void find_in_segments(int64_t pool, Sums* parts) {
@@ -96,7 +103,7 @@ struct Rows {
             each_segment([&](int64_t j) {
                 const int64_t run = j / pieces, from = (j % pieces) * kSegment;
                 const float* counted = weight(p, run);
-                parts[j] = moments(is_float, start(p) + run * stride() + from, {1, 0, piece(from)},
+                parts[j] = moments(is_float, start(p) + run * stride() + from, cut(p, run, {1, 0, piece(from)}, from),
                                    counted ? counted + from : nullptr, shift);
             });
             return total(parts);
@@ -117,9 +124,9 @@ struct Rows {
     }
     // body(first run, where it begins, runs alike) over a pool: all of them where they share gamma and beta.
     template <class Body>
-    void each_run(Body body) const {
-        if (by_sample) return body(int64_t{0}, int64_t{0}, Runs{runs, stride(), call.s});
-        for (int64_t j = 0; j < runs; ++j) body(j, int64_t{0}, Runs{1, 0, call.s});
+    void each_run(int64_t pool, Body body) const {
+        if (by_sample) return body(int64_t{0}, int64_t{0}, cut(pool, 0, {runs, stride(), call.s}));
+        for (int64_t j = 0; j < runs; ++j) body(j, int64_t{0}, cut(pool, j, {1, 0, call.s}));
     }
 
     // ---- forward ------------------------------------------------------------------------------------------------
@@ -134,7 +141,7 @@ struct Rows {
     template <class Compute>
     INLINE void apply_line(Line<Compute> line, int64_t pool, int64_t run, int64_t from, int64_t at, const Runs& all) const {
         if constexpr (kHasPlain<Compute, T>) {
-            if (!call.is_active()) {
+            if (!found.is_active()) {
                 return run_apply<Compute, false>(x + at, out + at, all, line, [](int64_t) { return After<T>{}; }, call.past_caches);
             }
         }
@@ -149,14 +156,14 @@ struct Rows {
             Room<Sums> parts(segments);
             for (int64_t p = 0; p < pools; ++p) {
                 find_in_segments(p, parts.get());
-                if (out) each_segment_of([&](int64_t j, int64_t from, const Runs& all) { apply(p, j, from, all); });
+                if (out) each_segment_of(p, [&](int64_t j, int64_t from, const Runs& all) { apply(p, j, from, all); });
             }
             return found.move_running();
         }
         each_slab(1, [&](int64_t begin, int64_t end) {
             find_whole(begin, end);
             for (int64_t p = begin; out && p < end; ++p) {
-                each_run([&](int64_t j, int64_t from, const Runs& all) { apply(p, j, from, all); });
+                each_run(p, [&](int64_t j, int64_t from, const Runs& all) { apply(p, j, from, all); });
             }
         });
         found.move_running();
@@ -190,10 +197,10 @@ struct Rows {
         });
     }
     template <class Body>
-    void each_segment_of(Body body) const {
+    void each_segment_of(int64_t pool, Body body) const {
         each_segment([&](int64_t j) {
             const int64_t from = (j % pieces) * kSegment;
-            body(j / pieces, from, Runs{1, 0, piece(from)});
+            body(j / pieces, from, cut(pool, j / pieces, {1, 0, piece(from)}, from));
         });
     }
     // body(pool, run, from, runs) in the order of memory, where a pool has a run in each sample.
@@ -202,7 +209,9 @@ struct Rows {
         share(call, call.n * pools, call.s, [&](int64_t begin, int64_t end) {
             int64_t pool = begin % pools, run = begin / pools;
             for (int64_t i = begin; i < end; ++i) {
-                for (int64_t from = 0; from < call.s; from += kSegment) body(pool, run, from, Runs{1, 0, piece(from)});
+                for (int64_t from = 0; from < call.s; from += kSegment) {
+                    body(pool, run, from, cut(pool, run, {1, 0, piece(from)}, from));
+                }
                 if (++pool == pools) {
                     pool = 0;
                     ++run;
@@ -228,8 +237,9 @@ struct Rows {
     template <class Compute>
     INLINE Sums grad_sums_about(Line<Compute> line, int64_t pool, int64_t run, int64_t from, int64_t at, const Runs& all) const {
         if constexpr (kHasPlain<Compute, T>) {
-            if (!call.is_active()) {
-                return run_grad_sums<Compute, false>(grad + at, x + at, all, line, [](int64_t) { return After<T>{}; }, false);
+            if (!found.is_active()) {
+                const auto nothing = [](int64_t) { return After<T>{}; };
+                return run_grad_sums<Compute, false>(grad + at, x + at, all, line, nothing, call.weight != nullptr);
             }
         }
         const auto after_of = [&](int64_t r) { return after(pool, run + r, at + r * all.stride, from); };
@@ -243,9 +253,9 @@ struct Rows {
         with_compute<T>(fits_float<T>(mean, a, b, slopes.c1, slopes.c2), [&](auto zero) {
             using Compute = decltype(zero);
             const Line<Compute> line(mean, a, b), slope(mean, slopes.c2, slopes.c1);
-            if (call.given && !call.is_active()) return run_scale<Compute>(grad + at, out + at, all, a, call.past_caches);
+            if (call.given && !found.is_active()) return run_scale<Compute>(grad + at, out + at, all, a, call.past_caches);
             if constexpr (kHasPlain<Compute, T>) {
-                if (!call.is_active()) {
+                if (!found.is_active()) {
                     return run_dx<Compute, false>(grad + at, x + at, out + at, all, line, slope, [](int64_t) { return After<T>{}; },
                                                   call.past_caches);
                 }
@@ -258,7 +268,7 @@ struct Rows {
 
     void backward() {
         found.read();
-        const bool needs_sums = !call.given || call.dgamma || call.dbeta || call.is_active();
+        const bool needs_sums = !call.given || call.dgamma || call.dbeta || found.is_active();
         if (!needs_sums) {
             return each_piece([&](int64_t p, int64_t j, int64_t from, const Runs& all) { write_dx(p, j, from, all, {}); });
         }
@@ -269,24 +279,24 @@ struct Rows {
             each_slab(2, [&](int64_t begin, int64_t end) {
                 for (int64_t p = begin; p < end; ++p) {
                     for (int64_t j = 0; j < channels; ++j) {
-                        sums[p * channels + j] = grad_sums(p, j, 0, {by_sample ? runs : 1, stride(), call.s});
+                        sums[p * channels + j] = grad_sums(p, j, 0, cut(p, j, {by_sample ? runs : 1, stride(), call.s}));
                     }
                 }
                 for (int64_t p = begin; out && p < end; ++p) {
                     const Slopes slopes = slopes_of(p, &sums[p * channels], channels);
-                    each_run([&](int64_t j, int64_t from, const Runs& all) { write_dx(p, j, from, all, slopes); });
+                    each_run(p, [&](int64_t j, int64_t from, const Runs& all) { write_dx(p, j, from, all, slopes); });
                 }
             });
         } else {
             Room<Sums> parts(segments);
             for (int64_t p = 0; p < pools; ++p) {
-                each_segment_of([&](int64_t j, int64_t from, const Runs& all) {
+                each_segment_of(p, [&](int64_t j, int64_t from, const Runs& all) {
                     parts[j * pieces + from / kSegment] = grad_sums(p, j, from, all);
                 });
                 for (int64_t j = 0; j < segments; ++j) sums[p * channels + (by_sample ? 0 : j / pieces)].add(parts[j]);
                 if (!out) continue;
                 const Slopes slopes = slopes_of(p, &sums[p * channels], channels);
-                each_segment_of([&](int64_t j, int64_t from, const Runs& all) { write_dx(p, j, from, all, slopes); });
+                each_segment_of(p, [&](int64_t j, int64_t from, const Runs& all) { write_dx(p, j, from, all, slopes); });
             }
         }
         put_parameters(sums, channels);

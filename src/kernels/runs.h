@@ -17,10 +17,34 @@ struct Sums {
     }
 };
 
-// Runs of `length` elements, `stride` apart.
+// Where a long run is cut, for sums that must not depend on who takes its parts.
+constexpr int64_t kSegment = 1 << 15;
+
+// Runs of `length` elements, `stride` apart, or parts of runs that begin at `from`. What lies behind a run's extent is
+// padding: it enters nothing, and its results are 0.
 struct Runs {
     int64_t count, stride, length;
+    const int64_t* extents = nullptr;  // one for each run, or for all of them where extent_step is 0
+    int64_t from = 0, extent_step = 1;
+    INLINE int64_t size(int64_t run) const {
+        if (!extents) return length;
+        const int64_t left = extents[run * extent_step] - from;
+        return left < 0 ? 0 : left < length ? left : length;
+    }
 };
+
+// Brings short padding into the cache: a stream of memory that stops and begins anew takes twice as long as to go on.
+template <class T>
+INLINE void pass_over(const T* x, int64_t begin, int64_t end) {
+    constexpr int64_t line = 64 / sizeof(T);
+    if (end - begin > 16 * line) return;
+    for (int64_t i = begin; i < end; i += line) __builtin_prefetch(x + i);
+}
+
+template <class T>
+INLINE void clear(T* values, int64_t begin, int64_t end) {
+    if (begin < end) std::memset(static_cast<void*>(values + begin), 0, static_cast<size_t>(end - begin) * sizeof(T));
+}
 
 // (x - high) * scale + shift. In float, high is the mean as far as a float goes, and the rest is in shift.
 template <class Compute>
@@ -81,6 +105,7 @@ template <class Compute>
 struct Accumulator {
     VectorOf<Compute> first[4] = {}, second[4] = {};
     Lanes wide[4] = {};
+    Sums done;            // of runs that were finished by themselves
     int64_t waiting = 0;  // elements in the sums of floats
 
     INLINE void flush() {
@@ -99,33 +124,45 @@ struct Accumulator {
         for (int u = 0; u < 4; ++u) first[u] = second[u] = VectorOf<Compute>{};
     }
     INLINE Sums total() {
-        flush();
-        return {add_lanes(wide[0] + wide[1]), add_lanes(wide[2] + wide[3])};
+        finish();
+        return done;
     }
-    // body(start, Full or Part, which of four) over all runs. With `restart` sums are flushed at the end of each run, so
-    // that zeros behind its real elements change no bit.
-    template <bool Long = false, class Body>
-    INLINE void sweep_runs(const Runs& runs, bool restart, Body body) {
+    INLINE void finish() {
+        flush();
+        done.add({add_lanes(wide[0] + wide[1]), add_lanes(wide[2] + wide[3])});
+        for (int u = 0; u < 4; ++u) wide[u] = Lanes{};
+    }
+    // body(start, Full or Part, which of four) over all runs. With `restart` each run's sums are finished by themselves, and
+    // each segment's of a long one: then neither padding nor how the work is shared changes a bit.
+    // leave(run, its size) comes behind each.
+    template <bool Long = false, class Body, class Leave>
+    INLINE void sweep_runs(const Runs& runs, bool restart, Body body, Leave leave) {
         for (int64_t r = 0; r < runs.count; ++r) {
-            for (int64_t from = 0; from < runs.length; from += kBlock<Compute>) {
-                const int64_t left = runs.length - from, size = left < kBlock<Compute> ? left : kBlock<Compute>;
+            const int64_t length = runs.size(r);
+            for (int64_t from = 0; from < length; from += kBlock<Compute>) {
+                const int64_t left = length - from, size = left < kBlock<Compute> ? left : kBlock<Compute>;
                 sweep<kWidth<Compute>, Long>(size, [&](int64_t i, auto some, int u) INLINE_LAMBDA {
                     body(r, from + i, some, u);
                 });
                 waiting += size;
-                if (restart || waiting >= kBlock<Compute>) flush();
+                if (restart && (size == left || (from + size) % kSegment == 0)) {
+                    finish();
+                } else if (waiting >= kBlock<Compute>) {
+                    flush();
+                }
             }
+            leave(r, length);
         }
     }
 };
 
 // first = sum(x[i] - shift), second = sum((x[i] - shift)^2), over positions that count
 template <class Compute, bool Weighted, class T>
-Sums run_moments(const T* x, const Runs& runs, double about, const float* weight, int64_t weight_stride) {
+Sums run_moments(const T* x, const Runs& runs, double about, bool restart, const float* weight, int64_t weight_stride) {
     using V = VectorOf<Compute>;
     Accumulator<Compute> sums;
     const V shift = V{} + static_cast<Compute>(about);
-    sums.template sweep_runs<Weighted>(runs, Weighted, [&](int64_t r, int64_t i, auto some, int u) INLINE_LAMBDA {
+    sums.sweep_runs(runs, restart, [&](int64_t r, int64_t i, auto some, int u) INLINE_LAMBDA {
         V d = load_as<Compute>(x + r * runs.stride + i, some) - shift;
         if constexpr (Weighted) {
             d = load_as<Compute>(weight + r * weight_stride + i, some) > 0 ? d : V{};
@@ -134,7 +171,7 @@ Sums run_moments(const T* x, const Runs& runs, double about, const float* weight
         }
         sums.first[u] += d;
         sums.second[u] += d * d;
-    });
+    }, [&](int64_t r, int64_t size) INLINE_LAMBDA { pass_over(x + r * runs.stride, size, runs.length); });
     return sums.total();
 }
 
@@ -145,7 +182,7 @@ double run_squares(const T* x, int64_t length) {
     sums.sweep_runs({1, 0, length}, false, [&](int64_t, int64_t i, auto some, int u) INLINE_LAMBDA {
         const auto v = load_as<Compute>(x + i, some);
         sums.second[u] += v * v;
-    });
+    }, [](int64_t, int64_t) {});
     return sums.total().second;
 }
 
@@ -155,20 +192,28 @@ void run_apply(const T* x, T* y, const Runs& runs, Line<Compute> line, AfterOf a
     using V = VectorOf<Compute>;
     for (int64_t r = 0; r < runs.count; ++r, x += runs.stride, y += runs.stride) {
         const After<T> after = after_of(r);
-        sweep<kWidth<Compute>, Active>(runs.length, [&](int64_t i, auto some, int) INLINE_LAMBDA {
+        const int64_t size = runs.size(r);
+        sweep<kWidth<Compute>, Active>(size, [&](int64_t i, auto some, int) INLINE_LAMBDA {
             V v = (load_as<Compute>(x + i, some) - line.high) * line.scale + line.shift;
             if constexpr (Active) v = after.template forward<V, Compute>(v, i, some);
             put(y + i, v, some, past_caches);
         });
+        clear(y, size, runs.length);
+        pass_over(x, size, runs.length);
     }
 }
 
 // first = sum(g[i]), second = sum(g[i] * (x[i] - high)), g before the activation; after_of(run) says what follows it
 template <class Compute, bool Active, class T, class AfterOf>
-Sums run_grad_sums(const T* g, const T* x, const Runs& runs, Line<Compute> line, AfterOf after_of, bool is_weighted) {
+Sums run_grad_sums(const T* g, const T* x, const Runs& runs, Line<Compute> line, AfterOf after_of, bool restart) {
     using V = VectorOf<Compute>;
     Accumulator<Compute> sums;
-    sums.template sweep_runs<Active>(runs, is_weighted, [&](int64_t r, int64_t i, auto some, int u) INLINE_LAMBDA {
+    if constexpr (Active) {
+        for (int64_t r = 0; r < runs.count; ++r) {
+            if (T* gradient = after_of(r).gradient) clear(gradient, runs.size(r), runs.length);
+        }
+    }
+    sums.template sweep_runs<Active>(runs, restart, [&](int64_t r, int64_t i, auto some, int u) INLINE_LAMBDA {
         V v = load_as<Compute>(g + r * runs.stride + i, some);
         V d = load_as<Compute>(x + r * runs.stride + i, some) - line.high;
         if constexpr (Active) {
@@ -178,6 +223,9 @@ Sums run_grad_sums(const T* g, const T* x, const Runs& runs, Line<Compute> line,
         }
         sums.first[u] += v;
         sums.second[u] += v * d;
+    }, [&](int64_t r, int64_t size) INLINE_LAMBDA {
+        pass_over(g + r * runs.stride, size, runs.length);
+        pass_over(x + r * runs.stride, size, runs.length);
     });
     return sums.total();
 }
@@ -191,7 +239,8 @@ void run_dx(const T* g, const T* x, T* dx, const Runs& runs, Line<Compute> line,
     for (int64_t r = 0; r < runs.count; ++r, g += runs.stride, x += runs.stride, dx += runs.stride) {
         After<T> after = after_of(r);
         after.gradient = nullptr;
-        sweep<kWidth<Compute>, Active>(runs.length, [&](int64_t i, auto some, int) INLINE_LAMBDA {
+        const int64_t size = runs.size(r);
+        sweep<kWidth<Compute>, Active>(size, [&](int64_t i, auto some, int) INLINE_LAMBDA {
             const V centred = load_as<Compute>(x + i, some) - line.high;
             V before = load_as<Compute>(g + i, some);
             if constexpr (Active) before = after.template backward<V, Compute>(before, centred * line.scale + line.shift, i, some);
@@ -201,6 +250,9 @@ void run_dx(const T* g, const T* x, T* dx, const Runs& runs, Line<Compute> line,
             }
             put(dx + i, v, some, past_caches);
         });
+        clear(dx, size, runs.length);
+        pass_over(g, size, runs.length);
+        pass_over(x, size, runs.length);
     }
 }
 
@@ -209,9 +261,12 @@ template <class Compute, class T>
 void run_scale(const T* g, T* dx, const Runs& runs, double a, bool past_caches) {
     const Compute scale = static_cast<Compute>(a);
     for (int64_t r = 0; r < runs.count; ++r, g += runs.stride, dx += runs.stride) {
-        sweep<kWidth<Compute>>(runs.length, [&](int64_t i, auto some, int) INLINE_LAMBDA {
+        const int64_t size = runs.size(r);
+        sweep<kWidth<Compute>>(size, [&](int64_t i, auto some, int) INLINE_LAMBDA {
             put(dx + i, load_as<Compute>(g + i, some) * scale, some, past_caches);
         });
+        clear(dx, size, runs.length);
+        pass_over(g, size, runs.length);
     }
 }
 

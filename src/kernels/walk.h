@@ -121,12 +121,19 @@ struct Statistics {
     const Call& call;
     const int64_t pools = call.given ? call.g : call.pools();
     Room<double> own_mean, own_m2, rstd, counts;
+    // Positions of a sample, which have a weight each: its rows where samples and positions were made one axis.
+    const int64_t positions = call.s > 1 ? call.s : most(1, call.sample_rows);
+    Room<int64_t> own_extents;
+    // Of each sample up to where anything counts; null where all do, or where a sample has one position.
+    const int64_t* extents = nullptr;
+    bool is_dense = true;  // whether all positions up to there count, so that the weights need not be looked at
     double *mean, *m2;
     double all = static_cast<double>((call.pool_n ? call.n : call.k) * call.s);
 
     explicit Statistics(const Call& call)
         : call(call), own_mean(call.mean ? 0 : pools, true), own_m2(call.m2 ? 0 : pools), rstd(pools),
-          counts(call.weight ? call.n : 0), mean(call.mean ? call.mean : own_mean.get()),
+          counts(call.weight ? call.n : 0),
+          own_extents(call.weight && positions > 1 ? call.n * call.s / positions : 0), mean(call.mean ? call.mean : own_mean.get()),
           m2(call.m2 ? call.m2 : own_m2.get()) {
         if (call.weight) count_positions();
     }
@@ -143,7 +150,21 @@ struct Statistics {
             counts[n] = static_cast<double>(found * (call.pool_n ? 1 : call.k));
             if (call.pool_n && n > 0) counts[0] += counts[n];
         }
+        is_dense = positions > 1;
+        if (!is_dense) return;
+        extents = own_extents.get();
+        for (int64_t i = 0; i < call.n * call.s / positions; ++i) {
+            const float* counted = call.weight + i * positions;
+            int64_t extent = positions, found = 0;
+            while (extent > 0 && !(counted[extent - 1] > 0)) --extent;
+            for (int64_t s = 0; s < extent; ++s) found += counted[s] > 0;
+            own_extents[i] = extent;
+            is_dense = is_dense && found == extent;
+        }
     }
+    bool needs_weight() const { return call.weight && !is_dense; }
+    // Whether the loops for a bare norm will not do.
+    bool is_active() const { return call.is_active() || needs_weight(); }
 
     // Mean, m2 and rstd of pools from their sums about shifts. False where a pool's sums cannot be trusted: too little was
     // left of the squares, or they came near a float's limits.

@@ -5,14 +5,20 @@ Constructors, attributes, buffers and state_dict are those of torch.nn, whose cl
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from typing import Any
 
+import torch
 import torch.nn as nn
 from torch import Tensor
 
 from .. import functional
+from ..activations import finish
 from ..errors import check_axes
+from ..masks import find_mask
+from ..plain import blank
+from ..ragged import close_rows, is_ragged, open_residual, open_rows
 from ..sources import find_momentum
 from .state import Norm
 
@@ -36,10 +42,26 @@ class _Running(Norm):
         check_axes(input, self._axes)
 
 
+ON_SINGLE = ("error", "running", "skip")
+
+
 class _BatchNorm(_Running):
-    def normalize(self, input: Tensor, activation: str | None = None, residual: Tensor | None = None) -> Tensor:
+    on_single = "error"
+
+    def normalize(
+        self,
+        input: Tensor,
+        activation: str | None = None,
+        residual: Tensor | None = None,
+        mask: Tensor | None = None,
+        lengths: Any = None,
+    ) -> Tensor:
         """Choose the source, normalize, count the batch; see `anynorm.functional.batch_norm`."""
-        self._check_input_dim(input)  # torch's hook: subclasses override it
+        is_jagged = is_ragged(input)
+        if not is_jagged:
+            self._check_input_dim(input)  # torch's hook: subclasses override it
+        if self.training and self._is_single(input, is_jagged, mask, lengths):
+            return self._normalize_single(input, activation, residual, mask, lengths)
         training, running_mean, running_var, counter = self.training, None, None, None
         momentum: float | Tensor | None = self.momentum
         if not training or self.track_running_stats:
@@ -59,20 +81,107 @@ class _BatchNorm(_Running):
             self.eps,
             activation=activation,
             residual=residual,
+            mask=mask,
+            lengths=lengths,
         )
-        if counter is not None:
-            counter.add_(1)  # Last, so that an input that is refused changes nothing.
+        if counter is not None:  # Last, so that an input that is refused changes nothing.
+            counter.add_(1 if mask is None and lengths is None else count_batch(mask, lengths))
         return y
+
+    def _is_single(self, input: Any, is_jagged: bool, mask: Tensor | None, lengths: Any) -> bool:
+        """Whether a channel has a single value."""
+        if is_jagged:
+            return len(open_rows("batch_norm", input)) == 1
+        if input.numel() == self.num_features:
+            return True
+        if self.on_single == "error" or (mask is None and lengths is None):
+            return False
+        found = find_mask("batch_norm", input, (1,), mask, lengths)
+        return found is not None and int(found.sum()) == 1
+
+    def _normalize_single(self, input: Any, activation: Any, residual: Any, mask: Any, lengths: Any) -> Any:
+        """What `on_single` says; running averages and the counter stay."""
+        if self.on_single == "error":
+            name, shape = f"{type(self).__name__}({self.num_features})", getattr(input, "shape", (1, self.num_features))
+            raise ValueError(
+                f"{name}: statistics need more than 1 value per channel, or every output is beta; got input "
+                f"{tuple(shape)}; {functional.BATCH_OF_ONE}"
+            )
+        if self.on_single == "skip":
+            return finish_alone(input, activation, residual, mask, lengths)
+        if self.running_mean is None:
+            raise ValueError(
+                f"{type(self).__name__}({self.num_features}): on_single='running' needs running averages; got "
+                "track_running_stats=False; choose 'skip' or 'error'"
+            )
+        given = (self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+        options = {"activation": activation, "residual": residual, "mask": mask, "lengths": lengths}
+        return functional.batch_norm(input, *given, **options)
+
+
+def count_batch(mask: Tensor | None, lengths: Any) -> Any:
+    """1 for a batch in which anything is real."""
+    return (torch.as_tensor(lengths) if mask is None else mask).ne(0).any()
+
+
+def finish_alone(input: Any, activation: Any, residual: Any, mask: Any, lengths: Any) -> Any:
+    """activation(input + residual), 0 at padding."""
+    if is_ragged(input):
+        rows = finish(open_rows("batch_norm", input), activation, open_residual("batch_norm", input, residual))
+        return close_rows(rows, input)
+    found = find_mask("batch_norm", input, (1,), mask, lengths)
+    y = finish(input, activation, residual)
+    return y if found is None else blank(y, found > 0)
+
+
+def unsqueeze(t: Tensor | None) -> Tensor | None:
+    return t if t is None else t.unsqueeze(0)
+
+
+class _Batch(_BatchNorm):
+    """The constructor of torch's batch norms, and `on_single`.
+
+    Args:
+        on_single: what a batch in training does that has one value per channel, of which every output would be beta:
+            ``"error"`` as torch does, ``"running"`` normalizes by the running averages, ``"skip"`` returns the input.
+            The running averages do not move.
+    """
+
+    def __init__(self, *arguments: Any, on_single: str = "error", **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        if on_single not in ON_SINGLE:
+            raise ValueError(
+                f"{type(self).__name__}: on_single must be one of {', '.join(ON_SINGLE)}; got {on_single!r}; "
+                "the default is error"
+            )
+        if on_single != "error":
+            self.on_single = on_single
+
+    def extra_repr(self) -> str:
+        """torch's, and `on_single` where it is not torch's."""
+        shown = super().extra_repr()
+        return shown if self.on_single == "error" else f"{shown}, on_single={self.on_single!r}"
 
 
 class _InstanceNorm(_Running):
-    def normalize(self, input: Tensor, activation: str | None = None, residual: Tensor | None = None) -> Tensor:
+    def normalize(
+        self,
+        input: Tensor,
+        activation: str | None = None,
+        residual: Tensor | None = None,
+        mask: Tensor | None = None,
+        lengths: Any = None,
+    ) -> Tensor:
         """Normalize with or without a sample axis; see `anynorm.functional.instance_norm`."""
-        self._check_input_dim(input)
-        single = input.dim() == self._axes[0]
-        self._check_channels(input.shape[0 if single else 1], 0 if single else 1)
+        if is_ragged(input):
+            single = False
+            self._check_channels(open_rows("instance_norm", input).shape[1], 1)
+        else:
+            self._check_input_dim(input)
+            single = input.dim() == self._axes[0]
+            self._check_channels(input.shape[0 if single else 1], 0 if single else 1)
         if single:
-            input, residual = input.unsqueeze(0), residual if residual is None else residual.unsqueeze(0)
+            input, residual, mask = input.unsqueeze(0), unsqueeze(residual), unsqueeze(mask)
         y = functional.instance_norm(
             input,
             self.running_mean,
@@ -84,8 +193,14 @@ class _InstanceNorm(_Running):
             self.eps,
             activation=activation,
             residual=residual,
+            mask=mask,
+            lengths=lengths,
         )
         return y.squeeze(0) if single else y
+
+    def find_channel_axes(self, input: Tensor) -> tuple[int, ...]:
+        """Axis 0 of a single sample, else axis 1."""
+        return (0,) if input.dim() == self._axes[0] else (1,)
 
     def _check_channels(self, channels: int, axis: int) -> None:
         if channels == self.num_features:
@@ -99,7 +214,7 @@ class _InstanceNorm(_Running):
         warnings.warn(f"{message}; without affine and running statistics num_features is not used", stacklevel=5)
 
 
-class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
+class BatchNorm1d(_Batch, nn.BatchNorm1d):
     """`torch.nn.BatchNorm1d`, exact in float32 at any mean, for (N, C) or (N, C, L).
 
     Example:
@@ -111,7 +226,7 @@ class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
     _axes = (2, 3)
 
 
-class BatchNorm2d(_BatchNorm, nn.BatchNorm2d):
+class BatchNorm2d(_Batch, nn.BatchNorm2d):
     """`torch.nn.BatchNorm2d`, exact in float32 at any mean, for (N, C, H, W).
 
     Example:
@@ -122,7 +237,7 @@ class BatchNorm2d(_BatchNorm, nn.BatchNorm2d):
     _axes = (4,)
 
 
-class BatchNorm3d(_BatchNorm, nn.BatchNorm3d):
+class BatchNorm3d(_Batch, nn.BatchNorm3d):
     """`torch.nn.BatchNorm3d`, exact in float32 at any mean, for (N, C, D, H, W).
 
     Example:
@@ -131,6 +246,12 @@ class BatchNorm3d(_BatchNorm, nn.BatchNorm3d):
     """
 
     _axes = (5,)
+
+
+for kind, theirs in ((BatchNorm1d, nn.BatchNorm1d), (BatchNorm2d, nn.BatchNorm2d), (BatchNorm3d, nn.BatchNorm3d)):
+    known = inspect.signature(theirs)
+    last = inspect.Parameter("on_single", inspect.Parameter.KEYWORD_ONLY, default="error", annotation="str")
+    kind.__signature__ = known.replace(parameters=[*known.parameters.values(), last])  # type: ignore[union-attr]
 
 
 class InstanceNorm1d(_InstanceNorm, nn.InstanceNorm1d):

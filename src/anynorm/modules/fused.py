@@ -17,8 +17,10 @@ from torch import Tensor
 from torch.fx import Proxy
 
 from ..activations import IDENTITY, check_activation, finish
+from ..masks import find_mask
+from ..plain import blank
 from . import batch, sample
-from .state import Norm, record_call
+from .state import Norm, name_given, record_call
 
 
 class Fused(Norm):
@@ -51,19 +53,26 @@ class Fused(Norm):
         self.__dict__.update(self.plain(*arguments, **options).__dict__)
         self.activation = check_activation(type(self).__name__, activation) or IDENTITY
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(  # type: ignore[override] # the residual comes first, as before masks
+        self, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None, lengths: Any = None
+    ) -> Tensor:
         """activation(norm(input) + residual); shape, dtype and memory format (channels_last is kept) of the input.
 
         Args:
             input: as for the plain norm.
             residual: shape and dtype of `input`.
+            mask, lengths: as for the plain norm; what follows the norm is 0 at padding, too.
         """
         if isinstance(input, Proxy) or isinstance(residual, Proxy):
-            return record_call(self, *((input,) if residual is None else (input, residual)))
+            given = (input,) if residual is None else (input, residual)
+            return record_call(self, *given, **name_given(mask=mask, lengths=lengths))
+        mask, lengths = self.find_mask(input, mask, lengths)
         if self.add is not None and residual is not None and not fits(residual, input):
             activation = check_activation(type(self).__name__, self.activation)
-            return finish(self.add(self.normalize(input), residual), activation, None)
-        return self.normalize(input, self.activation, residual)  # type: ignore[call-arg] # the mix-ins take them
+            y = finish(self.add(self.normalize(input, mask=mask, lengths=lengths), residual), activation, None)
+            found = find_mask(type(self).__name__, input, self.find_channel_axes(input), mask, lengths)
+            return y if found is None else blank(y, found > 0)
+        return self.normalize(input, self.activation, residual, mask, lengths)
 
     def reset_parameters(self) -> None:
         """Gamma 1, beta 0, and running statistics as at the start, as the plain norm does."""

@@ -166,8 +166,14 @@ class AnyNorm(Norm):
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.zero_()
 
-    def normalize(self, input: Tensor) -> Tensor:
+    def normalize(  # type: ignore[override] # nothing follows it
+        self, input: Tensor, mask: Tensor | None = None, lengths: None = None
+    ) -> Tensor:
         """Hold the input against the pattern, choose the source, normalize, count the batch."""
+        if mask is not None or lengths is not None:
+            raise NotImplementedError(
+                f"AnyNorm: pattern {self.pattern!r} does not say what a mask covers; got one; use a norm of the family"
+            )
         check_floating("AnyNorm", input)
         check_sizes(input, self.pattern, self.sizes)
         pooling = find_pooling(self.pattern, self.affine, self.centred, input.dim(), self.sizes)

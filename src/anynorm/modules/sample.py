@@ -14,15 +14,29 @@ from ..functional import group_norm, layer_norm, rms_norm
 from .state import Norm
 
 
-class _LayerNorm(Norm):
+class _ByFeatures(Norm):
+    normalized_shape: tuple[int, ...]
+
+    def find_channel_axes(self, input: Tensor) -> tuple[int, ...]:
+        """The last axes."""
+        return tuple(range(input.dim() - len(self.normalized_shape), input.dim()))
+
+
+class _LayerNorm(_ByFeatures):
     """A mix-in, as the two below, that torch's subclass and the fused class share."""
 
-    normalized_shape: tuple[int, ...]
     eps: float
     weight: Any
     bias: Any
 
-    def normalize(self, input: Tensor, activation: str | None = None, residual: Tensor | None = None) -> Tensor:
+    def normalize(
+        self,
+        input: Tensor,
+        activation: str | None = None,
+        residual: Tensor | None = None,
+        mask: Tensor | None = None,
+        lengths: Any = None,
+    ) -> Tensor:
         """y = (x - mean) / sqrt(var + eps) * weight + bias, see `anynorm.functional.layer_norm`."""
         return layer_norm(
             input,
@@ -32,17 +46,34 @@ class _LayerNorm(Norm):
             self.eps,
             activation=activation,
             residual=residual,
+            mask=mask,
+            lengths=lengths,
         )
 
 
-class _RMSNorm(Norm):
-    normalized_shape: tuple[int, ...]
+class _RMSNorm(_ByFeatures):
     eps: float | None
     weight: Any
 
-    def normalize(self, input: Tensor, activation: str | None = None, residual: Tensor | None = None) -> Tensor:
+    def normalize(
+        self,
+        input: Tensor,
+        activation: str | None = None,
+        residual: Tensor | None = None,
+        mask: Tensor | None = None,
+        lengths: Any = None,
+    ) -> Tensor:
         """y = x / sqrt(mean(x**2) + eps) * weight, see `anynorm.functional.rms_norm`."""
-        return rms_norm(input, self.normalized_shape, self.weight, self.eps, activation=activation, residual=residual)
+        return rms_norm(
+            input,
+            self.normalized_shape,
+            self.weight,
+            self.eps,
+            activation=activation,
+            residual=residual,
+            mask=mask,
+            lengths=lengths,
+        )
 
 
 class _GroupNorm(Norm):
@@ -51,10 +82,25 @@ class _GroupNorm(Norm):
     weight: Any
     bias: Any
 
-    def normalize(self, input: Tensor, activation: str | None = None, residual: Tensor | None = None) -> Tensor:
+    def normalize(
+        self,
+        input: Tensor,
+        activation: str | None = None,
+        residual: Tensor | None = None,
+        mask: Tensor | None = None,
+        lengths: Any = None,
+    ) -> Tensor:
         """y = (x - mean) / sqrt(var + eps) * weight + bias, see `anynorm.functional.group_norm`."""
         return group_norm(
-            input, self.num_groups, self.weight, self.bias, self.eps, activation=activation, residual=residual
+            input,
+            self.num_groups,
+            self.weight,
+            self.bias,
+            self.eps,
+            activation=activation,
+            residual=residual,
+            mask=mask,
+            lengths=lengths,
         )
 
 
@@ -75,9 +121,9 @@ class RMSNorm(_RMSNorm, nn.RMSNorm):
         tensor([1., 1.])
     """
 
-    def forward(self, x: Tensor) -> Tensor:  # torch calls it x here.
-        """Normalize; same shape, dtype and memory format (channels_last is kept)."""
-        return super().forward(x)
+    def forward(self, x: Tensor, mask: Tensor | None = None, lengths: Any = None) -> Tensor:  # torch calls it x here.
+        """Normalize, see `anynorm.LayerNorm.forward`."""
+        return super().forward(x, mask, lengths)
 
 
 class GroupNorm(_GroupNorm, nn.GroupNorm):

@@ -9,20 +9,50 @@ from torch import Tensor
 from torch.fx import Proxy
 
 from ..errors import check_state
+from ..masks import SERVED, find_current, masked
+from ..ragged import is_ragged
 
 
 class Norm(nn.Module):
     """Refuses checkpoints that torch loads in silence, and is a leaf to FX."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalize; same shape, dtype and memory format (channels_last is kept)."""
-        if isinstance(input, Proxy):
-            return record_call(self, input)
-        return self.normalize(input)
+    def forward(self, input: Tensor, mask: Tensor | None = None, lengths: Any = None) -> Tensor:
+        """Normalize; same shape, dtype and memory format (channels_last is kept).
 
-    def normalize(self, input: Tensor) -> Tensor:
+        Args:
+            input: as for torch's norm, or a jagged nested tensor or a PackedSequence.
+            mask: which positions count, True or 1 where they do (torch's key_padding_mask is the opposite);
+                broadcastable to the input without its channels or features. Padding enters no statistic, and its
+                outputs are 0.
+            lengths: (N,), how many positions of each sample count, instead of a mask.
+        """
+        if isinstance(input, Proxy):
+            return record_call(self, input, **name_given(mask=mask, lengths=lengths))
+        mask, lengths = self.find_mask(input, mask, lengths)
+        return self.normalize(input, mask=mask, lengths=lengths)
+
+    def normalize(
+        self,
+        input: Tensor,
+        activation: str | None = None,
+        residual: Tensor | None = None,
+        mask: Tensor | None = None,
+        lengths: Any = None,
+    ) -> Tensor:
         """What `forward` does outside FX."""
         raise NotImplementedError
+
+    def find_mask(self, input: Tensor, mask: Tensor | None, lengths: Any) -> tuple[Tensor | None, Any]:
+        """What was given, or else what `anynorm.masked` has for this input."""
+        if mask is not None or lengths is not None or not (masked.opened or SERVED) or is_ragged(input):
+            return mask, lengths
+        channels = self.find_channel_axes(input)
+        positions = [size for axis, size in enumerate(input.shape) if axis not in channels]
+        return find_current(self, positions, input.shape), None
+
+    def find_channel_axes(self, input: Tensor) -> tuple[int, ...]:
+        """Axes of the input that a mask has not."""
+        return (1,)
 
     def _load_from_state_dict(
         self,
@@ -42,16 +72,21 @@ class Norm(nn.Module):
             )
 
 
-def record_call(module: nn.Module, *inputs: Any) -> Any:
+def name_given(**options: Any) -> dict[str, Any]:
+    """Those that are not None."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def record_call(module: nn.Module, *inputs: Any, **options: Any) -> Any:
     """Let FX record a call of the module itself, as it does for torch.nn's.
 
     FX traces through classes outside torch.nn, which would freeze the training mode and move the counter meanwhile.
     """
-    tracer: Any = next(input.tracer for input in inputs if isinstance(input, Proxy))
+    tracer: Any = next(input.tracer for input in (*inputs, *options.values()) if isinstance(input, Proxy))
     path = tracer.path_of_module(module)
     if not path:
         raise TypeError(
             f"symbolic_trace: a norm cannot be the root of a trace; got {type(module).__name__}; "
             "trace torch.nn.Sequential(norm)"
         )
-    return tracer.create_proxy("call_module", path, inputs, {})
+    return tracer.create_proxy("call_module", path, inputs, options)

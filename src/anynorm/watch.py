@@ -1,0 +1,79 @@
+"""Does anything watch the operations, or is a tensor plain memory that kernels may read?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import _dispatch_keys
+from torch._C._functorch import get_dynamic_layer_stack_depth
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+from torch.overrides import _get_current_function_mode_stack, _len_torch_function_stack
+from torch.utils._device import DeviceContext
+from torch.utils._python_dispatch import _len_torch_dispatch_stack
+
+# Dispatch keys of an ordinary tensor on the CPU, outside and inside inference mode. All else has others: other devices
+# and layouts, subclasses, nested tensors, signs, conjugation or zeros that are only noted, tensors under a transform.
+with torch.inference_mode():
+    PLAIN_KEYS = {_dispatch_keys(torch.empty(0, device="cpu")).raw_repr()}
+PLAIN_KEYS.add(_dispatch_keys(torch.empty(0, device="cpu")).raw_repr())
+
+
+def is_watched() -> bool:
+    """Whether something follows the operations: tracing, a transform, a mode, forward-mode derivatives."""
+    return bool(
+        torch.compiler.is_compiling()
+        or torch._C._is_tracing()
+        or get_dynamic_layer_stack_depth()
+        or forward_ad._current_level >= 0
+        or _len_torch_dispatch_stack()
+        or (_len_torch_function_stack() and not only_default_device())
+    )
+
+
+def is_plain(*tensors: Tensor | None) -> bool:
+    """Whether nothing watches the operations and every tensor lies in memory as it reads.
+
+    The kernels take addresses, so this is an allow-list: what is not known to be harmless is refused.
+    """
+    if is_watched():
+        return False
+    return all(
+        t is None or ((type(t) is Tensor or type(t) is Parameter) and _dispatch_keys(t).raw_repr() in PLAIN_KEYS)
+        for t in tensors
+    )
+
+
+def find_key(function: str, options: tuple[Any, ...], x: Tensor, *others: Tensor | None) -> tuple[Any, ...] | None:
+    """All that a function's checks look at, where kernels may serve; else None.
+
+    A call whose key is in `ops.RECIPES` needs no checks: the same ones have passed.
+    """
+    if is_watched():
+        return None
+    key: list[Any] = [function, options]
+    for t in (x, *others):
+        if t is None:
+            key.append(None)
+            continue
+        kind = type(t)
+        if (kind is not Tensor and kind is not Parameter) or _dispatch_keys(t).raw_repr() not in PLAIN_KEYS:
+            return None
+        key.append(t.shape)
+        key.append(t.dtype)
+    key.append(x.stride())
+    return tuple(key)
+
+
+def only_default_device() -> bool:
+    """Whether the function modes in force merely choose where new tensors live, as torch.set_default_device does."""
+    return all(type(mode) is DeviceContext for mode in _get_current_function_mode_stack())
+
+
+def has_memory(*tensors: Tensor) -> bool:
+    """Whether addresses can be compared: ordinary tensors, outside compilers and transforms."""
+    if torch.compiler.is_compiling() or get_dynamic_layer_stack_depth():
+        return False
+    return all(type(t) in (Tensor, Parameter) and t.layout == torch.strided and not t.is_meta for t in tensors)
