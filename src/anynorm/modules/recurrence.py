@@ -52,7 +52,7 @@ class Recurrent(nn.RNNBase):
 
     gates: tuple[int, ...]  # how many gates share a mean and a variance in layer norm
     has_cell: bool
-    norm: str | None = None  # as a class attribute for reset_parameters, which torch's constructor calls
+    norm: str | None = None  # on the class, because torch's constructor calls reset_parameters before it is known
 
     def __init__(
         self,
@@ -68,17 +68,22 @@ class Recurrent(nn.RNNBase):
         super().__init__(*arguments, **options)
         self.norm, self.max_steps, self.on_single, self.eps, self.momentum = norm, max_steps, on_single, eps, momentum
         self._suffixes = ("", "_reverse") if self.bidirectional else ("",)
-        places = {None: (), "batch-sequence": ("ih",)}.get(
-            norm, ("ih", "hh", "cell") if self.has_cell else ("ih", "hh")
-        )
         for layer in range(self.num_layers):
-            for place in places:
+            for place in self._find_places():
                 for suffix in self._suffixes:
                     setattr(self, f"norm_{place}_l{layer}{suffix}", self._make_norm(place))
         self._reset_norms()
 
+    def _find_places(self) -> tuple[str, ...]:
+        """Where norms stand: behind the input's product ("ih"), the hidden state's ("hh"), on the cell ("cell")."""
+        if self.norm is None:
+            return ()
+        if self.norm == "batch-sequence":
+            return ("ih",)
+        return ("ih", "hh", "cell") if self.has_cell else ("ih", "hh")
+
     def _make_norm(self, place: str) -> RowNorm:
-        """The norm of the input's product ("ih"), of the hidden state's ("hh") or of the cell ("cell")."""
+        """The norm of one of these places."""
         parts = (self.hidden_size,) if place == "cell" else tuple(gates * self.hidden_size for gates in self.gates)
         like: dict[str, Any] = {"device": self.weight_ih_l0.device, "dtype": self.weight_ih_l0.dtype}
         bias = place == "cell" and self.bias
@@ -123,9 +128,11 @@ class Recurrent(nn.RNNBase):
         if isinstance(input, Proxy):
             return record_call(self, input, hx, lengths)
         if lengths is not None:
-            steps = input.shape[1 if self.batch_first else 0] if isinstance(input, Tensor) and input.dim() == 3 else 0
-            output, state = self.forward(pack(type(self).__name__, input, lengths, self.batch_first), hx)
-            return unpack(output, self.batch_first, steps), state
+            packed = pack(type(self).__name__, input, lengths, self.batch_first)
+            output, state = self.forward(packed, hx)
+            return unpack(output, self.batch_first, input.shape[1 if self.batch_first else 0]), state
+        if isinstance(input, PackedSequence) and hx is not None:  # torch takes states of too many sequences in silence
+            self.check_forward_args(input.data, hx, input.batch_sizes)
         if self.norm is None:
             return super().forward(input, hx)
         if isinstance(input, PackedSequence):
@@ -158,9 +165,8 @@ class Recurrent(nn.RNNBase):
             count, batch = self.num_layers * len(self._suffixes), int(batch_sizes[0])
             h = rows.new_zeros(count, batch, self.proj_size or self.hidden_size)
             hx = (h, rows.new_zeros(count, batch, self.hidden_size)) if self.has_cell else h
-        else:
-            hx = self.permute_hidden(hx, order)
         self.check_forward_args(rows, hx, batch_sizes)
+        hx = self.permute_hidden(hx, order)
         sizes = batch_sizes.tolist()
         for name, norm in self.named_children():
             norm.check_sizes(f"{type(self).__name__}.{name}", sizes)  # type: ignore[operator]
@@ -181,9 +187,9 @@ class Recurrent(nn.RNNBase):
             for suffix in self._suffixes:
                 cell = self._find_cell(f"l{layer}{suffix}")
                 state = tuple(s[len(last)] for s in start)
-                read = rows if not suffix else rows[flip]
+                read = rows if flip is None or not suffix else rows.index_select(0, flip)
                 output, state = self._walk(cell, read, sizes, state)
-                outputs.append(output if not suffix else output[flip])
+                outputs.append(output if flip is None or not suffix else output.index_select(0, flip))
                 last.append(state)
             rows = torch.cat(outputs, -1)
         return rows, tuple(torch.stack(states) for states in zip(*last))

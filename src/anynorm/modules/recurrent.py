@@ -22,16 +22,11 @@ class LSTM(Recurrent, nn.LSTM):
     c[t] = sigmoid(f) * c[t-1] + sigmoid(i) * tanh(g)
     h[t] = sigmoid(o) * tanh(norm_cell(c[t]))
 
-    ========================  ===========================  ==================  ==========================
-    norm                      statistics over              where               gamma begins at
-    ========================  ===========================  ==================  ==========================
-    None                                                   nowhere: torch's
-    "layer"                   a row of all four gates      ih, hh, cell        1
-    "batch-per-step"          the sequences that still     ih, hh, cell        0.1
-                              run at that step
-    "batch-sequence"          all valid steps of all       ih                  1
-                              sequences
-    ========================  ===========================  ==================  ==========================
+    norm              statistics over                                         at               gamma begins at
+    "layer"           a row of all four gates; of the cell's row              ih, hh, cell     1
+    "batch-per-step"  the sequences that still run at that step, per channel  ih, hh, cell     0.1
+    "batch-sequence"  every step of every sequence, per channel               ih               1
+    None              nothing: torch's own layer                              nowhere
 
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype: as for
@@ -41,9 +36,13 @@ class LSTM(Recurrent, nn.LSTM):
         max_steps: for "batch-per-step", how many steps have running averages of their own; later steps share the last.
         on_single: for "batch-per-step" in training, what a step does at which a single sequence still runs, as the
             tail of almost every ragged batch: "running" normalizes it by the running averages of that step (of the
-            last step that has any) and leaves them as they are; "error" refuses the batch.
+            last step that has any) and leaves them as they are; "error" refuses the batch. A batch of one sequence is
+            refused either way: there is nothing to learn statistics from.
         eps: in units of x squared.
         momentum: weight of the new value in the running averages; None for a cumulative average.
+
+    Returns:
+        From a call: output and last states, shaped, packed or padded as torch's layer returns them; see `forward`.
 
     Raises:
         UserError: options that do not fit each other.

@@ -106,6 +106,7 @@ class _BatchRows(RowNorm):
         shape: the running averages' shape, () or (max_steps,), before the features.
     """
 
+    counter_name = "num_batches_tracked"
     running_mean: Tensor
     running_var: Tensor
 
@@ -125,8 +126,6 @@ class _BatchRows(RowNorm):
         counter = torch.zeros(shape, dtype=torch.long, device=self.weight.device)
         self.register_buffer(self.counter_name, counter)
         self.reset_parameters()
-
-    counter_name = "num_batches_tracked"
 
     @property
     def counter(self) -> Tensor:
@@ -184,6 +183,7 @@ class StepRows(_BatchRows):
     gamma = 0.1
     # Not torch's name: a norm's num_batches_tracked is one number, and checkpoints are checked for that.
     counter_name = "num_batches_per_step"
+    num_batches_per_step: Tensor
 
     def __init__(
         self,
@@ -207,8 +207,6 @@ class StepRows(_BatchRows):
                 input, beta, (self.running_mean[slot], self.running_var[slot]), self.num_batches_per_step[slot]
             )
         return self.from_running(input, beta, self.find_running(step))
-
-    num_batches_per_step: Tensor
 
     def find_running(self, step: int) -> tuple[Tensor, Tensor]:
         """The averages of a step, or of the last step that has any. Steps are seen in order, without gaps."""
