@@ -38,6 +38,7 @@ from .modules.lazy import (
     LazyInstanceNorm3d,
 )
 from .modules.pattern import AnyNorm
+from .modules.recurrent import GRU, LSTM
 from .modules.sample import GroupNorm, LayerNorm, RMSNorm
 from .ops import exact
 from .surgery.accelerate import accelerate
@@ -46,6 +47,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "FAMILY",
+    "GRU",
+    "LSTM",
     "AnyNorm",
     "BatchNorm1d",
     "BatchNorm2d",
