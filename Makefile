@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: sanitize help setup compare try speed bench explain env list test check accuracy format clean
+.PHONY: masked sanitize help setup compare try speed bench explain env list test check accuracy format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -36,6 +36,9 @@ $(VENV)/.bench: pyproject.toml constraints.txt | $(READY)
 
 bench: $(READY) $(VENV)/.bench ## the benchmark, and docs/speed.md (ARGS=--quick: 3 minutes; ARGS=--help)
 	$(BIN)/python -m benchmarks.bench $(ARGS)
+
+masked: $(READY) ## what a mask costs, and the table in docs/padding.md
+	$(BIN)/python -m benchmarks.masked
 
 explain: $(READY) ## the three steps in real numbers
 	$(BIN)/anynorm explain $(ARGS)

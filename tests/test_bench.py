@@ -12,10 +12,11 @@ import pytest
 import torch
 from rich.console import Console
 
+import anynorm
 from anynorm.errors import UserError
 from anynorm.trial.cases import MODES, Case
 from anynorm.trial.rounds import Rounds
-from benchmarks import bench, limits, machine, page, peers, plot, results, tables, verdicts
+from benchmarks import bench, limits, machine, masked, page, peers, plot, results, tables, verdicts
 from benchmarks.grid import BATCHES, find_cases
 from benchmarks.results import Row
 
@@ -316,3 +317,14 @@ def test_every_peer_computes_the_same(case, mode):
     with torch.set_grad_enabled(mode == verdicts.BOTH):
         contest = peers.make_contest(chosen, case, mode, case.draw())
     assert set(contest.calls) == {*chosen, "copy"}
+
+
+def test_what_a_mask_costs_is_measured_for_every_norm():
+    assert {case.norm for case in masked.CASES} == set(anynorm.FAMILY)
+    case = next(case for case in masked.CASES if case.place == "series")
+    masks = masked.draw_masks(case)
+    assert [name for name, mask in masks.items() if mask is None] == ["none"]
+    assert float(masks["lengths"].float().mean()) == pytest.approx(0.62, abs=0.02)
+    row = masked.write_row(case, "training", masked.measure(case, "training", 0.01))
+    assert row.count("|") == 7
+    assert "<!-- masked -->" in masked.PAGE.read_text()

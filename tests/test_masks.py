@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 
 import numpy as np
@@ -432,6 +433,48 @@ def test_the_context_is_the_threads_own():
         thread.start()
         thread.join()
     assert bool((found[0][1, :, 4:] != 0).all())
+
+
+def test_the_context_is_the_tasks_own():
+    norm, x, found = anynorm.BatchNorm1d(3), torch.randn(2, 3, 8), {}
+
+    async def inside(opened: asyncio.Event, done: asyncio.Event) -> None:
+        with anynorm.masked(MASK):
+            opened.set()
+            await done.wait()
+            found["inside"] = norm(x)
+
+    async def outside(opened: asyncio.Event, done: asyncio.Event) -> None:
+        await opened.wait()
+        found["outside"] = norm(x)
+        done.set()
+
+    async def both() -> None:
+        opened, done = asyncio.Event(), asyncio.Event()
+        await asyncio.gather(inside(opened, done), outside(opened, done))
+
+    asyncio.run(both())
+    assert bool((found["inside"][1, :, 4:] == 0).all())
+    assert bool((found["outside"][1, :, 4:] != 0).all())
+
+
+def test_the_context_under_compile():
+    """The graph breaks at the norm, and the mask is there; without a context a whole graph is made."""
+    torch._dynamo.reset()
+    net, x = build(), torch.randn(2, 3, 8)
+    whole, broken = (torch.compile(net, backend="aot_eager", fullgraph=full) for full in (True, False))
+    whole(x)
+    with anynorm.masked(MASK, SHORT):
+        torch.testing.assert_close(broken(x), net(x), atol=1e-6, rtol=1e-6)
+    torch._dynamo.reset()
+    torch.testing.assert_close(whole(x), net(x), atol=1e-6, rtol=1e-6)
+
+
+def test_a_mask_under_vmap():
+    x = torch.randn(4, 2, 3, 8)
+    y = torch.func.vmap(lambda x: functional.instance_norm(x, mask=MASK))(x)
+    for got, one in zip(y, x, strict=True):
+        torch.testing.assert_close(got, functional.instance_norm(one, mask=MASK), atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])

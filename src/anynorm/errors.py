@@ -122,10 +122,8 @@ def check_more_than_one(function: str, count: int, what: str, x: Tensor, repair:
         )
 
 
-def check_more_than_one_counted(function: str, mask: Tensor | None, x: Tensor, repair: str) -> None:
+def check_more_than_one_counted(function: str, mask: Tensor, x: Tensor, repair: str) -> None:
     """The same for positions that count. None at all is fine: nothing is normalized and nothing moves."""
-    if mask is None or torch.compiler.is_compiling() or not has_values(mask):
-        return
     if int(mask.sum()) == 1:
         raise ValueError(
             f"{function}: statistics need more than 1 real position, or every output is beta; "

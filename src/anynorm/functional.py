@@ -155,7 +155,8 @@ def batch_norm(
     """
     if mask is not None or lengths is not None:
         mask = find_mask("batch_norm", input, (1,), mask, lengths)
-        check_more_than_one_counted("batch_norm", mask if training else None, input, BATCH_OF_ONE)
+        if training and mask is not None and watch.has_memory(mask):
+            check_more_than_one_counted("batch_norm", mask, input, BATCH_OF_ONE)
     options = (training, eps, activation)
     key = watch.find_key("batch_norm", options, input, weight, bias, running_mean, running_var, residual, mask)
     if key is not None and key in ops.RECIPES:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextvars import ContextVar, Token
+from threading import Lock
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .ragged import is_ragged
+from .watch import has_memory
 
 
 def find_mask(
@@ -70,7 +72,7 @@ def check_zeros_and_ones(function: str, mask: Tensor) -> None:
     """Refuse additive masks, 0 for real positions and -inf for padding, which would mean the opposite."""
     if mask.is_complex():
         raise ValueError(f"{function}: mask must be bool or 0 and 1; got {mask.dtype}; pass mask.bool()")
-    if torch.compiler.is_compiling() or mask.is_meta:
+    if not has_memory(mask):
         return
     odd = mask[(mask != 0) & (mask != 1)]
     if odd.numel():
@@ -95,7 +97,7 @@ def check_lengths(function: str, lengths: Any, wanted: tuple[int, ...], x: Tenso
             f"{function}: lengths must have one entry for each sample, ({wanted[0]},); got {tuple(lengths.shape)}, "
             f"input {tuple(x.shape)}; pass the length of each sample"
         )
-    if torch.compiler.is_compiling() or lengths.is_meta or not lengths.numel():
+    if not has_memory(lengths) or not lengths.numel():
         return lengths
     least, most = (int(t) for t in lengths.aminmax())
     if least < 0 or most > wanted[1]:
@@ -162,6 +164,7 @@ def shorten(mask: Tensor, kernel_size: int, stride: int = 1, padding: int = 0, d
 
 CURRENT: ContextVar[masked | None] = ContextVar("anynorm.masked", default=None)
 SERVED: WeakKeyDictionary[nn.Module, masked] = WeakKeyDictionary()
+LOCK = Lock()
 
 
 class masked:
@@ -197,13 +200,19 @@ class masked:
         self._tokens: list[Token[masked | None]] = []
 
     def __enter__(self) -> masked:
-        masked.opened += 1
+        masked.count(1)
         self._tokens.append(CURRENT.set(self))
         return self
 
     def __exit__(self, *exception: object) -> None:
-        masked.opened -= 1
+        masked.count(-1)
         CURRENT.reset(self._tokens.pop())
+
+    @classmethod
+    def count(cls, step: int) -> None:
+        """Contexts are entered and left by any thread."""
+        with LOCK:
+            cls.opened += step
 
     def find(self, layer: nn.Module, positions: Sequence[int], shape: Sequence[int]) -> Tensor | None:
         """The mask for an input, None where it has no positions and no mask is about samples alone."""
@@ -223,6 +232,11 @@ class masked:
 def describe(layer: nn.Module) -> str:
     """A layer as it prints itself."""
     return f"{type(layer).__name__}({layer.extra_repr()})"
+
+
+def may_be_masked() -> bool:
+    """Whether a norm must look for a context: one is open, or one may have been left before backward."""
+    return masked.opened > 0 or (not torch.compiler.is_compiling() and len(SERVED) > 0)
 
 
 def find_current(layer: nn.Module, positions: Sequence[int], shape: Sequence[int]) -> Tensor | None:

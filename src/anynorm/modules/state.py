@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx import Proxy
 
 from ..errors import check_state
-from ..masks import SERVED, find_current, masked
+from ..masks import find_current, may_be_masked
 from ..ragged import is_ragged
 
 
@@ -44,7 +44,7 @@ class Norm(nn.Module):
 
     def find_mask(self, input: Tensor, mask: Tensor | None, lengths: Any) -> tuple[Tensor | None, Any]:
         """What was given, or else what `anynorm.masked` has for this input."""
-        if mask is not None or lengths is not None or not (masked.opened or SERVED) or is_ragged(input):
+        if mask is not None or lengths is not None or not may_be_masked() or is_ragged(input):
             return mask, lengths
         channels = self.find_channel_axes(input)
         positions = [size for axis, size in enumerate(input.shape) if axis not in channels]
