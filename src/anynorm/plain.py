@@ -38,6 +38,10 @@ def compose(
     With a mask padding is made 0 before anything is computed, so that neither a value nor a gradient comes from there.
     """
     view = pooling.open(x)
+    is_constant = given is not None and not (torch.is_grad_enabled() and any_requires_grad(x, weight, bias, residual))
+    if is_constant and activation is None and residual is None and mask is None:
+        assert given is not None
+        return compose_given(x, pooling, weight, bias, eps, given), given
     wide = view.to(find_wide_dtype(x))
     counted = None if mask is None else pooling.open_mask(mask) > 0
     wide = blank(wide, counted)
@@ -48,6 +52,26 @@ def compose(
     y = finish(y, activation, None if residual is None else blank(pooling.open(residual).to(y.dtype), counted))
     y = blank(y, counted)
     return y.to(x.dtype).reshape(x.shape), moments
+
+
+def any_requires_grad(*tensors: Tensor | None) -> bool:
+    return any(t is not None and t.requires_grad for t in tensors)
+
+
+def compose_given(
+    x: Tensor, pooling: Pooling, weight: Tensor | None, bias: Tensor | None, eps: float, given: Moments
+) -> Tensor:
+    """y from given statistics where nobody sums gradients: x - mean rounds once, so float32 is wide enough.
+
+    In a compiler's graph, which finds rstd anew for every element, float64 would be the limit and not memory.
+    """
+    assert given.mean is not None
+    view = pooling.open(x)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    scale = torch.rsqrt(given.m2.to(dtype) + eps)  # of running averages the variance itself: their count is 1
+    gamma, beta = (spread(p, pooling, view, dtype) for p in (weight, bias))
+    y = scale_shift(view.to(dtype) - given.mean.to(dtype), scale if gamma is None else scale * gamma, beta)
+    return y.to(x.dtype).reshape(x.shape)
 
 
 def blank(t: Tensor, counted: Tensor | None) -> Tensor:
