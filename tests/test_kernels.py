@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import anynorm
-from anynorm import kernels, plain
+from anynorm import kernels, plain, walks
 from anynorm.family import FAMILY
 from anynorm.pooling import Pooling, find_pooling
 from specimens import assert_close, wide
@@ -42,7 +42,7 @@ def pool(name: str, x: Tensor, sizes: tuple = ()) -> Pooling:
 
 def walk_of(name: str, x: Tensor, sizes: tuple = (), given: int = 0) -> tuple[int, ...] | None:
     """n, g, k, s, channels last, pooled over n."""
-    plan = kernels.find_plan(pool(name, x, sizes), x.shape, x.stride(), x.dtype, given)
+    plan = walks.find_plan(pool(name, x, sizes), x.shape, x.stride(), x.dtype, given)
     return None if plan is None else plan.packed[:6]
 
 

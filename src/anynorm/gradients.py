@@ -12,9 +12,10 @@ from . import kernels, plain
 from .pooling import Pooling
 from .sources import move_running, read_running
 from .statistics import Moments
+from .walks import Plan
 from .watch import is_plain
 
-Recipe = tuple[Pooling, kernels.Plan]
+Recipe = tuple[Pooling, Plan]
 Running = tuple[Tensor, Tensor, float | Tensor]  # running mean and variance, and the weight of the new value
 
 

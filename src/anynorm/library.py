@@ -17,6 +17,7 @@ from torch.library import Library, register_autograd, register_fake
 from . import kernels, plain
 from .pooling import Pooling, remember
 from .statistics import Moments
+from .walks import CODES
 
 LIBRARY = Library("anynorm", "FRAGMENT")
 AFTER = "Tensor? weight, Tensor? bias, Tensor? residual, str pooling, float eps, str activation"
@@ -49,7 +50,7 @@ def count_pools(x: Tensor, pooling: Pooling) -> Any:
 
 def serves(x: Tensor) -> bool:
     """Whether a compiler should call the kernels for x."""
-    return not kernels.OFF and x.device.type == "cpu" and x.dtype in kernels.CODES and x.numel() >= LEAST
+    return not kernels.OFF and x.device.type == "cpu" and x.dtype in CODES and x.numel() >= LEAST
 
 
 def normalize(

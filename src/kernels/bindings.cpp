@@ -56,7 +56,7 @@ class Memory {
     int count_ = 0;
 };
 
-// How a tensor is walked: sizes that were checked once, made by `kernels.find_plan` and kept.
+// How a tensor is walked: sizes that were checked once, made by `walks.find_plan` and kept.
 struct Plan {
     Call call{};
     int64_t element, parameter;  // bytes

@@ -1,0 +1,127 @@
+"""Which walk over memory serves a tensor? A pooling and a tensor's strides become ten integers, a `Plan`."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+
+from .pooling import Pooling, remember
+
+try:
+    from . import _kernels as compiled  # type: ignore[attr-defined]
+except ImportError:
+    compiled = None
+
+CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+# Axes in the order of memory, one letter for each run of alike: n keeps statistics of its own, a does and has a gamma
+# of its own, p is pooled, b is pooled and has a gamma of its own.
+SAMPLES_FIRST = re.compile("n?a?b?p?")
+SAMPLES_LAST = re.compile("n?pa?b?")
+BATCH = re.compile("p?ap?|p")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a tensor is walked.
+
+    Attributes:
+        walk: sizes, as the compiled module keeps them.
+        packed: the same, to look at: n, g, k, s, channels last, pooled over n, centred, dtype, given, rows of a sample.
+        pools: how many elements share nothing: the size of mean and m2.
+        channels: the size of gamma and beta.
+        shape: of mean and m2, as they broadcast over the view.
+        count: elements of a pool.
+    """
+
+    walk: Any
+    packed: tuple[int, ...]
+    pools: int
+    channels: int
+    shape: tuple[int, ...]
+    count: int
+    centred: bool
+
+
+def open_sizes(pooling: Pooling, shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[list[int], list[int]]:
+    """Sizes and strides of the opened view, without making it."""
+    sizes, steps = list(shape), list(strides)
+    for axis, parts in pooling.splits:
+        known = -prod(parts)
+        parts = tuple(sizes[axis] // known if part == -1 else part for part in parts)
+        step = steps[axis]
+        inner = [step * prod(parts[i + 1 :]) for i in range(len(parts))]
+        sizes[axis : axis + 1], steps[axis : axis + 1] = parts, inner
+    return sizes, steps
+
+
+@remember
+def find_plan(
+    pooling: Pooling,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    dtype: torch.dtype,
+    given: int,
+    masked: bool = False,
+) -> Plan | None:
+    """The walk over x, or None where it is not one of the two.
+
+    Args:
+        shape, strides: of x.
+        given: 1 where statistics are given in the dtype of the parameters, 2 in float64, one for every channel, so that
+            samples share them; else 0.
+        masked: whether a mask will tell which positions count.
+    """
+    if dtype not in CODES:
+        return None
+    extents, steps = open_sizes(pooling, shape, strides)
+    hidden = {*pooling.pooled, *pooling.samples} if given else set(pooling.pooled)
+    letters, sizes = find_letters(pooling, hidden, extents, steps)
+    n, g, k, s = (sizes[letters.index(letter)] if letter in letters else 1 for letter in "nabp")
+    last = pool_n = False
+    if BATCH.fullmatch(letters):
+        before, _, after = letters.partition("a")
+        n, s = (sizes[0] if before else 1), (sizes[-1] if after else 1)
+        pool_n = True
+    elif given:
+        return None
+    elif SAMPLES_LAST.fullmatch(letters) and not SAMPLES_FIRST.fullmatch(letters):
+        last = True
+    elif not SAMPLES_FIRST.fullmatch(letters):
+        return None
+    statistics = tuple(1 if axis in hidden else extent for axis, extent in enumerate(extents))
+    # Where positions are rows, as in (N, L, C), sums begin anew with each sample, so that padding changes no bit.
+    sample_rows = n // shape[0] if masked and pool_n and s == 1 and n > shape[0] else 0
+    packed = (n, g, k, s, last, pool_n, pooling.centred, CODES[dtype], given, sample_rows)
+    count = n * s if pool_n else k * s
+    return Plan(compiled.Plan(*packed), packed, prod(statistics), g * k, statistics, count, pooling.centred)
+
+
+def find_letters(pooling: Pooling, hidden: set[int], sizes: list[int], strides: list[int]) -> tuple[str, list[int]]:
+    """Letters and sizes of the axes in the order of memory, alike neighbours as one.
+
+    "?" where memory has holes, or where statistics or parameters are not in the order of memory.
+    """
+    axes = sorted((a for a, size in enumerate(sizes) if size > 1), key=lambda a: strides[a], reverse=True)
+    expected = 1
+    for axis in reversed(axes):
+        if strides[axis] != expected:
+            return "?", [0]
+        expected *= sizes[axis]
+    for ordered in ([a for a in axes if a not in hidden], [a for a in axes if a in pooling.affine]):
+        if ordered != sorted(ordered):
+            return "?", [0]
+    letters = ""
+    merged: list[int] = []
+    for axis in axes:
+        letter = ("np", "ab")[axis in pooling.affine][axis in hidden]
+        if letters.endswith(letter):
+            merged[-1] *= sizes[axis]
+        else:
+            letters += letter
+            merged.append(sizes[axis])
+    return letters, merged
