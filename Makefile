@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: masked sanitize help setup compare try speed bench explain env list test check accuracy format clean
+.PHONY: masked sanitize help setup compare vowels try speed bench explain env list test check accuracy format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -40,6 +40,14 @@ bench: $(READY) $(VENV)/.bench ## the benchmark, and docs/speed.md (ARGS=--quick
 masked: $(READY) ## what a mask costs, and the table in docs/padding.md
 	$(BIN)/python -m benchmarks.masked
 
+# Of aeon only the data files are read: without its dependencies, whose versions exclude those of constraints.txt.
+$(VENV)/.vowels: constraints.txt | $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps aeon
+	@touch $@
+
+vowels: $(READY) $(VENV)/.vowels ## padding counted and masked, on real utterances (2 minutes; ARGS="--seeds 3")
+	$(BIN)/python examples/japanese_vowels.py $(ARGS)
+
 explain: $(READY) ## the three steps in real numbers
 	$(BIN)/anynorm explain $(ARGS)
 
@@ -49,7 +57,7 @@ env: $(READY) ## versions, and whether the compiled kernels are in use
 list: $(READY) ## the family
 	$(BIN)/anynorm list
 
-test: check ## lint, types, tests and doctests
+test: check $(VENV)/.vowels ## lint, types, tests and doctests
 	$(BIN)/pytest -n 2 $(ARGS)
 	ANYNORM_KERNELS=0 $(BIN)/pytest -n 2 tests/test_family.py tests/test_accuracy.py
 

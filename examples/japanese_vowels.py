@@ -1,8 +1,8 @@
-"""Does padding matter on real recordings? JapaneseVowels, nine speakers, with norms that count it and norms that do not.
+"""Does padding matter on real recordings? JapaneseVowels with norms that count the padding and norms that do not.
 
-270 utterances to train on and 370 to test, of 7 to 29 steps and 12 channels. A convolutional and a recurrent network are
-trained with each norm from the same weights in the same order of the data; then the test utterances are padded further,
-and what should not change is watched. `make vowels` runs it: about a minute and a half on two cores.
+270 utterances to train on and 370 to test, of 7 to 29 steps and 12 channels, by 9 speakers. A convolutional and a
+recurrent network are trained with each norm from the same weights in the same order of the data; then the test
+utterances are padded further, and what should not change is watched. `make vowels` runs it: two minutes on two cores.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from typing import Annotated
 
 import torch
 import typer
-from vowels_data import check_packages
-from vowels_models import ARMS
-from vowels_run import SIZES, Job, Outcome, run_job
 
 from anynorm.errors import UserError
 from anynorm.studies.judge import Interval, find_interval
 from anynorm.terminal import heading, open_console, plain_table, say
+from vowels_data import check_packages
+from vowels_models import ARMS
+from vowels_run import SIZES, Job, Outcome, run_job
 
-RATES = (1e-3, 3e-3, 1e-2)  # of Adam; every arm chooses from the same, on utterances held out of training
+RATES = (3e-3, 1e-2, 3e-2, 1e-1)  # of Adam; every arm chooses from the same, on utterances held out of training
 RATE_SEEDS = (1001, 1002)  # not among the seeds that are reported
 # Which pairs are judged: written before the first run.
 PAIRS = (
@@ -168,7 +168,7 @@ def main(
     except UserError as problem:
         typer.echo(problem, err=True)
         raise typer.Exit(1) from None
-    results = run_study(seeds, RATES[1:2] if quick else RATES, epochs, workers)
+    results = run_study(seeds, RATES[:1] if quick else RATES, epochs, workers)
     print_tables(results)
     print_reading(results, seeds)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn as nn
 from torch import Tensor
-from vowels_data import CHANNELS, CLASSES, LONGEST
 
 import anynorm
+from vowels_data import CHANNELS, CLASSES, LONGEST
 
 WIDTH = 32
 
@@ -32,9 +34,9 @@ class Gru(nn.Module):
     def __init__(self, kind: str | None) -> None:
         super().__init__()
         self.counted = kind == "counted"
-        steps = {"max_steps": LONGEST} if kind == "batch-per-step" else {}
+        steps = LONGEST if kind == "batch-per-step" else None
         norm = "batch-sequence" if self.counted else kind
-        self.gru = anynorm.GRU(CHANNELS, WIDTH, batch_first=True, norm=norm, **steps)
+        self.gru = anynorm.GRU(CHANNELS, WIDTH, batch_first=True, norm=norm, max_steps=steps)
 
     def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
         output, _ = self.gru(x.mT, lengths=None if self.counted else lengths)
@@ -48,7 +50,7 @@ class Network(nn.Module):
         super().__init__()
         body, kind = ARMS[arm]
         sizes = (CHANNELS, WIDTH, WIDTH) if body == "conv" else ()
-        self.convolutions = nn.ModuleList(nn.Conv1d(a, b, 5, padding=2) for a, b in zip(sizes, sizes[1:]))
+        self.convolutions = nn.ModuleList(nn.Conv1d(a, b, 5, padding=2) for a, b in pairwise(sizes))
         self.parts = nn.ModuleList(Norm(str(kind)) for _ in self.convolutions) if sizes else nn.ModuleList([Gru(kind)])
         self.head = nn.Linear(WIDTH, CLASSES)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
 from vowels_data import Utterances, load_vowels
 from vowels_models import Network
 
