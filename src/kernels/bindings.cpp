@@ -88,6 +88,12 @@ struct Plan {
         element = dtype == anynorm::kFloat64 ? 8 : dtype == anynorm::kFloat32 ? 4 : 2;
         parameter = dtype == anynorm::kFloat64 ? 8 : 4;
     }
+    // Whether every row that a walk writes begins at a cache line: results bypass the caches in whole lines only.
+    bool has_whole_lines() const {
+        const int64_t row = call.last ? call.g * call.k : call.s < 16 ? call.g * call.k * call.s : call.s;
+        return row * element % 64 == 0;
+    }
+    bool goes_past_caches(int64_t tensors) const { return has_whole_lines() && tensors * all() > anynorm::last_cache(); }
     int64_t all() const { return call.n * call.g * call.k * call.s * element; }
     int64_t per_channel() const { return call.channels() * parameter; }
     int64_t per_pool() const { return call.pools() * (given_as_parameters ? parameter : 8); }
@@ -146,7 +152,7 @@ void forward(const Plan& plan, double eps, int threads, int activation, Address 
     memory.check();
     nb::gil_scoped_release release;
     if (y) anynorm::ask_for_huge_pages(y, plan.all());
-    call.past_caches = (2 + (residual != 0)) * plan.all() > anynorm::last_cache();
+    call.past_caches = plan.goes_past_caches(2 + (residual != 0));
     anynorm::kernels(call.dtype).forward(call);
 }
 
@@ -171,7 +177,7 @@ void backward(const Plan& plan, double eps, int threads, int activation, Address
     memory.check();
     nb::gil_scoped_release release;
     if (dx) anynorm::ask_for_huge_pages(dx, plan.all());
-    call.past_caches = (3 + (residual != 0) + (dresidual != 0)) * plan.all() > anynorm::last_cache();
+    call.past_caches = plan.goes_past_caches(3 + (residual != 0) + (dresidual != 0));
     if (dresidual) anynorm::ask_for_huge_pages(dresidual, plan.all());
     anynorm::kernels(call.dtype).backward(call);
 }

@@ -8,6 +8,7 @@
 namespace anynorm::ANYNORM_TARGET {
 
 constexpr int64_t kTileBytes = 1 << 17;  // of x, for what is read once
+constexpr int64_t kTiles = 64;
 constexpr int64_t kNearBytes = 1 << 22;  // of x
 
 template <class T>
@@ -28,7 +29,10 @@ struct Columns {
     bool fused = rows * slab * tensors * static_cast<int64_t>(sizeof(T)) <= 2 * kSlabBytes;
     int64_t slabs = fused ? divide_up(width, slab) : 1;
     int64_t stretch = call.weight && call.sample_rows > 0 ? call.sample_rows : rows;  // tiles begin anew with each
-    int64_t tile_rows = least(stretch, most(2 * kSumRows, kTileBytes / (width * static_cast<int64_t>(sizeof(T)))));
+    // Each tile has sums of its own, so there are not more of them than threads may want; with padding they must not depend
+    // on its size.
+    int64_t few = call.weight ? 0 : divide_up(rows, kTiles);
+    int64_t tile_rows = least(stretch, most(most(2 * kSumRows, few), kTileBytes / (width * static_cast<int64_t>(sizeof(T)))));
     int64_t per_stretch = divide_up(stretch, tile_rows), tiles = rows / stretch * per_stretch;
     Statistics<T> found{call};
 
@@ -131,8 +135,8 @@ struct Columns {
             }
         }
         if (!out && !gradient) return;
-        // Backwards: what was read last is still in cache.
-        each_tile([&](int64_t n, int64_t t) { write_tile(panel(samples - 1 - n), tiles - 1 - t, write); });
+        // Backwards: what was read last is still in cache, and with the thread that read it.
+        each_tile([&](int64_t n, int64_t t) { write_tile(panel(n), t, write); }, true);
     }
     // What lies behind the extent is padding.
     template <class Write>
@@ -145,10 +149,10 @@ struct Columns {
         }
     }
     template <class Body>
-    void each_tile(Body body) const {
+    void each_tile(Body body, bool backwards = false) const {
         share(call, samples * tiles, tile_rows * width, [&](int64_t begin, int64_t end) {
             for (int64_t i = begin; i < end; ++i) body(i / tiles, i % tiles);
-        });
+        }, backwards);
     }
 
     // ---- forward ------------------------------------------------------------------------------------------------

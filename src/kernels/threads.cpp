@@ -48,6 +48,7 @@ struct Work {
     void (*body)(void*, int64_t);
     void* context;
     int64_t tasks, team;
+    bool backwards;
     std::atomic<int64_t> joined{0};
     struct alignas(64) Next {
         std::atomic<int64_t> task{0};
@@ -58,20 +59,22 @@ struct Work {
 void take_tasks(void* argument) {
     auto* work = static_cast<Work*>(argument);
     const int64_t own = work->joined++;
-    for (int64_t i = 0; i < work->team; ++i) {
-        const int64_t member = (own + i) % work->team, begin = work->begin(member), end = work->begin(member + 1);
+    for (int64_t helped = 0; helped < work->team; ++helped) {
+        const int64_t member = (own + helped) % work->team, begin = work->begin(member), end = work->begin(member + 1);
         auto& next = work->next[member].task;
-        for (int64_t task = begin + next++; task < end; task = begin + next++) work->body(work->context, task);
+        for (int64_t i = next++; i < end - begin; i = next++) {
+            work->body(work->context, work->backwards ? end - 1 - i : begin + i);
+        }
     }
 }
 
 }  // namespace
 
-void run_tasks(int threads, int64_t tasks, void (*body)(void*, int64_t), void* context) {
+void run_tasks(int threads, int64_t tasks, void (*body)(void*, int64_t), void* context, bool backwards) {
     int64_t team = threads < tasks ? threads : tasks;
     if (team > kMostThreads) team = kMostThreads;
     if (team < 2 || is_forked.load() || !runtime().parallel) {
-        for (int64_t task = 0; task < tasks; ++task) body(context, task);
+        for (int64_t i = 0; i < tasks; ++i) body(context, backwards ? tasks - 1 - i : i);
         return;
     }
     Work work;
@@ -79,6 +82,7 @@ void run_tasks(int threads, int64_t tasks, void (*body)(void*, int64_t), void* c
     work.context = context;
     work.tasks = tasks;
     work.team = team;
+    work.backwards = backwards;
     runtime().parallel(take_tasks, &work, static_cast<unsigned>(team), 0);
 }
 

@@ -55,7 +55,7 @@ class Room {
 
 // body(begin, end) over [0, total) in steps that depend on nothing but the sizes, from any number of threads.
 template <class Body>
-void share(const Call& call, int64_t total, int64_t elements_each, Body body) {
+void share(const Call& call, int64_t total, int64_t elements_each, Body body, bool backwards = false) {
     const int64_t step = most(1, kTask / most(1, elements_each));
     if (total <= step) return body(int64_t{0}, total);
     struct Context {
@@ -68,7 +68,7 @@ void share(const Call& call, int64_t total, int64_t elements_each, Body body) {
         c.body(task * c.step, least(c.total, (task + 1) * c.step));
         if (c.past_caches) finish_puts();
     };
-    run_tasks(call.threads, divide_up(total, step), run, &context);
+    run_tasks(call.threads, divide_up(total, step), run, &context, backwards);
 }
 
 // How sums are taken: in float about a guess, in float about the mean that gave, in double about 0, in double about the

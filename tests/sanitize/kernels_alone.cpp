@@ -14,7 +14,7 @@
 namespace anynorm {
 
 // Takes the place of threads.cpp: plain threads instead of torch's OpenMP runtime.
-void run_tasks(int threads, int64_t tasks, void (*body)(void*, int64_t), void* context) {
+void run_tasks(int threads, int64_t tasks, void (*body)(void*, int64_t), void* context, bool) {
     std::atomic<int64_t> next{0};
     auto take = [&] {
         for (int64_t task = next++; task < tasks; task = next++) body(context, task);
