@@ -57,7 +57,7 @@ class _BatchNorm(_Running):
         lengths: Any = None,
     ) -> Tensor:
         """Choose the source, normalize, count the batch; see `anynorm.functional.batch_norm`."""
-        is_jagged = is_ragged(input)
+        is_jagged = type(input) is not Tensor and is_ragged(input)
         if not is_jagged:
             self._check_input_dim(input)  # torch's hook: subclasses override it
         if self.training and self._is_single(input, is_jagged, mask, lengths):

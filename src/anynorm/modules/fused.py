@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.fx import Proxy
 
 from ..activations import IDENTITY, check_activation, finish
-from ..masks import find_mask
+from ..masks import find_mask, may_be_masked
 from ..plain import blank
 from . import batch, sample
 from .state import Norm, name_given, record_call
@@ -66,7 +66,8 @@ class Fused(Norm):
         if isinstance(input, Proxy) or isinstance(residual, Proxy):
             given = (input,) if residual is None else (input, residual)
             return record_call(self, *given, **name_given(mask=mask, lengths=lengths))
-        mask, lengths = self.find_mask(input, mask, lengths)
+        if mask is None and lengths is None and may_be_masked():
+            mask = self.find_mask(input)
         if self.add is not None and residual is not None and not fits(residual, input):
             activation = check_activation(type(self).__name__, self.activation)
             y = finish(self.add(self.normalize(input, mask=mask, lengths=lengths), residual), activation, None)

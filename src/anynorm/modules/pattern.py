@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import prod
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -166,8 +167,8 @@ class AnyNorm(Norm):
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.zero_()
 
-    def normalize(  # type: ignore[override] # nothing follows it
-        self, input: Tensor, mask: Tensor | None = None, lengths: None = None
+    def normalize(
+        self, input: Tensor, activation: Any = None, residual: Any = None, mask: Any = None, lengths: Any = None
     ) -> Tensor:
         """Hold the input against the pattern, choose the source, normalize, count the batch."""
         if mask is not None or lengths is not None:

@@ -28,8 +28,9 @@ class Norm(nn.Module):
         """
         if isinstance(input, Proxy):
             return record_call(self, input, **name_given(mask=mask, lengths=lengths))
-        mask, lengths = self.find_mask(input, mask, lengths)
-        return self.normalize(input, mask=mask, lengths=lengths)
+        if mask is None and lengths is None and may_be_masked():
+            mask = self.find_mask(input)
+        return self.normalize(input, None, None, mask, lengths)
 
     def normalize(
         self,
@@ -42,13 +43,13 @@ class Norm(nn.Module):
         """What `forward` does outside FX."""
         raise NotImplementedError
 
-    def find_mask(self, input: Tensor, mask: Tensor | None, lengths: Any) -> tuple[Tensor | None, Any]:
-        """What was given, or else what `anynorm.masked` has for this input."""
-        if mask is not None or lengths is not None or not may_be_masked() or is_ragged(input):
-            return mask, lengths
+    def find_mask(self, input: Tensor) -> Tensor | None:
+        """What `anynorm.masked` has for this input."""
+        if is_ragged(input):
+            return None
         channels = self.find_channel_axes(input)
         positions = [size for axis, size in enumerate(input.shape) if axis not in channels]
-        return find_current(self, positions, input.shape), None
+        return find_current(self, positions, input.shape)
 
     def find_channel_axes(self, input: Tensor) -> tuple[int, ...]:
         """Axes of the input that a mask has not."""
