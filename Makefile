@@ -59,7 +59,7 @@ list: $(READY) ## the family
 
 test: check $(VENV)/.vowels ## lint, types, tests and doctests
 	$(BIN)/pytest -n 2 $(ARGS)
-	ANYNORM_KERNELS=0 $(BIN)/pytest -n 2 tests/test_family.py tests/test_accuracy.py
+	ANYNORM_KERNELS=0 $(BIN)/pytest -n 2 tests/test_family.py tests/test_accuracy.py tests/test_masks.py
 
 check: $(READY) ## lint and types
 	$(BIN)/ruff check .
