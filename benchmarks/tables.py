@@ -99,8 +99,9 @@ def list_means(rows: list[Row]) -> tuple[list[str], Cells]:
     for row in eager:
         layout = ", channels_last" if row.layout == "channels_last" else ""
         places.setdefault(f"{row.place}, {row.norm}{layout}", []).append(row)
+    places["larger than the last cache"] = [row for row in eager if row.out_of_cache]
     places["**all**"] = eager
-    return titles, [[place, *(write_mean(found, mode) for mode in MODES)] for place, found in places.items()]
+    return titles, [[place, *(write_mean(found, mode) for mode in MODES)] for place, found in places.items() if found]
 
 
 def list_peers(rows: list[Row]) -> tuple[list[str], Cells]:
