@@ -355,6 +355,13 @@ def test_masks_that_do_not_fit(told, error, sentence):
     assert int(module.num_batches_tracked) == 0
 
 
+def test_other_faults_keep_their_own_errors():
+    with pytest.raises(RuntimeError, match="one element per channel"):
+        anynorm.BatchNorm1d(4)(torch.ones(2, 2, 1))
+    with pytest.raises(TypeError, match="normalized_shape must be a sequence"):
+        functional.layer_norm(torch.ones(2, 3, 4), 4, lengths=[3, 1])
+
+
 def test_lengths_of_images_are_refused():
     with pytest.raises(ValueError, match="pass a mask instead"):
         anynorm.BatchNorm2d(3)(torch.ones(2, 3, 5, 5), lengths=[5, 5])
@@ -490,6 +497,13 @@ def test_checkpointing_does_not_forget_the_mask(use_reentrant):
     torch.testing.assert_close(x.grad, true)
 
 
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_context_that_forward_had_not(use_reentrant):
+    y = checkpoint(build(), torch.randn(2, 3, 8, requires_grad=True), use_reentrant=use_reentrant)
+    with anynorm.masked(MASK, SHORT), pytest.raises(RuntimeError, match="inside one that forward had not"):
+        y.sum().backward()
+
+
 def test_masks_may_not_be_left_out():
     with pytest.raises(TypeError, match="one or more masks are needed"):
         anynorm.masked()
@@ -555,6 +569,39 @@ def padded_norm_again(name: str, rows: Tensor) -> Tensor:
     y = norm(padded if flat else padded.mT.contiguous(), lengths=LENGTHS)
     y = y if flat else y.mT
     return torch.cat([y[i, :length] for i, length in enumerate(LENGTHS)])
+
+
+@pytest.mark.parametrize("kind", ["BatchNormAct1d", "InstanceNormAct1d", "GroupNormAct", "LayerNormAct"])
+def test_what_follows_a_ragged_norm(kind):
+    fused = getattr(anynorm, kind)(*((2, 4) if kind == "GroupNormAct" else (4,)), activation="silu")
+    plain = getattr(anynorm, kind.replace("Act", ""))(*((2, 4) if kind == "GroupNormAct" else (4,)))
+    rows, more = sequences(), [row + 1 for row in sequences()]
+    for make in (lambda r: torch.nested.nested_tensor(r, layout=torch.jagged), pack):
+        x, residual = make(rows), make(more)
+        y, z = fused(x, residual=residual), plain(x)
+        y, z, added = (t.data if isinstance(t, nn.utils.rnn.PackedSequence) else t.values() for t in (y, z, residual))
+        torch.testing.assert_close(y, nn.functional.silu(z + added), atol=1e-6, rtol=1e-6)
+
+
+def pack(rows: list[Tensor]) -> nn.utils.rnn.PackedSequence:
+    return nn.utils.rnn.pack_sequence(rows, enforce_sorted=False)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "sentence"),
+    [
+        (lambda x: functional.group_norm(x, 3), RuntimeError, "channels=4, groups=3; try 1 or 2"),
+        (lambda x: functional.group_norm(x, 2, activation="tanh"), ValueError, "activation must be one of"),
+        (lambda x: functional.instance_norm(x, use_input_stats=False), RuntimeError, "needs running statistics"),
+        (lambda x: functional.instance_norm(x, torch.zeros(3), torch.ones(3)), RuntimeError, "one element per channel"),
+        (lambda x: functional.layer_norm(x, (4,), lengths=[5, 1, 4]), ValueError, "has no padding"),
+        (lambda x: functional.group_norm(x, 2, residual=x.data), ValueError, "residual must be ragged"),
+        (lambda x: functional.group_norm(x, 2, residual=pack(sequences()[:2])), RuntimeError, "shape of the input"),
+    ],
+)
+def test_ragged_inputs_are_checked(call, error, sentence):
+    with pytest.raises(error, match=sentence):
+        call(pack(sequences()))
 
 
 def test_ragged_inputs_take_no_mask():

@@ -28,7 +28,7 @@ from .errors import (
     warn_of_one_value,
 )
 from .family import FAMILY, Scheme
-from .masks import find_mask
+from .masks import find_feature_mask, find_mask
 from .pooling import Pooling, Sizes, find_pooling
 
 __all__ = ["batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"]
@@ -332,8 +332,7 @@ def layer_norm(
     """
     hashable = normalized_shape if type(normalized_shape) is tuple else str(normalized_shape)
     if mask is not None or lengths is not None:
-        features = tuple(range(input.dim() - len(normalized_shape), input.dim()))
-        mask = find_mask("layer_norm", input, features, mask, lengths)
+        mask = find_feature_mask("layer_norm", input, normalized_shape, mask, lengths)
     key = watch.find_key("layer_norm", (hashable, activation), input, weight, bias, residual, mask)
     if key is not None and key in ops.RECIPES:
         return ops.run(ops.RECIPES[key], input, weight, bias, eps, None, activation, residual, None, mask)
@@ -401,8 +400,7 @@ def rms_norm(
     """
     hashable = normalized_shape if type(normalized_shape) is tuple else str(normalized_shape)
     if mask is not None or lengths is not None:
-        features = tuple(range(input.dim() - len(normalized_shape), input.dim()))
-        mask = find_mask("rms_norm", input, features, mask, lengths)
+        mask = find_feature_mask("rms_norm", input, normalized_shape, mask, lengths)
     key = watch.find_key("rms_norm", (hashable, activation), input, weight, residual, mask)
     if key is not None and key in ops.RECIPES:
         eps = find_rms_eps(eps, input)

@@ -17,6 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from .errors import check_normalized_shape
 from .ragged import is_ragged
 from .watch import has_memory
 
@@ -28,7 +29,7 @@ def find_mask(
 
     Args:
         function: whose call it is, for errors.
-        channels: axes of x that a mask has not.
+        channels: axes of x that a mask has not, counted from the front or the back.
         mask: bool, or whole numbers or floats of 0 and 1; broadcastable to the other axes of x.
         lengths: (N,) whole numbers, instead of a mask: how many positions from the start of each sample are real.
 
@@ -42,6 +43,7 @@ def find_mask(
         raise ValueError(
             f"{function}: a jagged or packed input has no padding; got a mask or lengths as well; leave them out"
         )
+    channels = tuple(axis % x.dim() for axis in channels)
     wanted = tuple(size for axis, size in enumerate(x.shape) if axis not in channels)
     if lengths is not None:
         if mask is not None:
@@ -59,6 +61,12 @@ def find_mask(
     if mask.shape != wanted:
         mask = mask.expand(wanted)
     return mask.reshape([1 if axis in channels else size for axis, size in enumerate(x.shape)]).contiguous()
+
+
+def find_feature_mask(function: str, x: Tensor, shape: Any, mask: Tensor | None, lengths: Any) -> Tensor | None:
+    """`find_mask` for norms over the last axes, whose sizes `shape` is."""
+    axes = 0 if is_ragged(x) else len(check_normalized_shape(function, x, shape))
+    return find_mask(function, x, tuple(range(-axes, 0)), mask, lengths)
 
 
 def fits(mask: Tensor, wanted: tuple[int, ...]) -> bool:
@@ -242,10 +250,11 @@ def may_be_masked() -> bool:
 def find_current(layer: nn.Module, positions: Sequence[int], shape: Sequence[int]) -> Tensor | None:
     """The mask that the context has for a layer's input."""
     context = CURRENT.get() if masked.opened else None
-    if SERVED and torch._C._current_graph_task_id() != -1 and SERVED.get(layer) not in (None, context):
+    if torch._C._current_graph_task_id() != -1 and SERVED.get(layer) is not context:
         raise RuntimeError(
-            f"{describe(layer)}: activation checkpointing computes this norm again outside the anynorm.masked context "
-            "of its forward; the mask would be forgotten; call backward inside the context"
+            f"{describe(layer)}: activation checkpointing computes this norm again outside the anynorm.masked "
+            "context of its forward, or inside one that forward had not; the mask would be another; call backward "
+            "where forward was called"
         )
     if context is None:
         SERVED.pop(layer, None)

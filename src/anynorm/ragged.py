@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from .activations import finish
-from .errors import check_channels
+from .activations import check_finish, finish
+from .errors import check_channels, check_floating, check_groups
 from .sources import update_running
 from .statistics import Moments, at_least_one, find_wide_dtype
 
@@ -52,9 +52,9 @@ def close_rows(rows: Tensor, x: Any) -> Any:
 def find_owners(x: Any) -> tuple[Tensor, int]:
     """Whose row each is, and how many sequences there are."""
     if isinstance(x, PackedSequence):
-        longest = int(x.batch_sizes[0])
-        steps = torch.arange(longest)[None, :] < x.batch_sizes[:, None]
-        return steps.nonzero()[:, 1].to(x.data.device), longest
+        count = int(x.batch_sizes[0])
+        running = torch.arange(count, device=x.batch_sizes.device) < x.batch_sizes[:, None]
+        return running.nonzero()[:, 1].to(x.data.device), count
     lengths = x.offsets().diff()
     return torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths), len(lengths)
 
@@ -68,7 +68,13 @@ def open_residual(function: str, x: Any, residual: Any) -> Tensor | None:
             f"{function}: residual must be ragged as the input is; got {type(residual).__name__}, input "
             f"{type(x).__name__}; convert one of them"
         )
-    return open_rows(function, residual)
+    rows = open_rows(function, residual)
+    if rows.shape != open_rows(function, x).shape:
+        raise RuntimeError(
+            f"{function}: residual must have the shape of the input; got {tuple(rows.shape)} rows, input "
+            f"{tuple(open_rows(function, x).shape)}; convert one of them"
+        )
+    return rows
 
 
 def by_rows(norm: Callable[..., Tensor], x: Any, residual: Any, *how: Any, activation: str | None) -> Any:
@@ -95,9 +101,14 @@ def by_sequence(
 
     y[i,c] = (x[i,c] - mean[o,g]) / sqrt(var[o,g] + eps) * weight[c] + bias[c],  o the owner of row i, g the group of c
     """
-    rows = open_rows(function, x)
-    channels = rows.shape[1]
-    check_channels(function, channels, weight=weight, bias=bias)
+    rows, added = open_rows(function, x), open_residual(function, x, residual)
+    channels, averages = rows.shape[1], running or (None, None)
+    check_floating(function, rows)
+    activation = check_finish(function, rows, activation, added)
+    check_groups(function, rows, groups or 1)
+    check_channels(function, channels, weight=weight, bias=bias, running_mean=averages[0], running_var=averages[1])
+    if not from_batch and running is None:
+        raise RuntimeError(f"{function}: use_input_stats=False needs running statistics; got None; pass running_mean")
     wide = rows.to(find_wide_dtype(rows)).view(len(rows), groups or channels, -1)
     owners, count = find_owners(x)
     if from_batch:
@@ -110,7 +121,7 @@ def by_sequence(
     y = ((wide - mean) * torch.rsqrt(var + eps)).view(rows.shape)
     y = y if weight is None else y * weight
     y = y if bias is None else y + bias
-    return close_rows(finish(y, activation, open_residual(function, x, residual)).to(rows.dtype), x)
+    return close_rows(finish(y, activation, added).to(rows.dtype), x)
 
 
 def find_sequence_moments(wide: Tensor, owners: Tensor, count: int) -> Moments:

@@ -92,7 +92,7 @@ class _BatchNorm(_Running):
         """Whether a channel has a single value."""
         if is_jagged:
             return len(open_rows("batch_norm", input)) == 1
-        if input.numel() == self.num_features:
+        if input.numel() == self.num_features == input.shape[1]:
             return True
         if self.on_single == "error" or (mask is None and lengths is None):
             return False
@@ -102,10 +102,10 @@ class _BatchNorm(_Running):
     def _normalize_single(self, input: Any, activation: Any, residual: Any, mask: Any, lengths: Any) -> Any:
         """What `on_single` says; running averages and the counter stay."""
         if self.on_single == "error":
-            name, shape = f"{type(self).__name__}({self.num_features})", getattr(input, "shape", (1, self.num_features))
+            shape = getattr(input, "shape", (1, self.num_features))
             raise ValueError(
-                f"{name}: statistics need more than 1 value per channel, or every output is beta; got input "
-                f"{tuple(shape)}; {functional.BATCH_OF_ONE}"
+                f"{type(self).__name__}({self.num_features}): statistics need more than 1 value per channel, or every "
+                f"output is beta; got input {tuple(shape)}; {functional.BATCH_OF_ONE}"
             )
         if self.on_single == "skip":
             return finish_alone(input, activation, residual, mask, lengths)
