@@ -13,6 +13,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
+from .pooling import Pooling, Sizes, find_pooling
+
 
 @dataclass(frozen=True)
 class Scheme:
@@ -35,6 +39,10 @@ class Scheme:
     affine: str
     classes: tuple[str, ...]
     function: str
+
+    def pool(self, x: Tensor, sizes: Sizes = ()) -> Pooling:
+        """The pattern, worked out for x."""
+        return find_pooling(self.pattern, self.affine, self.centred, x.dim(), sizes)
 
     @property
     def fused(self) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from .. import functional
 from ..activations import finish
 from ..errors import check_axes
+from ..functional.batch import BATCH_OF_ONE
 from ..masks import find_mask
 from ..plain import blank
 from ..ragged import close_rows, is_ragged, open_residual, open_rows
@@ -48,20 +49,14 @@ ON_SINGLE = ("error", "running", "skip")
 class _BatchNorm(_Running):
     on_single = "error"
 
-    def normalize(
-        self,
-        input: Tensor,
-        activation: str | None = None,
-        residual: Tensor | None = None,
-        mask: Tensor | None = None,
-        lengths: Any = None,
-    ) -> Tensor:
+    def normalize(self, input: Tensor, **options: Any) -> Tensor:
         """Choose the source, normalize, count the batch; see `anynorm.functional.batch_norm`."""
         is_jagged = type(input) is not Tensor and is_ragged(input)
         if not is_jagged:
             self._check_input_dim(input)  # torch's hook: subclasses override it
+        mask, lengths = options.get("mask"), options.get("lengths")
         if self.training and self._is_single(input, is_jagged, mask, lengths):
-            return self._normalize_single(input, activation, residual, mask, lengths)
+            return self._normalize_single(input, **options)
         training, running_mean, running_var, counter = self.training, None, None, None
         momentum: float | Tensor | None = self.momentum
         if not training or self.track_running_stats:
@@ -79,10 +74,7 @@ class _BatchNorm(_Running):
             training or (running_mean is None and running_var is None),
             momentum,
             self.eps,
-            activation=activation,
-            residual=residual,
-            mask=mask,
-            lengths=lengths,
+            **options,
         )
         if counter is not None:  # Last, so that an input that is refused changes nothing.
             counter.add_(1 if mask is None and lengths is None else count_batch(mask, lengths))
@@ -99,23 +91,22 @@ class _BatchNorm(_Running):
         found = find_mask("batch_norm", input, (1,), mask, lengths)
         return found is not None and int(found.sum()) == 1
 
-    def _normalize_single(self, input: Any, activation: Any, residual: Any, mask: Any, lengths: Any) -> Any:
+    def _normalize_single(self, input: Any, **options: Any) -> Any:
         """What `on_single` says; running averages and the counter stay."""
         if self.on_single == "error":
             shape = getattr(input, "shape", (1, self.num_features))
             raise ValueError(
                 f"{type(self).__name__}({self.num_features}): statistics need more than 1 value per channel, or every "
-                f"output is beta; got input {tuple(shape)}; {functional.BATCH_OF_ONE}"
+                f"output is beta; got input {tuple(shape)}; {BATCH_OF_ONE}"
             )
         if self.on_single == "skip":
-            return finish_alone(input, activation, residual, mask, lengths)
+            return finish_alone(input, **options)
         if self.running_mean is None:
             raise ValueError(
                 f"{type(self).__name__}({self.num_features}): on_single='running' needs running averages; got "
                 "track_running_stats=False; choose 'skip' or 'error'"
             )
         given = (self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
-        options = {"activation": activation, "residual": residual, "mask": mask, "lengths": lengths}
         return functional.batch_norm(input, *given, **options)
 
 
@@ -124,7 +115,9 @@ def count_batch(mask: Tensor | None, lengths: Any) -> Any:
     return (torch.as_tensor(lengths) if mask is None else mask).ne(0).any()
 
 
-def finish_alone(input: Any, activation: Any, residual: Any, mask: Any, lengths: Any) -> Any:
+def finish_alone(
+    input: Any, activation: Any = None, residual: Any = None, mask: Any = None, lengths: Any = None
+) -> Any:
     """activation(input + residual), 0 at padding."""
     if is_ragged(input):
         rows = finish(open_rows("batch_norm", input), activation, open_residual("batch_norm", input, residual))
@@ -164,14 +157,7 @@ class _Batch(_BatchNorm):
 
 
 class _InstanceNorm(_Running):
-    def normalize(
-        self,
-        input: Tensor,
-        activation: str | None = None,
-        residual: Tensor | None = None,
-        mask: Tensor | None = None,
-        lengths: Any = None,
-    ) -> Tensor:
+    def normalize(self, input: Tensor, **options: Any) -> Tensor:
         """Normalize with or without a sample axis; see `anynorm.functional.instance_norm`."""
         if is_ragged(input):
             single = False
@@ -181,7 +167,8 @@ class _InstanceNorm(_Running):
             single = input.dim() == self._axes[0]
             self._check_channels(input.shape[0 if single else 1], 0 if single else 1)
         if single:
-            input, residual, mask = input.unsqueeze(0), unsqueeze(residual), unsqueeze(mask)
+            input = input.unsqueeze(0)
+            options |= {name: unsqueeze(options.get(name)) for name in ("residual", "mask")}
         y = functional.instance_norm(
             input,
             self.running_mean,
@@ -191,10 +178,7 @@ class _InstanceNorm(_Running):
             self.training or not self.track_running_stats,
             0.0 if self.momentum is None else self.momentum,
             self.eps,
-            activation=activation,
-            residual=residual,
-            mask=mask,
-            lengths=lengths,
+            **options,
         )
         return y.squeeze(0) if single else y
 

@@ -73,7 +73,7 @@ class Fused(Norm):
             y = finish(self.add(self.normalize(input, mask=mask, lengths=lengths), residual), activation, None)
             found = find_mask(type(self).__name__, input, self.find_channel_axes(input), mask, lengths)
             return y if found is None else blank(y, found > 0)
-        return self.normalize(input, self.activation, residual, mask, lengths)
+        return self.normalize(input, activation=self.activation, residual=residual, mask=mask, lengths=lengths)
 
     def reset_parameters(self) -> None:
         """Gamma 1, beta 0, and running statistics as at the start, as the plain norm does."""

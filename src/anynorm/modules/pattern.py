@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ..errors import PatternError, check_floating, check_more_than_one
-from ..functional import normalize_with_running
+from ..functional.batch import normalize_with_running
 from ..pooling import Sizes, find_axes, find_pooling, parse
 from ..sources import find_momentum
 from .state import Norm
@@ -167,11 +167,9 @@ class AnyNorm(Norm):
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.zero_()
 
-    def normalize(
-        self, input: Tensor, activation: Any = None, residual: Any = None, mask: Any = None, lengths: Any = None
-    ) -> Tensor:
+    def normalize(self, input: Tensor, **options: Any) -> Tensor:
         """Hold the input against the pattern, choose the source, normalize, count the batch."""
-        if mask is not None or lengths is not None:
+        if any(value is not None for value in options.values()):
             raise NotImplementedError(
                 f"AnyNorm: pattern {self.pattern!r} does not say what a mask covers; got one; use a norm of the family"
             )

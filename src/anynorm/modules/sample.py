@@ -29,51 +29,18 @@ class _LayerNorm(_ByFeatures):
     weight: Any
     bias: Any
 
-    def normalize(
-        self,
-        input: Tensor,
-        activation: str | None = None,
-        residual: Tensor | None = None,
-        mask: Tensor | None = None,
-        lengths: Any = None,
-    ) -> Tensor:
+    def normalize(self, input: Tensor, **options: Any) -> Tensor:
         """y = (x - mean) / sqrt(var + eps) * weight + bias, see `anynorm.functional.layer_norm`."""
-        return layer_norm(
-            input,
-            self.normalized_shape,
-            self.weight,
-            self.bias,
-            self.eps,
-            activation=activation,
-            residual=residual,
-            mask=mask,
-            lengths=lengths,
-        )
+        return layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps, **options)
 
 
 class _RMSNorm(_ByFeatures):
     eps: float | None
     weight: Any
 
-    def normalize(
-        self,
-        input: Tensor,
-        activation: str | None = None,
-        residual: Tensor | None = None,
-        mask: Tensor | None = None,
-        lengths: Any = None,
-    ) -> Tensor:
+    def normalize(self, input: Tensor, **options: Any) -> Tensor:
         """y = x / sqrt(mean(x**2) + eps) * weight, see `anynorm.functional.rms_norm`."""
-        return rms_norm(
-            input,
-            self.normalized_shape,
-            self.weight,
-            self.eps,
-            activation=activation,
-            residual=residual,
-            mask=mask,
-            lengths=lengths,
-        )
+        return rms_norm(input, self.normalized_shape, self.weight, self.eps, **options)
 
 
 class _GroupNorm(Norm):
@@ -82,26 +49,9 @@ class _GroupNorm(Norm):
     weight: Any
     bias: Any
 
-    def normalize(
-        self,
-        input: Tensor,
-        activation: str | None = None,
-        residual: Tensor | None = None,
-        mask: Tensor | None = None,
-        lengths: Any = None,
-    ) -> Tensor:
+    def normalize(self, input: Tensor, **options: Any) -> Tensor:
         """y = (x - mean) / sqrt(var + eps) * weight + bias, see `anynorm.functional.group_norm`."""
-        return group_norm(
-            input,
-            self.num_groups,
-            self.weight,
-            self.bias,
-            self.eps,
-            activation=activation,
-            residual=residual,
-            mask=mask,
-            lengths=lengths,
-        )
+        return group_norm(input, self.num_groups, self.weight, self.bias, self.eps, **options)
 
 
 class LayerNorm(_LayerNorm, nn.LayerNorm):

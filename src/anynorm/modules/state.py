@@ -30,17 +30,10 @@ class Norm(nn.Module):
             return record_call(self, input, **name_given(mask=mask, lengths=lengths))
         if mask is None and lengths is None and may_be_masked():
             mask = self.find_mask(input)
-        return self.normalize(input, None, None, mask, lengths)
+        return self.normalize(input, mask=mask, lengths=lengths)
 
-    def normalize(
-        self,
-        input: Tensor,
-        activation: str | None = None,
-        residual: Tensor | None = None,
-        mask: Tensor | None = None,
-        lengths: Any = None,
-    ) -> Tensor:
-        """What `forward` does outside FX."""
+    def normalize(self, input: Tensor, **options: Any) -> Tensor:
+        """What `forward` does outside FX; the options are the keywords that every function of `functional` takes."""
         raise NotImplementedError
 
     def find_mask(self, input: Tensor) -> Tensor | None:
