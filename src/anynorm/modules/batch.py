@@ -235,7 +235,7 @@ class BatchNorm3d(_Batch, nn.BatchNorm3d):
 for kind, theirs in ((BatchNorm1d, nn.BatchNorm1d), (BatchNorm2d, nn.BatchNorm2d), (BatchNorm3d, nn.BatchNorm3d)):
     known = inspect.signature(theirs)
     last = inspect.Parameter("on_single", inspect.Parameter.KEYWORD_ONLY, default="error", annotation="str")
-    kind.__signature__ = known.replace(parameters=[*known.parameters.values(), last])  # type: ignore[union-attr]
+    kind.__signature__ = known.replace(parameters=[*known.parameters.values(), last])  # type: ignore[union-attr] # for inspect
 
 
 class InstanceNorm1d(_InstanceNorm, nn.InstanceNorm1d):

@@ -98,6 +98,10 @@ class Recurrent(nn.RNNBase):
         super().reset_parameters()
         self._reset_norms()
 
+    def _name_norms(self) -> list[tuple[str, RowNorm]]:
+        """The norms by their names; there are no other modules here."""
+        return [(name, norm) for name, norm in self.named_children() if isinstance(norm, RowNorm)]
+
     def _reset_norms(self) -> None:
         """The norms as at the start, and the biases, which are their beta, 0."""
         if self.norm is None:
@@ -105,8 +109,8 @@ class Recurrent(nn.RNNBase):
         for name, parameter in self.named_parameters(recurse=False):
             if name.startswith("bias"):
                 nn.init.zeros_(parameter)
-        for norm in self.children():
-            norm.reset_parameters()  # type: ignore[operator]
+        for _, norm in self._name_norms():
+            norm.reset_parameters()
 
     def forward(self, input: Any, hx: Any = None, lengths: Lengths | None = None) -> tuple[Any, Any]:
         """Run over the sequences.
@@ -168,12 +172,13 @@ class Recurrent(nn.RNNBase):
         self.check_forward_args(rows, hx, batch_sizes)
         hx = self.permute_hidden(hx, order)
         sizes = batch_sizes.tolist()
-        for name, norm in self.named_children():
-            norm.check_sizes(f"{type(self).__name__}.{name}", sizes)  # type: ignore[operator]
+        for name, norm in self._name_norms():
+            norm.check_sizes(f"{type(self).__name__}.{name}", sizes)
         flip = find_flip(batch_sizes).to(rows.device) if self.bidirectional else None
         rows, state = self._run_layers(rows, sizes, flip, tuple(hx) if self.has_cell else (hx,))
+        hidden: Any = state if self.has_cell else state[0]
         return PackedSequence(rows, batch_sizes, order, back), self.permute_hidden(
-            state if self.has_cell else state[0],  # type: ignore[arg-type]
+            hidden,
             back,
         )
 
@@ -197,7 +202,8 @@ class Recurrent(nn.RNNBase):
     def _find_cell(self, tail: str) -> Cell:
         """The parameters and norms of one direction of one layer; what it does not have is None."""
         names = "weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr", "norm_ih", "norm_hh", "norm_cell"
-        return Cell(*(getattr(self, f"{name}_{tail}", None) for name in names))  # type: ignore[arg-type]
+        found: list[Any] = [getattr(self, f"{name}_{tail}", None) for name in names]
+        return Cell(*found)
 
     def _walk(self, cell: Cell, rows: Tensor, sizes: list[int], state: State) -> tuple[Tensor, State]:
         """One direction of one layer: h at every step, and each sequence's state at its end."""

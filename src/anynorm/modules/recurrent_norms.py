@@ -8,6 +8,8 @@ redundant; only the norm of the cell has a bias of its own.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn as nn
 from torch import Tensor
@@ -83,8 +85,8 @@ class LayerRows(RowNorm):
         parts: the sizes of the parts that have a mean and a variance of their own.
     """
 
-    def __init__(self, parts: tuple[int, ...], bias: bool, eps: float, **options: object) -> None:
-        super().__init__(sum(parts), bias, eps, **options)  # type: ignore[arg-type]
+    def __init__(self, parts: tuple[int, ...], bias: bool, eps: float, **options: Any) -> None:
+        super().__init__(sum(parts), bias, eps, **options)
         self.parts = parts
         self.reset_parameters()
 
@@ -117,12 +119,12 @@ class _BatchRows(RowNorm):
         eps: float,
         momentum: float | None,
         shape: tuple[int, ...] = (),
-        **options: object,
+        **options: Any,
     ) -> None:
-        super().__init__(features, bias, eps, **options)  # type: ignore[arg-type]
+        super().__init__(features, bias, eps, **options)
         self.momentum = momentum
         for name in ("running_mean", "running_var"):
-            self.register_buffer(name, torch.empty(*shape, features, **options))  # type: ignore[call-overload]
+            self.register_buffer(name, torch.empty(*shape, features, **options))
         counter = torch.zeros(shape, dtype=torch.long, device=self.weight.device)
         self.register_buffer(self.counter_name, counter)
         self.reset_parameters()
@@ -193,7 +195,7 @@ class StepRows(_BatchRows):
         momentum: float | None,
         max_steps: int,
         on_single: str,
-        **options: object,
+        **options: Any,
     ) -> None:
         super().__init__(features, bias, eps, momentum, (max_steps,), **options)
         self.max_steps, self.on_single = max_steps, on_single
