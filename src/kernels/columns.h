@@ -2,158 +2,37 @@
 // waste the vectors: there each position of a channel is a column of its own, and the channel a pool of columns.
 #pragma once
 
-#include "tiles.h"
-#include "walk.h"
+#include "panels.h"
 
 namespace anynorm::ANYNORM_TARGET {
 
-constexpr int64_t kTileBytes = 1 << 17;  // of x, for what is read once
-constexpr int64_t kTiles = 64;
-constexpr int64_t kNearBytes = 1 << 22;  // of x
-
 template <class T>
-struct Columns {
-    const Call& call;
-    const T* x = static_cast<const T*>(call.x);
-    const T* grad = static_cast<const T*>(call.grad);
-    T* out = static_cast<T*>(call.out);
-    T* gradient = static_cast<T*>(call.dresidual);
-    bool by_sample = call.last;  // whether samples have statistics of their own
-    int64_t samples = by_sample ? call.n : 1;
-    int64_t rows = call.last ? call.s : call.n;
-    int64_t width = call.channels() * (call.last ? 1 : call.s);
-    int64_t columns = call.last ? call.k : call.k * call.s;  // in a pool
-    int64_t tensors = call.grad ? 2 : 1;                     // that are read twice
-    bool is_near = samples * rows * width * static_cast<int64_t>(sizeof(T)) <= kNearBytes;
-    int64_t slab = find_slab();
-    bool fused = rows * slab * tensors * static_cast<int64_t>(sizeof(T)) <= 2 * kSlabBytes;
-    int64_t slabs = fused ? divide_up(width, slab) : 1;
-    int64_t stretch = call.weight && call.sample_rows > 0 ? call.sample_rows : rows;  // tiles begin anew with each
-    // Each tile has sums of its own, so there are not more of them than threads may want; with padding they must not depend
-    // on its size.
-    int64_t few = call.weight ? 0 : divide_up(rows, kTiles);
-    int64_t tile_rows = least(stretch, most(most(2 * kSumRows, few), kTileBytes / (width * static_cast<int64_t>(sizeof(T)))));
-    int64_t per_stretch = divide_up(stretch, tile_rows), tiles = rows / stretch * per_stretch;
-    Statistics<T> found{call};
-
-    // Columns that are finished together: whole pools, and 512 bytes at least, which memory delivers well.
-    int64_t find_slab() const {
-        const int64_t wanted = most(kWide, kSlabBytes / (static_cast<int64_t>(sizeof(T)) * rows * tensors));
-        const int64_t pools = most(1, wanted / columns);
-        return least(width, columns == 1 ? pools / kWide * kWide : pools * columns);
-    }
-
-    // Some columns of a sample, with what is known of each. Tables are floats where `is_float`.
-    struct Panel {
-        int64_t sample, begin, width;
-        double *mean, *first, *second, *tables;
-        bool* is_float;
-        template <class Compute>
-        Compute* table(int i) const { return reinterpret_cast<Compute*>(tables) + i * width; }
-        template <class Compute>
-        Lines<Compute> lines() const { return {table<Compute>(0), table<Compute>(1), table<Compute>(2)}; }
-    };
-    Panel make_panel(int64_t sample, int64_t begin, int64_t size, double* room) const {
-        return {sample, begin, size, room, room + size, room + 2 * size, room + 3 * size, reinterpret_cast<bool*>(room + 8 * size)};
-    }
-    static int64_t room_size(int64_t width) { return 8 * width + 1; }
-
-    int64_t at(const Panel& p, int64_t row) const { return (p.sample * rows + row) * width + p.begin; }
-    int64_t first_pool(const Panel& p) const { return (by_sample ? p.sample * call.g : 0) + p.begin / columns; }
-    Tile tile(const Panel& p, int64_t row_count) const { return {row_count, p.width, width, is_near, call.past_caches}; }
-    // Null where the extents say all.
-    const float* weight(const Panel& p, int64_t row) const {
-        return found.needs_weight() ? call.weight + p.sample * rows + row : nullptr;
-    }
-    TileAfter<T> after(const Panel& p, int64_t row) const {
-        const int64_t from = at(p, row);
-        const auto* residual = static_cast<const T*>(call.residual);
-        return {call.activation, residual ? residual + from : nullptr, weight(p, row), gradient ? gradient + from : nullptr};
-    }
-    int64_t tile_begin(int64_t t) const { return t / per_stretch * stretch + t % per_stretch * tile_rows; }
-    int64_t tile_size(int64_t t) const { return least(tile_rows, stretch - t % per_stretch * tile_rows); }
-    // Its rows up to the extent of its sample.
-    int64_t counted_size(const Panel& p, int64_t t) const {
-        if (!found.extents) return tile_size(t);
-        const int64_t extent = found.extents[by_sample ? p.sample : t / per_stretch];
-        return most(0, least(tile_size(t), extent - t % per_stretch * tile_rows));
-    }
-    static void add(double* to, const double* from, int64_t size) {
-        for (int64_t i = 0; i < size; ++i) to[i] += from[i];
-    }
-
-    // start(panel), then sum(panel, row, rows, first, second, attempt) over all rows and finish(panel, attempt), which
-    // names the attempt to make next or -1, then write(panel, row, rows) over all rows.
-    template <class Start, class Sum, class Finish, class Write>
-    void walk(Start start, Sum sum, Finish finish, Write write) {
-        if (!fused) return walk_tiles(start, sum, finish, write);
-        share(call, samples * slabs, rows * slab, [&](int64_t begin, int64_t end) {
-            Room<double> room(room_size(slab)), partial(2 * slab);
-            for (int64_t i = begin; i < end; ++i) {
-                const int64_t from = (i % slabs) * slab;
-                const Panel p = make_panel(i / slabs, from, least(slab, width - from), room.get());
-                start(p);
-                for (int attempt = kIsNarrow<T> ? kFloatGuess : kDoubleZero; attempt >= 0;) {
-                    clear(p.first, 0, 2 * p.width);  // `second` follows `first`
-                    for (int64_t t = 0; t < tiles; ++t) {
-                        clear(partial.get(), 0, 2 * p.width);
-                        sum(p, tile_begin(t), counted_size(p, t), partial.get(), partial.get() + p.width, attempt);
-                        add(p.first, partial.get(), 2 * p.width);
-                    }
-                    attempt = finish(p, attempt);
-                }
-                for (int64_t t = 0; t < tiles; ++t) write_tile(p, t, write);
-            }
-        });
-    }
-
-    // The same over tiles of rows: the sums of all of them come first, in their order.
-    template <class Start, class Sum, class Finish, class Write>
-    void walk_tiles(Start start, Sum sum, Finish finish, Write write) {
-        Room<double> room(samples * room_size(width)), partial(samples * tiles * 2 * width);
-        Room<int> attempts(samples);
-        auto panel = [&](int64_t sample) { return make_panel(sample, 0, width, room.get() + sample * room_size(width)); };
-        for (int64_t n = 0; n < samples; ++n) {
-            start(panel(n));
-            attempts[n] = kIsNarrow<T> ? kFloatGuess : kDoubleZero;
-        }
-        for (bool is_done = false; !is_done;) {
-            each_tile([&](int64_t n, int64_t t) {
-                if (attempts[n] < 0) return;
-                double* sums = partial.get() + (n * tiles + t) * 2 * width;
-                clear(sums, 0, 2 * width);
-                sum(panel(n), tile_begin(t), counted_size(panel(n), t), sums, sums + width, attempts[n]);
-            });
-            is_done = true;
-            for (int64_t n = 0; n < samples; ++n) {
-                if (attempts[n] < 0) continue;
-                const Panel p = panel(n);
-                clear(p.first, 0, 2 * width);
-                for (int64_t t = 0; t < tiles; ++t) add(p.first, partial.get() + (n * tiles + t) * 2 * width, 2 * width);
-                attempts[n] = finish(p, attempts[n]);
-                is_done = is_done && attempts[n] < 0;
-            }
-        }
-        if (!out && !gradient) return;
-        // Backwards: what was read last is still in cache, and with the thread that read it.
-        each_tile([&](int64_t n, int64_t t) { write_tile(panel(n), t, write); }, true);
-    }
-    // What lies behind the extent is padding.
-    template <class Write>
-    void write_tile(const Panel& p, int64_t t, Write write) const {
-        const int64_t counted = counted_size(p, t);
-        if (out) write(p, tile_begin(t), counted);
-        for (int64_t row = tile_begin(t) + counted; row < tile_begin(t) + tile_size(t); ++row) {
-            if (out) clear(out + at(p, row), 0, p.width);
-            if (gradient) clear(gradient + at(p, row), 0, p.width);
-        }
-    }
-    template <class Body>
-    void each_tile(Body body, bool backwards = false) const {
-        share(call, samples * tiles, tile_rows * width, [&](int64_t begin, int64_t end) {
-            for (int64_t i = begin; i < end; ++i) body(i / tiles, i % tiles);
-        }, backwards);
-    }
+struct Columns : Panels<T> {
+    // `this->` below where g++ 12 does not find these in a generic lambda.
+    using typename Panels<T>::Panel;
+    using Panels<T>::call;
+    using Panels<T>::x;
+    using Panels<T>::grad;
+    using Panels<T>::out;
+    using Panels<T>::gradient;
+    using Panels<T>::by_sample;
+    using Panels<T>::samples;
+    using Panels<T>::rows;
+    using Panels<T>::width;
+    using Panels<T>::columns;
+    using Panels<T>::found;
+    using Panels<T>::room_size;
+    using Panels<T>::make_panel;
+    using Panels<T>::at;
+    using Panels<T>::first_pool;
+    using Panels<T>::tile;
+    using Panels<T>::weight;
+    using Panels<T>::after;
+    using Panels<T>::tile_begin;
+    using Panels<T>::walk;
+    using Panels<T>::write_tile;
+    using Panels<T>::each_tile;
+    explicit Columns(const Call& call) : Panels<T>{call} {}
 
     // ---- forward ------------------------------------------------------------------------------------------------
 
@@ -300,7 +179,7 @@ struct Columns {
             const Tile part = tile(p, row_count);
             using Compute = decltype(zero);
             if constexpr (kHasPlain<Compute, T>) {
-                if (!found.is_active()) return column_apply<Compute, false>(x + from, out + from, part, lines, TileAfter<T>{});
+                if (!this->found.is_active()) return column_apply<Compute, false>(this->x + from, this->out + from, part, lines, TileAfter<T>{});
             }
             column_apply<Compute, true>(x + from, out + from, part, lines, after(p, row));
         });
@@ -321,8 +200,8 @@ struct Columns {
                 const auto lines = p.template lines<decltype(zero)>();
                 using Compute = decltype(zero);
                 if constexpr (kHasPlain<Compute, T>) {
-                    if (!found.is_active()) {
-                        return column_grad_sums<Compute, false>(grad + from, x + from, part, lines, TileAfter<T>{}, first, second);
+                    if (!this->found.is_active()) {
+                        return column_grad_sums<Compute, false>(this->grad + from, this->x + from, part, lines, TileAfter<T>{}, first, second);
                     }
                 }
                 column_grad_sums<Compute, true>(grad + from, x + from, part, lines, after(p, row), first, second);
@@ -387,8 +266,8 @@ struct Columns {
             const Compute *slope = p.template table<Compute>(3), *constant = p.template table<Compute>(4);
             if (call.given && !found.is_active()) return column_scale(grad + from, out + from, part, lines.scale);
             if constexpr (kHasPlain<Compute, T>) {
-                if (!found.is_active()) {
-                    return column_dx<Compute, false>(grad + from, x + from, out + from, part, lines, slope, constant, TileAfter<T>{});
+                if (!this->found.is_active()) {
+                    return column_dx<Compute, false>(this->grad + from, this->x + from, this->out + from, part, lines, slope, constant, TileAfter<T>{});
                 }
             }
             column_dx<Compute, true>(grad + from, x + from, out + from, part, lines, slope, constant, after(p, row));

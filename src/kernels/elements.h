@@ -2,6 +2,7 @@
 // axes, and group norm where a channel has so few positions that its own run would waste the vectors.
 #pragma once
 
+#include "tables.h"
 #include "walk.h"
 
 namespace anynorm::ANYNORM_TARGET {
