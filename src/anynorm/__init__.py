@@ -18,6 +18,7 @@ from .modules.batch import (
     InstanceNorm2d,
     InstanceNorm3d,
 )
+from .modules.counting import update_once
 from .modules.fused import (
     BatchNormAct1d,
     BatchNormAct2d,
@@ -84,4 +85,5 @@ __all__ = [
     "reference",
     "shorten",
     "tune_allocator",
+    "update_once",
 ]

@@ -174,16 +174,20 @@ def ready_statistics(given: tuple[Tensor, Tensor], plan: Plan, x: Tensor) -> tup
     return ready(given[0], dtype, plan.pools), ready(given[1], dtype, plan.pools)
 
 
-def find_moments(x: Tensor, pooling: Pooling) -> Moments | None:
+def find_moments(x: Tensor, pooling: Pooling, mask: Tensor | None = None) -> Moments | None:
     """Statistics alone, as synchronization and recalibration need them; None where x has no walk."""
     x = arrange(x)
-    plan = find_walk(x, pooling)
+    plan = find_walk(x, pooling, masked=mask is not None)
     if plan is None:
         return None
     statistics = make_statistics(plan)
     mean, m2 = find_addresses(statistics, plan)
-    compiled.forward(plan.walk, 0.0, torch.get_num_threads(), 0, x.data_ptr(), 0, 0, 0, 0, mean, m2, 0, 0, 0, 0, 0.0)
-    return open_statistics(statistics, plan)
+    compiled.forward(
+        plan.walk, 0.0, torch.get_num_threads(), 0,
+        x.data_ptr(), 0, 0, 0, 0, mean, m2,
+        find_weight(mask, plan), 0, 0, 0, 0.0,
+    )  # fmt: skip
+    return open_statistics(statistics, plan, mask)
 
 
 def can_move(plan: Plan, x: Tensor, mean: Tensor, var: Tensor, momentum: float | Tensor) -> bool:

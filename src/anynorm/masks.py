@@ -238,8 +238,9 @@ class masked:
 
 
 def describe(layer: nn.Module) -> str:
-    """A layer as it prints itself."""
-    return f"{type(layer).__name__}({layer.extra_repr()})"
+    """A layer as it prints itself, with its name in the model where `accelerate` or `sync` has told it."""
+    label = getattr(layer, "label", "")
+    return f"{label}{' = ' if label else ''}{type(layer).__name__}({layer.extra_repr()})"
 
 
 def may_be_masked() -> bool:

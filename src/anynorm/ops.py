@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 from torch._C._functorch import get_dynamic_layer_stack_depth
 
-from . import kernels, library, plain
+from . import kernels, library, plain, statistics
 from .gradients import NormalizeByBlocks, Recipe, Running, apply, forward_by_blocks, forward_walk
 from .pooling import Pooling
 from .sources import move_running, read_running
+from .statistics import Moments, find_wide_dtype
 from .watch import is_plain
 
 
@@ -124,6 +125,22 @@ def normalize(
             RECIPES.clear()
         RECIPES[key] = pooling, walk
     return run((pooling, walk), x, weight, bias, eps, given, activation, residual, running, mask)
+
+
+def find_moments(x: Tensor, pooling: Pooling, mask: Tensor | None = None) -> Moments:
+    """Count, mean and m2 of x alone, in float64 where the device has it, without a gradient.
+
+    Args:
+        mask: as in `normalize`.
+    """
+    x = x.detach()
+    if is_plain(x, mask) and x.numel():
+        found = kernels.find_moments(x, pooling, mask)
+        if found is not None:
+            return found
+    wide = pooling.open(x).to(find_wide_dtype(x))
+    counted = None if mask is None else pooling.open_mask(mask) > 0
+    return statistics.find_moments(plain.blank(wide, counted), pooling, wide.dtype == x.dtype, counted)
 
 
 def run(

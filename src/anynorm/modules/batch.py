@@ -9,7 +9,6 @@ import inspect
 import warnings
 from typing import Any
 
-import torch
 import torch.nn as nn
 from torch import Tensor
 
@@ -21,6 +20,7 @@ from ..masks import find_mask
 from ..plain import blank
 from ..ragged import close_rows, is_ragged, open_residual, open_rows
 from ..sources import find_momentum
+from .counting import Guard, count_batch, is_counted
 from .state import Norm
 
 
@@ -43,42 +43,53 @@ class _Running(Norm):
         check_axes(input, self._axes)
 
 
-ON_SINGLE = ("error", "running", "skip")
+# What torch does comes first.
+CHOICES = {"on_single": ("error", "running", "skip"), "on_nonfinite": ("propagate", "skip", "error")}
 
 
 class _BatchNorm(_Running):
     on_single = "error"
+    on_nonfinite = "propagate"
+    nonfinite_batches = 0
 
     def normalize(self, input: Tensor, **options: Any) -> Tensor:
         """Choose the source, normalize, count the batch; see `anynorm.functional.batch_norm`."""
         is_jagged = type(input) is not Tensor and is_ragged(input)
         if not is_jagged:
             self._check_input_dim(input)  # torch's hook: subclasses override it
-        mask, lengths = options.get("mask"), options.get("lengths")
-        if self.training and self._is_single(input, is_jagged, mask, lengths):
+        if self.training and self._is_single(input, is_jagged, options.get("mask"), options.get("lengths")):
             return self._normalize_single(input, **options)
-        training, running_mean, running_var, counter = self.training, None, None, None
+        running_mean, running_var, counter = None, None, None
         momentum: float | Tensor | None = self.momentum
-        if not training or self.track_running_stats:
+        moves = self.training and self.track_running_stats and is_counted(self)
+        if moves or not self.training:
             running_mean, running_var = self.running_mean, self.running_var
-            if training:
+            if moves:
                 counter = self.num_batches_tracked
         if momentum is None:
             momentum = find_momentum(None, counter)
-        y = functional.batch_norm(
-            input,
-            running_mean,
-            running_var,
-            self.weight,
-            self.bias,
-            training or (running_mean is None and running_var is None),
-            momentum,
-            self.eps,
-            **options,
-        )
+        guard = None
+        if moves and self.on_nonfinite != "propagate" and running_mean is not None and running_var is not None:
+            guard = Guard(self, running_mean, running_var)
+        from_batch = self.training or (running_mean is None and running_var is None)
+        y = self._compute(input, running_mean, running_var, from_batch, momentum, options)
+        if guard is not None and guard.refuses():
+            return y
         if counter is not None:  # Last, so that an input that is refused changes nothing.
-            counter.add_(1 if mask is None and lengths is None else count_batch(mask, lengths))
+            counter.add_(self._count(input, options))
         return y
+
+    def _compute(
+        self, input: Any, mean: Tensor | None, var: Tensor | None, from_batch: bool, momentum: Any, options: Any
+    ) -> Any:
+        """The function of this class, by the batch or by the running averages; those that are given move."""
+        given = (mean, var, self.weight, self.bias, from_batch, momentum, self.eps)
+        return functional.batch_norm(input, *given, **options)
+
+    def _count(self, input: Any, options: Any) -> Any:
+        """How many batches this one counts for: none where nothing is real."""
+        mask, lengths = options.get("mask"), options.get("lengths")
+        return 1 if mask is None and lengths is None else count_batch(mask, lengths)
 
     def _is_single(self, input: Any, is_jagged: bool, mask: Tensor | None, lengths: Any) -> bool:
         """Whether a channel has a single value."""
@@ -110,11 +121,6 @@ class _BatchNorm(_Running):
         return functional.batch_norm(input, *given, **options)
 
 
-def count_batch(mask: Tensor | None, lengths: Any) -> Any:
-    """1 for a batch in which anything is real."""
-    return (torch.as_tensor(lengths) if mask is None else mask).ne(0).any()
-
-
 def finish_alone(
     input: Any, activation: Any = None, residual: Any = None, mask: Any = None, lengths: Any = None
 ) -> Any:
@@ -132,28 +138,35 @@ def unsqueeze(t: Tensor | None) -> Tensor | None:
 
 
 class _Batch(_BatchNorm):
-    """The constructor of torch's batch norms, and `on_single`.
+    """The constructor of torch's batch norms, and two choices that torch does not offer.
 
     Args:
         on_single: what a batch in training does that has one value per channel, of which every output would be beta:
             ``"error"`` as torch does, ``"running"`` normalizes by the running averages, ``"skip"`` returns the input.
             The running averages do not move.
+        on_nonfinite: what becomes of a batch in training that would make the running averages NaN or Inf:
+            ``"propagate"`` lets it, as torch does; ``"skip"`` leaves averages and counter as they were, counts it in
+            `nonfinite_batches` and warns once, naming the layer, while the output stays what the formula gives, so
+            that a gradient scaler sees it; ``"error"`` raises FloatingPointError, with nothing changed.
     """
 
-    def __init__(self, *arguments: Any, on_single: str = "error", **options: Any) -> None:
+    def __init__(
+        self, *arguments: Any, on_single: str = "error", on_nonfinite: str = "propagate", **options: Any
+    ) -> None:
         super().__init__(*arguments, **options)
-        if on_single not in ON_SINGLE:
-            raise ValueError(
-                f"{type(self).__name__}: on_single must be one of {', '.join(ON_SINGLE)}; got {on_single!r}; "
-                "the default is error"
-            )
-        if on_single != "error":
-            self.on_single = on_single
+        for name, choice in (("on_single", on_single), ("on_nonfinite", on_nonfinite)):
+            if choice not in CHOICES[name]:
+                raise ValueError(
+                    f"{type(self).__name__}: {name} must be one of {', '.join(CHOICES[name])}; got {choice!r}; "
+                    f"the default is {CHOICES[name][0]}"
+                )
+            if choice != CHOICES[name][0]:
+                setattr(self, name, choice)
 
     def extra_repr(self) -> str:
-        """torch's, and `on_single` where it is not torch's."""
-        shown = super().extra_repr()
-        return shown if self.on_single == "error" else f"{shown}, on_single={self.on_single!r}"
+        """torch's, and what was chosen otherwise than torch does."""
+        chosen = [f", {name}={getattr(self, name)!r}" for name in CHOICES if name in vars(self)]
+        return super().extra_repr() + "".join(chosen)
 
 
 class _InstanceNorm(_Running):
@@ -169,13 +182,15 @@ class _InstanceNorm(_Running):
         if single:
             input = input.unsqueeze(0)
             options |= {name: unsqueeze(options.get(name)) for name in ("residual", "mask")}
+        from_input = self.training or not self.track_running_stats
+        moves = not from_input or (self.running_mean is not None and is_counted(self))
         y = functional.instance_norm(
             input,
-            self.running_mean,
-            self.running_var,
+            self.running_mean if moves else None,
+            self.running_var if moves else None,
             self.weight,
             self.bias,
-            self.training or not self.track_running_stats,
+            from_input,
             0.0 if self.momentum is None else self.momentum,
             self.eps,
             **options,
@@ -234,8 +249,8 @@ class BatchNorm3d(_Batch, nn.BatchNorm3d):
 
 for kind, theirs in ((BatchNorm1d, nn.BatchNorm1d), (BatchNorm2d, nn.BatchNorm2d), (BatchNorm3d, nn.BatchNorm3d)):
     known = inspect.signature(theirs)
-    last = inspect.Parameter("on_single", inspect.Parameter.KEYWORD_ONLY, default="error", annotation="str")
-    kind.__signature__ = known.replace(parameters=[*known.parameters.values(), last])  # type: ignore[union-attr] # for inspect
+    last = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=CHOICES[name][0]) for name in CHOICES]
+    kind.__signature__ = known.replace(parameters=[*known.parameters.values(), *last])  # type: ignore[union-attr] # for inspect
 
 
 class InstanceNorm1d(_InstanceNorm, nn.InstanceNorm1d):

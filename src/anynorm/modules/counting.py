@@ -1,0 +1,109 @@
+"""Does this batch move the running averages?
+
+Every batch in training does, but for the exceptions here: one that activation checkpointing computes again, a repeat
+within `update_once`, and one that is refused because it is not finite.
+"""
+
+from __future__ import annotations
+
+import warnings
+from contextvars import ContextVar, Token
+from typing import Any
+from weakref import WeakSet
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from ..masks import describe
+
+SEEN: ContextVar[WeakSet[nn.Module] | None] = ContextVar("anynorm.update_once", default=None)
+
+
+class update_once:
+    """Let every norm count one batch inside, however often it is called.
+
+    For training steps that run a model more than once on the same data, as sharpness-aware minimization and gradient
+    penalties do: torch moves the running averages at each call. The first call counts. A layer that a model uses
+    several times counts once, too.
+
+    Example:
+        >>> norm, x = anynorm.BatchNorm1d(2), torch.randn(4, 2)
+        >>> with anynorm.update_once():
+        ...     _ = norm(x), norm(x)
+        >>> norm.num_batches_tracked
+        tensor(1)
+    """
+
+    def __init__(self) -> None:
+        self._tokens: list[Token[WeakSet[nn.Module] | None]] = []
+
+    def __enter__(self) -> update_once:
+        self._tokens.append(SEEN.set(WeakSet()))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        SEEN.reset(self._tokens.pop())
+
+
+def is_counted(layer: nn.Module) -> bool:
+    """Whether a layer's call may move its running averages.
+
+    Forward inside backward is activation checkpointing, of either kind, which computes again what was counted
+    (pytorch#96136).
+    """
+    if torch.compiler.is_compiling():
+        return True
+    if torch._C._current_graph_task_id() != -1:
+        return False
+    seen = SEEN.get()
+    if seen is None:
+        return True
+    is_first = layer not in seen
+    seen.add(layer)
+    return is_first
+
+
+def count_batch(mask: Tensor | None, lengths: Any) -> Any:
+    """1 for a batch in which anything is real."""
+    return (torch.as_tensor(lengths) if mask is None else mask).ne(0).any()
+
+
+class Guard:
+    """Keeps running averages, to go back where a batch makes them NaN or Inf (pytorch#90342).
+
+    Args:
+        layer: a norm with `on_nonfinite`.
+        mean, var: its running averages, before they move.
+    """
+
+    def __init__(self, layer: Any, mean: Tensor, var: Tensor) -> None:
+        self.layer, self.moving = layer, (mean, var)
+        self.before = tuple(t.clone() for t in self.moving)
+
+    def refuses(self) -> bool:
+        """Whether the batch was refused; the averages are as before then.
+
+        Raises:
+            FloatingPointError: where the layer asks for an error.
+        """
+        pairs = tuple(zip(self.moving, self.before, strict=True))
+        if all(bool((new.isfinite() | ~old.isfinite()).all()) for new, old in pairs):
+            return False
+        with torch.no_grad():
+            for new, old in pairs:
+                new.copy_(old)
+        name = describe(self.layer)
+        if self.layer.on_nonfinite == "error":
+            raise FloatingPointError(
+                f"{name}: the batch has statistics that are NaN or Inf; its running averages were not moved; look for "
+                "the first layer that overflows, or build the norm with on_nonfinite='skip'"
+            )
+        self.layer.nonfinite_batches += 1
+        if self.layer.nonfinite_batches == 1:
+            warnings.warn(
+                f"{name}: a batch with NaN or Inf was not counted in the running averages; this is said once, "
+                "nonfinite_batches counts",
+                stacklevel=5,
+            )
+        return True
