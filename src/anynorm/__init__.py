@@ -7,7 +7,7 @@
 
 from . import functional, reference
 from .allocator import tune_allocator
-from .errors import PatternError, UserError
+from .errors import PatternError, SyncError, UserError
 from .family import FAMILY
 from .masks import mask_of, masked, shorten
 from .modules.batch import (
@@ -29,6 +29,7 @@ from .modules.fused import (
     InstanceNormAct3d,
     LayerNormAct,
     RMSNormAct,
+    SyncBatchNormAct,
 )
 from .modules.lazy import (
     LazyBatchNorm1d,
@@ -41,6 +42,7 @@ from .modules.lazy import (
 from .modules.pattern import AnyNorm
 from .modules.recurrent import GRU, LSTM
 from .modules.sample import GroupNorm, LayerNorm, RMSNorm
+from .modules.sync import SyncBatchNorm
 from .ops import exact
 from .surgery.accelerate import accelerate
 
@@ -76,6 +78,9 @@ __all__ = [
     "PatternError",
     "RMSNorm",
     "RMSNormAct",
+    "SyncBatchNorm",
+    "SyncBatchNormAct",
+    "SyncError",
     "UserError",
     "accelerate",
     "exact",

@@ -20,6 +20,19 @@ class PatternError(UserError):
     """A pattern that does not describe its tensor; the message shows the pattern, the shape and the repair."""
 
 
+class SyncError(RuntimeError):
+    """Ranks could not merge their statistics.
+
+    Attributes:
+        layer: the layer at which it was seen.
+        ranks: global ranks that differ or are missing; empty where nobody could say.
+    """
+
+    def __init__(self, message: str, layer: str = "", ranks: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.layer, self.ranks = layer, ranks
+
+
 def check_axes(x: Tensor, axes: tuple[int, ...]) -> None:
     if x.dim() not in axes:
         raise ValueError(

@@ -21,7 +21,7 @@ from . import kernels, library, plain, statistics
 from .gradients import NormalizeByBlocks, Recipe, Running, apply, forward_by_blocks, forward_walk
 from .pooling import Pooling
 from .sources import move_running, read_running
-from .statistics import Moments, find_wide_dtype
+from .statistics import Moments
 from .watch import is_plain
 
 
@@ -138,9 +138,8 @@ def find_moments(x: Tensor, pooling: Pooling, mask: Tensor | None = None) -> Mom
         found = kernels.find_moments(x, pooling, mask)
         if found is not None:
             return found
-    wide = pooling.open(x).to(find_wide_dtype(x))
-    counted = None if mask is None else pooling.open_mask(mask) > 0
-    return statistics.find_moments(plain.blank(wide, counted), pooling, wide.dtype == x.dtype, counted)
+    wide, counted = plain.widen(x, pooling, mask)
+    return statistics.find_moments(wide, pooling, wide.dtype == x.dtype, counted)
 
 
 def run(

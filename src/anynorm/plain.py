@@ -37,21 +37,40 @@ def compose(
 
     With a mask padding is made 0 before anything is computed, so that neither a value nor a gradient comes from there.
     """
-    view = pooling.open(x)
     is_constant = given is not None and not (torch.is_grad_enabled() and any_requires_grad(x, weight, bias, residual))
     if is_constant and activation is None and residual is None and mask is None:
         assert given is not None
         return compose_given(x, pooling, weight, bias, eps, given), given
-    wide = view.to(find_wide_dtype(x))
-    counted = None if mask is None else pooling.open_mask(mask) > 0
-    wide = blank(wide, counted)
+    wide, counted = widen(x, pooling, mask)
     moments = find_moments(wide, pooling, wide.dtype == x.dtype, counted) if given is None else given
-    gamma, beta = (spread(p, pooling, view, wide.dtype) for p in (weight, bias))
+    return compose_from(moments, wide, counted, x, pooling, weight, bias, eps, activation, residual), moments
+
+
+def widen(x: Tensor, pooling: Pooling, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The opened x in the dtype of statistics, 0 at padding, and which positions count."""
+    wide = pooling.open(x).to(find_wide_dtype(x))
+    counted = None if mask is None else pooling.open_mask(mask) > 0
+    return blank(wide, counted), counted
+
+
+def compose_from(
+    moments: Moments,
+    wide: Tensor,
+    counted: Tensor | None,
+    x: Tensor,
+    pooling: Pooling,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    activation: str | None,
+    residual: Tensor | None,
+) -> Tensor:
+    """y from an x that `widen` made wide and from any moments; differentiable in all of them."""
+    gamma, beta = (spread(p, pooling, wide, wide.dtype) for p in (weight, bias))
     centre = wide if moments.mean is None else wide - moments.mean
     y = scale_shift(centre * moments.rstd(eps), gamma, beta)
     y = finish(y, activation, None if residual is None else blank(pooling.open(residual).to(y.dtype), counted))
-    y = blank(y, counted)
-    return y.to(x.dtype).reshape(x.shape), moments
+    return blank(y, counted).to(x.dtype).reshape(x.shape)
 
 
 def any_requires_grad(*tensors: Tensor | None) -> bool:

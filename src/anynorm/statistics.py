@@ -30,7 +30,7 @@ class Moments:
     @property
     def var(self) -> Tensor:
         """Population variance (mean square where uncentred)."""
-        return self.m2 / (at_least_one(self.count) if isinstance(self.count, Tensor) else self.count)
+        return self.m2 / at_least_one(self.count)
 
     def rstd(self, eps: float) -> Tensor:
         """1 / sqrt(var + eps), never below float64 where the device has it."""

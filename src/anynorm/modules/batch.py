@@ -16,7 +16,9 @@ from .. import functional
 from ..activations import finish
 from ..errors import check_axes
 from ..functional.batch import BATCH_OF_ONE
+from ..functional.merged import merged_batch_norm
 from ..masks import find_mask
+from ..merged import Exchange
 from ..plain import blank
 from ..ragged import close_rows, is_ragged, open_residual, open_rows
 from ..sources import find_momentum
@@ -83,8 +85,16 @@ class _BatchNorm(_Running):
         self, input: Any, mean: Tensor | None, var: Tensor | None, from_batch: bool, momentum: Any, options: Any
     ) -> Any:
         """The function of this class, by the batch or by the running averages; those that are given move."""
+        exchange = self.find_exchange(input, mean is not None) if self.training else None
+        if exchange is not None:
+            merging = (mean, var, self.weight, self.bias, momentum, self.eps, exchange)
+            return merged_batch_norm(input, *merging, **options)
         given = (mean, var, self.weight, self.bias, from_batch, momentum, self.eps)
         return functional.batch_norm(input, *given, **options)
+
+    def find_exchange(self, input: Any, moves: bool) -> Exchange | None:
+        """What brings this batch together with its other parts, where it has any; `moves`: averages will move."""
+        return None
 
     def _count(self, input: Any, options: Any) -> Any:
         """How many batches this one counts for: none where nothing is real."""
@@ -169,6 +179,13 @@ class _Batch(_BatchNorm):
         return super().extra_repr() + "".join(chosen)
 
 
+def show_choices(kind: type, theirs: type) -> None:
+    """Give a class the signature of torch's, and the choices, for people and for `inspect`."""
+    known = inspect.signature(theirs)
+    last = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=CHOICES[name][0]) for name in CHOICES]
+    kind.__signature__ = known.replace(parameters=[*known.parameters.values(), *last])  # type: ignore[attr-defined] # for inspect
+
+
 class _InstanceNorm(_Running):
     def normalize(self, input: Tensor, **options: Any) -> Tensor:
         """Normalize with or without a sample axis; see `anynorm.functional.instance_norm`."""
@@ -222,7 +239,7 @@ class BatchNorm1d(_Batch, nn.BatchNorm1d):
                 [ 1.0000,  1.0000]])
     """
 
-    _axes = (2, 3)
+    _axes: tuple[int, ...] = (2, 3)
 
 
 class BatchNorm2d(_Batch, nn.BatchNorm2d):
@@ -233,7 +250,7 @@ class BatchNorm2d(_Batch, nn.BatchNorm2d):
         <All keys matched successfully>
     """
 
-    _axes = (4,)
+    _axes: tuple[int, ...] = (4,)
 
 
 class BatchNorm3d(_Batch, nn.BatchNorm3d):
@@ -244,13 +261,11 @@ class BatchNorm3d(_Batch, nn.BatchNorm3d):
         torch.Size([2, 3, 4, 4, 4])
     """
 
-    _axes = (5,)
+    _axes: tuple[int, ...] = (5,)
 
 
 for kind, theirs in ((BatchNorm1d, nn.BatchNorm1d), (BatchNorm2d, nn.BatchNorm2d), (BatchNorm3d, nn.BatchNorm3d)):
-    known = inspect.signature(theirs)
-    last = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=CHOICES[name][0]) for name in CHOICES]
-    kind.__signature__ = known.replace(parameters=[*known.parameters.values(), *last])  # type: ignore[union-attr] # for inspect
+    show_choices(kind, theirs)
 
 
 class InstanceNorm1d(_InstanceNorm, nn.InstanceNorm1d):
@@ -261,7 +276,7 @@ class InstanceNorm1d(_InstanceNorm, nn.InstanceNorm1d):
         tensor([[[-1.0000,  1.0000]]])
     """
 
-    _axes = (2, 3)
+    _axes: tuple[int, ...] = (2, 3)
 
 
 class InstanceNorm2d(_InstanceNorm, nn.InstanceNorm2d):
@@ -273,7 +288,7 @@ class InstanceNorm2d(_InstanceNorm, nn.InstanceNorm2d):
         True
     """
 
-    _axes = (3, 4)
+    _axes: tuple[int, ...] = (3, 4)
 
 
 class InstanceNorm3d(_InstanceNorm, nn.InstanceNorm3d):
@@ -284,4 +299,4 @@ class InstanceNorm3d(_InstanceNorm, nn.InstanceNorm3d):
         torch.Size([2, 3, 4, 4, 4])
     """
 
-    _axes = (4, 5)
+    _axes: tuple[int, ...] = (4, 5)

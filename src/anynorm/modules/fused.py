@@ -19,7 +19,7 @@ from torch.fx import Proxy
 from ..activations import IDENTITY, check_activation, finish
 from ..masks import find_mask, may_be_masked
 from ..plain import blank
-from . import batch, sample
+from . import batch, sample, sync
 from .state import Norm, name_given, record_call
 
 
@@ -132,6 +132,15 @@ class BatchNormAct3d(batch._BatchNorm, _Running, plain=batch.BatchNorm3d):
     Example:
         >>> bool((anynorm.BatchNormAct3d(3)(torch.randn(2, 3, 4, 4, 4)) >= 0).all())
         True
+    """
+
+
+class SyncBatchNormAct(sync._Synchronized, _Running, plain=sync.SyncBatchNorm):
+    """`anynorm.SyncBatchNorm`, then a residual and an activation.
+
+    Example:
+        >>> anynorm.SyncBatchNormAct(3, activation="silu").load_state_dict(torch.nn.BatchNorm2d(3).state_dict())
+        <All keys matched successfully>
     """
 
 

@@ -1,0 +1,237 @@
+"""How do ranks exchange statistics, so that no fault ends in a hang, an abort or a wrong number?
+
+Every message between ranks is one frame: a header that says whose it is, then the payload, in one `all_gather`. All
+frames at the same place of the sequence have the same size on all ranks, whatever each of them is doing, because a
+frame grows only after a header that all ranks agreed on. So ranks that do different things always read each other's
+header and say so, where messages of different sizes would abort the process (gloo) and messages of the same size
+would silently mix two layers.
+
+Frames travel by gloo through the memory of the host, on a group of their own with the ranks and the timeout of the
+user's, so that nothing else, as gradients of DistributedDataParallel, can come between.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .errors import SyncError
+
+HEADER = 8  # words of 8 bytes
+FRAME = 512  # at the start: 4 KiB, forward and backward of up to 252 channels
+FORWARD, BACKWARD = 1, 2
+PHASES = {FORWARD: "forward", BACKWARD: "backward"}
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+MODES = {1: "a gradient for its input", 2: "moves its running averages"}
+PATIENCE = 3.0  # seconds that a survivor waits for the others to say that they live
+LABELS: dict[int, str] = {}  # of every layer that this process has named, by what headers call it
+
+
+def find_id(label: str) -> int:
+    """What headers call a layer."""
+    found = int.from_bytes(hashlib.blake2b(label.encode(), digest_size=8).digest(), "little", signed=True)
+    LABELS[found] = label
+    return found
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a layer, as all ranks must agree on it.
+
+    Attributes:
+        label: the layer's name.
+        number: how many calls of this layer came before.
+        phase: FORWARD or BACKWARD.
+        channels: of the input.
+        dtype: of the input, an index of DTYPES.
+        mode: sum of the keys of MODES that hold.
+    """
+
+    label: str
+    number: int
+    phase: int
+    channels: int
+    dtype: int
+    mode: int
+
+    def pack(self, length: int) -> list[int]:
+        """The header; `length` is that of the payload in words."""
+        return [self.phase, find_id(self.label), self.number, self.channels, self.dtype, self.mode, length, 0]
+
+
+def tell(header: Sequence[int]) -> str:
+    """A header in words."""
+    phase, layer, number, channels, dtype, mode, *_ = header
+    modes = [words if mode & bit else f"not {words}" for bit, words in MODES.items()]
+    name = LABELS.get(layer, "a layer that this rank has not called")
+    return (
+        f"{PHASES.get(phase, phase)} of {name}, call {number}: {channels} channels, "
+        f"{str(DTYPES[dtype]).removeprefix('torch.')}, {', '.join(modes)}"
+    )
+
+
+class Ranks:
+    """The ranks of one process group, and the frames between them."""
+
+    known: ClassVar[WeakKeyDictionary[Any, Ranks]] = WeakKeyDictionary()
+
+    def __init__(self, group: Any) -> None:
+        self.members = dist.get_process_group_ranks(group)
+        self.rank, self.world = dist.get_rank(group), len(self.members)
+        self.timeout = find_timeout(group)
+        self.channel: Any = None
+        self.frame = FRAME
+        self.sent = 0
+        self.broken: SyncError | None = None
+
+    @classmethod
+    def find(cls, group: Any) -> Ranks | None:
+        """Those of a group, None standing for all processes; None where there is nobody else."""
+        if not dist.is_available() or not dist.is_initialized():
+            return None
+        group = dist.group.WORLD if group is None else group
+        if dist.get_world_size(group) < 2:
+            return None
+        if group not in cls.known:
+            cls.known[group] = cls(group)
+        return cls.known[group]
+
+    def exchange(self, call: Call, payload: Tensor) -> Tensor:
+        """Every rank's payload, in the order of ranks.
+
+        Args:
+            call: whose payload it is.
+            payload: (K,), float64, on the CPU; K is the same where calls agree.
+
+        Returns:
+            (ranks, K).
+
+        Raises:
+            SyncError: ranks differ, are missing or dead, or the group has failed before.
+        """
+        if self.broken is not None:
+            raise SyncError(
+                f"{call.label}: its process group cannot be used any more; it failed before: {self.broken}; start the "
+                "job again from its last checkpoint",
+                call.label,
+                self.broken.ranks,
+            )
+        with self.failing(call):
+            if self.channel is None:
+                self.channel = open_channel(self.members, self.timeout)
+            words, fits = payload.numel(), HEADER + payload.numel() <= self.frame
+            frame = torch.zeros(self.frame, dtype=torch.int64)
+            frame[:HEADER] = torch.tensor(call.pack(words))
+            if fits:
+                frame[HEADER : HEADER + words] = payload.view(torch.int64)
+            frames = self.gather(frame)
+        self.check(call, words, frames)
+        if fits:
+            return frames[:, HEADER : HEADER + words].contiguous().view(torch.float64)
+        with self.failing(call):
+            payloads = self.gather(payload.view(torch.int64))
+        while self.frame < HEADER + words:  # Only now, that all ranks have agreed on it.
+            self.frame *= 2
+        return payloads.view(torch.float64)
+
+    def gather(self, message: Tensor) -> Tensor:
+        """One `all_gather`."""
+        received = torch.empty(self.world, message.numel(), dtype=message.dtype)
+        work = dist.all_gather(list(received), message, group=self.channel, async_op=True)
+        work.wait(self.timeout)
+        self.sent += 1
+        return received
+
+    def check(self, call: Call, words: int, frames: Tensor) -> None:
+        """Refuse headers that differ from this rank's; all ranks see the same and refuse together."""
+        mine = call.pack(words)
+        headers = frames[:, :HEADER].tolist()
+        others = {rank: header for rank, header in enumerate(headers) if header != mine}
+        if not others:
+            return
+        ranks = tuple(self.members[rank] for rank in others)
+        theirs = "; ".join(f"rank {self.members[rank]} is at {tell(header)}" for rank, header in others.items())
+        self.fail(
+            SyncError(
+                f"{call.label}: all ranks must call the same layers in the same order with the same channels, dtype "
+                f"and mode; rank {self.members[self.rank]} is at {tell(mine)}; {theirs}; "
+                "look for a branch that depends on the data of a rank",
+                call.label,
+                ranks,
+            )
+        )
+
+    @contextmanager
+    def failing(self, call: Call) -> Iterator[None]:
+        """Turn what the channel raises into an error that names the layer and the ranks that are missing."""
+        try:
+            yield
+        except (RuntimeError, ValueError) as error:
+            missing = self.find_missing(call)
+            names = ", ".join(map(str, missing)) or "unknown"
+            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            self.fail(
+                SyncError(
+                    f"{call.label}: rank {self.members[self.rank]} waits in {PHASES[call.phase]}, call {call.number}, "
+                    f"and not every rank came within {self.timeout.total_seconds():g} s; missing ranks: {names}; they "
+                    f"skipped the layer, died or are slower than the timeout of the process group ({first})",
+                    call.label,
+                    missing,
+                ),
+                error,
+            )
+
+    def fail(self, error: SyncError, cause: BaseException | None = None) -> None:
+        """Declare the group unusable."""
+        self.broken = error
+        self.close()
+        raise error from cause
+
+    def close(self) -> None:
+        """Let go of the channel, so that ranks that still wait in it hear of the failure at once."""
+        channel, self.channel = self.channel, None
+        if channel is not None:
+            with suppress(Exception):
+                dist.destroy_process_group(channel)
+
+    def find_missing(self, call: Call) -> tuple[int, ...]:
+        """Ranks that do not say in time that they, too, have seen a failure: they skipped the layer, or are dead."""
+        self.close()
+        others = [rank for rank in range(self.world) if rank != self.rank]
+        with suppress(Exception):  # The store may be gone with the rank that held it.
+            store: Any = dist.distributed_c10d._get_default_store()
+            place = f"anynorm/{'.'.join(map(str, self.members))}"
+            store.set(f"{place}/{self.rank}", tell(call.pack(0)))
+            limit = time.monotonic() + PATIENCE
+            while others and time.monotonic() < limit:
+                others = [rank for rank in others if not store.check([f"{place}/{rank}"])]
+                time.sleep(0.02)
+            return tuple(self.members[rank] for rank in others)
+        return ()
+
+
+def find_timeout(group: Any) -> timedelta:
+    """The user's timeout of a process group."""
+    for device in ("cpu", "cuda"):
+        with suppress(Exception):
+            found: Any = group._get_backend(torch.device(device)).options._timeout
+            return found
+    return dist.distributed_c10d.default_pg_timeout
+
+
+def open_channel(members: list[int], timeout: timedelta) -> Any:
+    """A group for frames alone; collective over its members."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return dist.new_group(members, timeout=timeout, backend="gloo", use_local_synchronization=True)
