@@ -45,6 +45,7 @@ from .modules.sample import GroupNorm, LayerNorm, RMSNorm
 from .modules.sync import SyncBatchNorm
 from .ops import exact
 from .surgery.accelerate import accelerate
+from .surgery.sync import sync
 
 __version__ = "0.1.0"
 
@@ -89,6 +90,7 @@ __all__ = [
     "masked",
     "reference",
     "shorten",
+    "sync",
     "tune_allocator",
     "update_once",
 ]

@@ -240,7 +240,8 @@ class masked:
 def describe(layer: nn.Module) -> str:
     """A layer as it prints itself, with its name in the model where `accelerate` or `sync` has told it."""
     label = getattr(layer, "label", "")
-    return f"{label}{' = ' if label else ''}{type(layer).__name__}({layer.extra_repr()})"
+    name = f"{label} = " if label else ""
+    return f"{name}{type(layer).__name__}({layer.extra_repr()})"
 
 
 def may_be_masked() -> bool:

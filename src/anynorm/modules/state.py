@@ -14,7 +14,13 @@ from ..ragged import is_ragged
 
 
 class Norm(nn.Module):
-    """Refuses checkpoints that torch loads in silence, and is a leaf to FX."""
+    """Refuses checkpoints that torch loads in silence, and is a leaf to FX.
+
+    Attributes:
+        label: the name that `accelerate` or `sync` found in the model, for messages.
+    """
+
+    label = ""
 
     def forward(self, input: Tensor, mask: Tensor | None = None, lengths: Any = None) -> Tensor:
         """Normalize; same shape, dtype and memory format (channels_last is kept).

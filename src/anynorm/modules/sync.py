@@ -64,10 +64,11 @@ class _Synchronized(batch._BatchNorm):
     Attributes:
         label: the layer's name in errors, the same on all ranks; `anynorm.sync` and `anynorm.accelerate` give the one
             that it has in the model.
+        before: the class that `anynorm.sync` found.
     """
 
     process_group: Any = None
-    label = ""
+    before: type[nn.Module] | None = None
     serial = 0
     calls = 0
     merged_count = 0  # values per channel on all ranks, of the last call

@@ -8,8 +8,10 @@ import torch
 import torch.nn as nn
 
 from ..modules.fused import Fused
+from ..modules.state import Norm
+from ..modules.sync import SyncBatchNorm
 from .fuse import fuse_graph
-from .report import FUSED, PAIRS, Entry, Report, describe
+from .report import FUSED, PAIRS, UNDO_FIRST, Entry, Report, describe, is_ours
 from .sequential import Place, find_fused, find_places, fuse_place, is_norm, take_apart
 from .trace import Traces, build, copy_sharing, is_hooked, trace
 
@@ -28,9 +30,9 @@ def accelerate(model: nn.Module, undo: bool = False, fuse: bool = False) -> Repo
 
     Returns:
         A report of what changed, and of what was left and why: subclasses of torch's norms with code of their own,
-        norms whose `forward` was replaced on the object, SyncBatchNorm, and norms of nn.TransformerEncoderLayer, whose
-        fast path in evaluation reads their weights and never calls them. With `fuse` also the norms that an activation
-        follows and that were not fused.
+        norms whose `forward` was replaced on the object, SyncBatchNorm, which `sync` turns into ours and back, and
+        norms of nn.TransformerEncoderLayer, whose fast path in evaluation reads their weights and never calls them.
+        With `fuse` also the norms that an activation follows and that were not fused.
 
         ``report.model`` is the model to go on with. Norm and activation side by side in a Sequential are fused in
         place; the activation's place takes nn.Identity. Norm, sum and activation, and functional activations, need a
@@ -87,7 +89,12 @@ def accelerate(model: nn.Module, undo: bool = False, fuse: bool = False) -> Repo
 def swap(model: nn.Module, swaps: dict[str, type[nn.Module]], places: Iterable[Place] = ()) -> None:
     """Change classes, then fuse in place."""
     for name, kind in swaps.items():
-        model.get_submodule(name).__class__ = kind
+        module = model.get_submodule(name)
+        module.__class__ = kind
+        if isinstance(module, Norm):
+            module.label = name
+        else:
+            vars(module).pop("label", None)
     for place in places:
         fuse_place(model, place)
 
@@ -143,7 +150,7 @@ def find_swaps(model: nn.Module, undo: bool, report: Report) -> dict[str, type[n
         scripted = getattr(module, "original_name", None) in {theirs.__name__ for theirs in PAIRS}
         if scripted and isinstance(module, torch.jit.ScriptModule):
             report.left.append(Entry(name, describe(kind), reason="it is compiled by torch.jit.script"))
-        if not isinstance(module, BASES) or kind in others:
+        if not isinstance(module, BASES) or kind in others or (is_ours(kind) and not undo):
             continue
         reason = "" if undo and kind in pairs else find_reason(module, bypassed)
         if reason:
@@ -170,7 +177,9 @@ def find_reason(module: nn.Module, bypassed: dict[int, str]) -> str:
     if id(module) in bypassed:
         return bypassed[id(module)]
     if isinstance(module, nn.SyncBatchNorm):
-        return "it merges statistics over processes, which ours does not do yet"
+        return "it merges statistics over processes: anynorm.sync(model) turns it into ours"
+    if is_ours(kind):
+        return UNDO_FIRST if kind is SyncBatchNorm else "torch.nn has no such norm"
     if kind not in PAIRS:
         base = next(base for base in kind.__mro__[1:] if base in PAIRS or base in PAIRS.values() or base in BASES)
         return f"a subclass of {describe(base)} may have code of its own"

@@ -25,6 +25,9 @@ FUSED: dict[type[nn.Module], type[fused.Fused]] = {
 }
 
 
+UNDO_FIRST = "it merges statistics over processes: anynorm.sync(model, undo=True) comes first"
+
+
 @dataclass(frozen=True)
 class Entry:
     """One norm of a model.
@@ -76,9 +79,14 @@ class Report:
         return "\n".join(lines)
 
 
+def is_ours(kind: type) -> bool:
+    """Whether a class is one of this library's."""
+    return kind.__module__.partition(".")[0] == "anynorm"
+
+
 def describe(kind: type[nn.Module]) -> str:
     """The class as people write it."""
-    if kind in PAIRS.values() or (issubclass(kind, fused.Fused) and kind in FUSED.values()):
+    if is_ours(kind):
         return f"anynorm.{kind.__name__}"
     if getattr(nn, kind.__name__, None) is kind:
         return f"torch.nn.{kind.__name__}"

@@ -17,7 +17,7 @@ from torch import fx
 
 from ..activations import ACTIVATIONS, list_activations
 from ..modules.fused import Fused
-from .report import FUSED, PAIRS, Entry, Report, describe
+from .report import FUSED, PAIRS, UNDO_FIRST, Entry, Report, describe, is_ours
 from .trace import is_hooked
 
 KEPT_AS = "replaced"  # the attribute of nn.Identity that holds the activation
@@ -176,6 +176,9 @@ def find_fused(model: nn.Module, report: Report) -> list[Place]:
     for name, norm in model.named_modules():
         if not isinstance(norm, Fused):
             continue
+        if is_ours(type(norm)) and norm.plain not in PAIRS.values():
+            report.left.append(Entry(name, describe(type(norm)), reason=UNDO_FIRST))
+            continue
         sequential, first, second = pairs.get(name, ("", "", ""))
         behind = model.get_submodule(join(sequential, second))
         # A graph calls what it called when it was made: there only an nn.Identity that was called as the activation.
@@ -199,6 +202,7 @@ def take_apart(model: nn.Module, place: Place) -> None:
         activation = ACTIVATIONS[place.activation].module()
     theirs = {ours: theirs for theirs, ours in PAIRS.items()}
     del norm.activation
+    vars(norm).pop("label", None)
     norm.__class__ = theirs[norm.plain]  # type: ignore[assignment]
     if activation is not None:
         sequential._modules[place.second] = activation.train(identity.training)

@@ -1,0 +1,96 @@
+"""`sync`: every batch norm of a model becomes one over all ranks, in place; and back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn as nn
+
+from ..modules import batch, fused
+from ..modules.sync import SyncBatchNorm, _Synchronized
+from .report import Entry, Report, describe
+
+PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, batch.BatchNorm1d, batch.BatchNorm2d, batch.BatchNorm3d)
+SYNCHRONIZED: dict[type[nn.Module], type[nn.Module]] = {
+    **dict.fromkeys((*PLAIN, nn.SyncBatchNorm), SyncBatchNorm),
+    **dict.fromkeys((fused.BatchNormAct1d, fused.BatchNormAct2d, fused.BatchNormAct3d), fused.SyncBatchNormAct),
+}
+BASES = (nn.modules.batchnorm._BatchNorm, batch._BatchNorm)
+
+
+def sync(model: nn.Module, undo: bool = False, process_group: Any = None) -> Report:
+    """Turn every batch norm of a model into one over all ranks, in place: the same objects, with another class.
+
+    Parameters, buffers, mode, hooks, sharing, names and fused activations stay. Call it on every rank, before or after
+    DistributedDataParallel wraps the model.
+
+    Args:
+        model: any module; a norm itself is allowed.
+        undo: turn the norms back into what they were before `sync`, of the same dimension and library (pytorch#41081).
+        process_group: the ranks that share statistics; None for all.
+
+    Returns:
+        A report of what changed, and of what was left and why: subclasses with code of their own, lazy norms that have
+        not seen an input, and, with `undo`, norms that were built as SyncBatchNorm, whose dimension nobody knows.
+
+    Raises:
+        TypeError: `model` is not a module.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
+        >>> print(anynorm.sync(model))
+        1 norms changed, 0 left
+          1 x torch.nn.BatchNorm2d -> anynorm.SyncBatchNorm
+        >>> print(anynorm.sync(model, undo=True).changed[0].became)
+        torch.nn.BatchNorm2d
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"sync: model must be a torch.nn.Module; got {type(model).__name__}; pass the model itself")
+    report, swaps = Report(model=model), {}
+    for name, module in model.named_modules():
+        if not isinstance(module, BASES):
+            continue
+        became, reason = find_change(module, undo)
+        if became is not None:
+            swaps[name] = became
+            report.changed.append(Entry(name, describe(type(module)), became=describe(became)))
+        elif reason:
+            report.left.append(Entry(name, describe(type(module)), reason=reason))
+    for name, kind in swaps.items():
+        change(model.get_submodule(name), name, kind, undo, process_group)
+    return report
+
+
+def find_change(module: Any, undo: bool) -> tuple[type[nn.Module] | None, str]:
+    """Which class a norm gets, or why none."""
+    kind = type(module)
+    if undo:
+        if not isinstance(module, _Synchronized):
+            return None, ""
+        if module.before is None:
+            return None, "it was built as SyncBatchNorm: nobody knows the dimension of its inputs; replace it by hand"
+        return module.before, ""
+    if isinstance(module, _Synchronized):
+        return None, ""
+    if kind not in SYNCHRONIZED:
+        if isinstance(module, nn.modules.lazy.LazyModuleMixin):
+            return None, "it has not seen an input; run one batch first"
+        return None, "its statistics are its own, or a subclass may have code of its own"
+    if "forward" in vars(module):
+        return None, "its forward was replaced on the object"
+    return SYNCHRONIZED[kind], ""
+
+
+def change(module: Any, name: str, kind: type[nn.Module], undo: bool, process_group: Any) -> None:
+    """Change the class, and remember what it was."""
+    if undo:
+        for attribute in ("before", "calls", "merged_count"):
+            vars(module).pop(attribute, None)
+        if kind is not nn.SyncBatchNorm:
+            vars(module).pop("process_group", None)
+    else:
+        module.before = type(module)
+        module.label = name
+        if process_group is not None or not hasattr(module, "process_group"):
+            module.process_group = process_group
+    module.__class__ = kind
