@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: masked sanitize help setup compare vowels try speed bench explain env list test check accuracy format clean
+.PHONY: faults masked sanitize help setup compare vowels try speed bench explain env list test check accuracy format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -65,6 +65,9 @@ check: $(READY) ## lint and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+faults: $(READY) ## what goes wrong on one of several ranks, five times each (6 minutes)
+	FAULTS=5 $(BIN)/pytest -n 2 tests/test_faults.py $(ARGS)
 
 sanitize: $(READY) ## the kernel tests under address, undefined-behaviour and thread sanitizers
 	bash tests/sanitize/run.sh $(BIN)/python

@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import socket
 import tempfile
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
 from typing import Any
+
+import torch
+import torch.distributed as dist
 
 TIMEOUT = 30.0  # seconds: of the process group, and what a call may take beyond it
 
 
 def serve(rank: int, world: int, place: str, seconds: float, pipe: Connection) -> None:
     """What a process does: meet the others, then run what it is sent."""
-    import torch
-    import torch.distributed as dist
-
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group(
-        "gloo", init_method=f"file://{place}", rank=rank, world_size=world, timeout=timedelta(seconds=seconds)
-    )
+    dist.init_process_group("gloo", init_method=place, rank=rank, world_size=world, timeout=timedelta(seconds=seconds))
     while True:
         try:
             function, arguments = pipe.recv()
@@ -37,14 +35,27 @@ def serve(rank: int, world: int, place: str, seconds: float, pipe: Connection) -
             pipe.send((False, traceback.format_exc()))
 
 
-class Processes:
-    """`world` processes that have met; they live until `close`."""
+def find_port() -> int:
+    """A free one."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
 
-    def __init__(self, world: int, seconds: float = TIMEOUT) -> None:
+
+class Processes:
+    """`world` processes that have met; they live until `close`.
+
+    Args:
+        seconds: the timeout of their process group.
+        tcp: meet at a store in rank 0, which dies with it, instead of in a file.
+    """
+
+    def __init__(self, world: int, seconds: float = TIMEOUT, tcp: bool = False) -> None:
         self.world, self.seconds = world, seconds
         self.folder = tempfile.TemporaryDirectory()
-        place = str(Path(self.folder.name) / "store")
-        context = multiprocessing.get_context("spawn")
+        place = f"tcp://127.0.0.1:{find_port()}" if tcp else f"file://{self.folder.name}/store"
+        context = multiprocessing.get_context("forkserver")  # A process that has torch, and no threads, is forked.
+        context.set_forkserver_preload(["anynorm", "torch.distributed"])
         self.pipes, self.processes = [], []
         for rank in range(world):
             here, there = context.Pipe()

@@ -29,12 +29,12 @@ from torch import Tensor
 from .errors import SyncError
 
 HEADER = 8  # words of 8 bytes
-FRAME = 512  # at the start: 4 KiB, forward and backward of up to 252 channels
+FRAME = HEADER + 1 + 2 * 512  # words at the start: count, mean and m2 of up to 512 channels
 FORWARD, BACKWARD = 1, 2
 PHASES = {FORWARD: "forward", BACKWARD: "backward"}
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 MODES = {1: "a gradient for its input", 2: "moves its running averages"}
-PATIENCE = 3.0  # seconds that a survivor waits for the others to say that they live
+PATIENCE = 2.0  # seconds that a survivor waits for the others to say that they live
 LABELS: dict[int, str] = {}  # of every layer that this process has named, by what headers call it
 
 
@@ -90,6 +90,7 @@ class Ranks:
         self.members = dist.get_process_group_ranks(group)
         self.rank, self.world = dist.get_rank(group), len(self.members)
         self.timeout = find_timeout(group)
+        self.place = f"anynorm/{group.group_name}"  # in the default store, the same on all ranks
         self.channel: Any = None
         self.frame = FRAME
         self.sent = 0
@@ -141,8 +142,7 @@ class Ranks:
             return frames[:, HEADER : HEADER + words].contiguous().view(torch.float64)
         with self.failing(call):
             payloads = self.gather(payload.view(torch.int64))
-        while self.frame < HEADER + words:  # Only now, that all ranks have agreed on it.
-            self.frame *= 2
+        self.frame = HEADER + words  # Only now, that all ranks have agreed on it.
         return payloads.view(torch.float64)
 
     def gather(self, message: Tensor) -> Tensor:
@@ -175,17 +175,20 @@ class Ranks:
     @contextmanager
     def failing(self, call: Call) -> Iterator[None]:
         """Turn what the channel raises into an error that names the layer and the ranks that are missing."""
+        start = time.monotonic()
         try:
             yield
         except (RuntimeError, ValueError) as error:
-            missing = self.find_missing(call)
+            waited = time.monotonic() - start
+            missing = self.find_missing(waited)
             names = ", ".join(map(str, missing)) or "unknown"
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             self.fail(
                 SyncError(
-                    f"{call.label}: rank {self.members[self.rank]} waits in {PHASES[call.phase]}, call {call.number}, "
-                    f"and not every rank came within {self.timeout.total_seconds():g} s; missing ranks: {names}; they "
-                    f"skipped the layer, died or are slower than the timeout of the process group ({first})",
+                    f"{call.label}: not every rank came to {PHASES[call.phase]}, call {call.number}, within the timeout "
+                    f"of {self.timeout.total_seconds():g} s; missing ranks: {names}, said by rank "
+                    f"{self.members[self.rank]} after {waited:.1f} s; they skipped the layer, died or are slower than "
+                    f"the process group allows ({first})",
                     call.label,
                     missing,
                 ),
@@ -205,19 +208,29 @@ class Ranks:
             with suppress(Exception):
                 dist.destroy_process_group(channel)
 
-    def find_missing(self, call: Call) -> tuple[int, ...]:
-        """Ranks that do not say in time that they, too, have seen a failure: they skipped the layer, or are dead."""
+    def find_missing(self, waited: float) -> tuple[int, ...]:
+        """Ranks that skipped the layer, or are dead or late.
+
+        Every rank that sees a failure says in the default store how long it waited. Those that do not say so are
+        missing; of those that do, the ones that waited much less than the others came too late.
+        """
         self.close()
-        others = [rank for rank in range(self.world) if rank != self.rank]
+        waits = {self.rank: waited}
         with suppress(Exception):  # The store may be gone with the rank that held it.
             store: Any = dist.distributed_c10d._get_default_store()
-            place = f"anynorm/{'.'.join(map(str, self.members))}"
-            store.set(f"{place}/{self.rank}", tell(call.pack(0)))
+            store.set(f"{self.place}/{self.rank}", f"{waited}")
             limit = time.monotonic() + PATIENCE
-            while others and time.monotonic() < limit:
-                others = [rank for rank in others if not store.check([f"{place}/{rank}"])]
+            while len(waits) < self.world and time.monotonic() < limit:
                 time.sleep(0.02)
-            return tuple(self.members[rank] for rank in others)
+                for rank in range(self.world):
+                    if rank not in waits and store.check([f"{self.place}/{rank}"]):
+                        waits[rank] = float(store.get(f"{self.place}/{rank}"))
+            longest = max(waits.values())
+            late = [rank for rank, seconds in waits.items() if seconds < longest / 2]
+            silent = [rank for rank in range(self.world) if rank not in waits]
+            timed_out = longest > 0.9 * self.timeout.total_seconds()
+            found = silent or (late if timed_out else [])
+            return tuple(self.members[rank] for rank in sorted(found))
         return ()
 
 

@@ -8,6 +8,7 @@ import torch.nn as nn
 
 from ..modules import batch, fused
 from ..modules.sync import SyncBatchNorm, _Synchronized
+from ..ranks import find_id
 from .report import Entry, Report, describe
 
 PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, batch.BatchNorm1d, batch.BatchNorm2d, batch.BatchNorm3d)
@@ -22,7 +23,7 @@ def sync(model: nn.Module, undo: bool = False, process_group: Any = None) -> Rep
     """Turn every batch norm of a model into one over all ranks, in place: the same objects, with another class.
 
     Parameters, buffers, mode, hooks, sharing, names and fused activations stay. Call it on every rank, before or after
-    DistributedDataParallel wraps the model.
+    DistributedDataParallel wraps the model. Norms that are synchronized already are told their names, for messages.
 
     Args:
         model: any module; a norm itself is allowed.
@@ -50,6 +51,8 @@ def sync(model: nn.Module, undo: bool = False, process_group: Any = None) -> Rep
     for name, module in model.named_modules():
         if not isinstance(module, BASES):
             continue
+        if isinstance(module, _Synchronized):
+            tell_name(module, name)
         became, reason = find_change(module, undo)
         if became is not None:
             swaps[name] = became
@@ -81,6 +84,12 @@ def find_change(module: Any, undo: bool) -> tuple[type[nn.Module] | None, str]:
     return SYNCHRONIZED[kind], ""
 
 
+def tell_name(module: Any, name: str) -> None:
+    """For messages of this rank, and of others that wait for it."""
+    module.label = name
+    find_id(name)
+
+
 def change(module: Any, name: str, kind: type[nn.Module], undo: bool, process_group: Any) -> None:
     """Change the class, and remember what it was."""
     if undo:
@@ -90,7 +99,7 @@ def change(module: Any, name: str, kind: type[nn.Module], undo: bool, process_gr
             vars(module).pop("process_group", None)
     else:
         module.before = type(module)
-        module.label = name
+        tell_name(module, name)
         if process_group is not None or not hasattr(module, "process_group"):
             module.process_group = process_group
     module.__class__ = kind
