@@ -125,7 +125,7 @@ def single(rank: int, world: int, choice: str, sizes: Sizes) -> str:
 
 
 def messages(rank: int, world: int, channels: int) -> list[int]:
-    """Collectives of two steps: forward, backward, forward, backward; then evaluation, and forward without gradients."""
+    """Collectives of forward, backward, forward, backward; then in evaluation, and forward without gradients."""
     norm = anynorm.SyncBatchNorm(channels)
     ranks, found = Ranks.find(None), []
     assert ranks is not None
@@ -168,7 +168,7 @@ def make_model(seed: int = 0) -> nn.Sequential:
 
 
 def train(model: Any, shares: list[torch.Tensor], whole: int, world: int, twice: bool) -> list[torch.Tensor]:
-    """Three steps of the mean loss over the whole batch; DistributedDataParallel divides by the world, hence times it."""
+    """Three steps of the mean loss over the whole batch; times the world, for DistributedDataParallel divides by it."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
     for x in shares:
         optimizer.zero_grad()
@@ -180,14 +180,14 @@ def train(model: Any, shares: list[torch.Tensor], whole: int, world: int, twice:
     return [t.detach().clone() for t in model.state_dict().values()]
 
 
-def data_parallel(rank: int, world: int, sizes: Sizes, twice: bool, compiled: bool = False) -> list[torch.Tensor]:
+def data_parallel(rank: int, world: int, sizes: Sizes, twice: bool, backend: str = "") -> list[torch.Tensor]:
     """Training by DistributedDataParallel, each rank with its share of the batch."""
     model = make_model()
     anynorm.sync(model)
     whole = [draw((sum(sizes), 2, 6, 6), torch.float64, step) for step in range(3)]
     shares = [cut(x, sizes, rank) for x in whole]
     wrapped = DistributedDataParallel(model)
-    return train(torch.compile(wrapped) if compiled else wrapped, shares, sum(sizes), world, twice)
+    return train(torch.compile(wrapped, backend=backend) if backend else wrapped, shares, sum(sizes), world, twice)
 
 
 def whole_batch(sizes: Sizes, twice: bool) -> list[torch.Tensor]:
@@ -240,7 +240,7 @@ def step(model: nn.Module, channels: int, dtype: torch.dtype = torch.float32) ->
 
 def misbehave(kind: str, model: Any, channels: int, seconds: float) -> None:
     """What goes wrong on one rank, where others wait for it for `seconds`."""
-    first, second, last = model
+    first, second, _ = model
     x = draw((3, channels)).requires_grad_()
     if kind == "skips a layer":
         second(x)

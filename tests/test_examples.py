@@ -78,3 +78,13 @@ def test_japanese_vowels_without_a_package_says_what_to_install(package):
     done = run("-c", HIDDEN, package, EXAMPLE.as_posix())
     assert (done.returncode, done.stdout) == (1, "")
     assert re.fullmatch(rf"japanese_vowels: .*{package}.* not installed; run pip install [^;]+\.\n", done.stderr)
+
+
+def test_ranks_train_the_network_of_one_process():
+    """Equals one process on the whole batch; ranks whose norms are not synchronized do not."""
+    example = EXAMPLE.with_name("train_ddp.py")
+    done = run("-m", "torch.distributed.run", "--nproc-per-node", "2", str(example), "--steps", "15")
+    assert done.returncode == 0, done.stderr
+    assert "have the same weights" in done.stdout
+    away = {words[0]: float(words[1]) for words in re.findall(r"2 ranks, (.+?) {2,}([\d.e+-]+)", done.stdout)}
+    assert away["synchronized"] < 1e-4 < 1e-2 < away["each by itself"]

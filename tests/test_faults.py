@@ -1,10 +1,11 @@
-"""What goes wrong on one rank ends on the others as an error in time, with nothing changed; `make faults` tries often."""
+"""What goes wrong on one rank ends on the others as an error in time, with nothing changed (`make faults`: often)."""
 
 from __future__ import annotations
 
 import os
 
 import pytest
+
 import rank_tasks
 from gloo import Processes
 
@@ -66,7 +67,7 @@ def test_ranks_that_differ(kind, world, time_tried):
     assert found[1]["error"] is not None  # the culprit is told, too
 
 
-@pytest.mark.parametrize("world, culprit, warm", MISSES)
+@pytest.mark.parametrize(("world", "culprit", "warm"), MISSES)
 @pytest.mark.parametrize("kind", MISSING)
 def test_ranks_that_are_missing(kind, world, culprit, warm, time_tried):
     processes = Processes(world, SECONDS)

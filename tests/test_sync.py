@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import pytest
-import rank_tasks
 import torch
 import torch.nn as nn
-from gloo import Processes
-from rank_tasks import draw, make, one_layer
 
 import anynorm
+import rank_tasks
+from gloo import Processes
+from rank_tasks import draw, make, one_layer
 
 EPS = {torch.float64: 2.3e-16, torch.float32: 1.2e-7, torch.bfloat16: 7.9e-3, torch.float16: 9.8e-4}
 
@@ -172,7 +172,7 @@ def test_one_value_is_one_on_all_ranks_together(start):
 
 
 def test_collectives():
-    """One forward and one backward, two forward where the layer has more channels than any before; none in evaluation."""
+    """One forward, one backward; two forward where a layer has more channels than any before; none in evaluation."""
     processes = Processes(2)
     try:
         assert processes.run(rank_tasks.messages, 512) == [[1, 1, 1, 1, 0, 1]] * 2
@@ -199,6 +199,12 @@ def test_data_parallel_gives_the_weights_of_one_process(start, sizes, twice):
     for part in found:
         torch.testing.assert_close(part, rank_tasks.whole_batch(sizes, twice), rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(part, found[0], rtol=0, atol=0)
+
+
+def test_compiled(start):
+    """torch.compile breaks the graph at the norms; the rest, and DistributedDataParallel around it, go on."""
+    for part in start(2).run(rank_tasks.data_parallel, [3, 4], True, "aot_eager"):
+        torch.testing.assert_close(part, rank_tasks.whole_batch([3, 4], True), rtol=1e-10, atol=1e-12)
 
 
 def test_torch_refuses_a_cpu(start):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -383,3 +385,9 @@ def test_compiled_calls_of_the_kernels_equal_eager(kind, layout):
         assert found[0][0].stride() == found[1][0].stride()
         for mine, its in zip(*found, strict=True):
             torch.testing.assert_close(mine, its, rtol=1e-5, atol=1e-5 * float(mine.abs().max().detach()))
+
+
+def test_import_leaves_the_compiler_alone():
+    """torch._dynamo takes seconds to import; torch.compiler.disable as a decorator imports it."""
+    code = "import sys, torch, anynorm; sys.exit('torch._dynamo' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

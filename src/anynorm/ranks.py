@@ -185,10 +185,10 @@ class Ranks:
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             self.fail(
                 SyncError(
-                    f"{call.label}: not every rank came to {PHASES[call.phase]}, call {call.number}, within the timeout "
-                    f"of {self.timeout.total_seconds():g} s; missing ranks: {names}, said by rank "
-                    f"{self.members[self.rank]} after {waited:.1f} s; they skipped the layer, died or are slower than "
-                    f"the process group allows ({first})",
+                    f"{call.label}: every rank must come to {PHASES[call.phase]}, call {call.number}, within the "
+                    f"timeout of {self.timeout.total_seconds():g} s; missing ranks: {names}, seen by rank "
+                    f"{self.members[self.rank]} after {waited:.1f} s; they skipped the layer, died or are too slow: "
+                    f"look at their own errors first ({first})",
                     call.label,
                     missing,
                 ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import merged, ragged, watch
@@ -19,6 +20,7 @@ from ..family import FAMILY
 from ..masks import find_mask
 
 
+@torch._disable_dynamo  # Nothing that waits for others can be part of a graph.
 def merged_batch_norm(
     input: Tensor,
     running_mean: Tensor | None,

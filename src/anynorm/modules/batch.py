@@ -116,9 +116,10 @@ class _BatchNorm(_Running):
         """What `on_single` says; running averages and the counter stay."""
         if self.on_single == "error":
             shape = getattr(input, "shape", (1, self.num_features))
+            name = f"{self.label} = " if self.label else ""
             raise ValueError(
-                f"{type(self).__name__}({self.num_features}): statistics need more than 1 value per channel, or every "
-                f"output is beta; got input {tuple(shape)}; {BATCH_OF_ONE}"
+                f"{name}{type(self).__name__}({self.num_features}): statistics need more than 1 value per channel, or "
+                f"every output is beta; got input {tuple(shape)}; {BATCH_OF_ONE}"
             )
         if self.on_single == "skip":
             return finish_alone(input, **options)

@@ -98,7 +98,7 @@ class _Synchronized(batch._BatchNorm):
     def _count(self, input: Any, options: Any) -> Any:
         return super()._count(input, options) if self.find_ranks() is None else int(self.merged_count > 0)
 
-    @torch.compiler.disable
+    @torch._disable_dynamo  # torch.compiler.disable would import the compiler, which takes seconds, with anynorm.
     def find_exchange(self, input: Any, moves: bool) -> RankExchange | None:
         """This call with the other ranks, as they must have it, too."""
         ranks = self.find_ranks()

@@ -9,7 +9,7 @@ import torch.nn as nn
 from ..modules import batch, fused
 from ..modules.sync import SyncBatchNorm, _Synchronized
 from ..ranks import find_id
-from .report import Entry, Report, describe
+from .report import Entry, Report, describe, is_ours
 
 PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, batch.BatchNorm1d, batch.BatchNorm2d, batch.BatchNorm3d)
 SYNCHRONIZED: dict[type[nn.Module], type[nn.Module]] = {
@@ -97,6 +97,8 @@ def change(module: Any, name: str, kind: type[nn.Module], undo: bool, process_gr
             vars(module).pop(attribute, None)
         if kind is not nn.SyncBatchNorm:
             vars(module).pop("process_group", None)
+        if not is_ours(kind):
+            del module.label
     else:
         module.before = type(module)
         tell_name(module, name)
