@@ -7,7 +7,7 @@ batch, and by ranks whose batch norms know nothing of each other; then weights a
 Half a minute on a CPU; nothing is downloaded.
 
 The network has SiLU. ReLU's slope jumps where rounding carries an input across 0, and then training in float32 does
-not repeat at all: try --activation ReLU, where one process that takes the images of each batch in reverse shows it, too.
+not repeat at all: try --activation ReLU, where one process that takes the images in reverse order shows it, too.
 """
 
 from __future__ import annotations
