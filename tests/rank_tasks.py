@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import time
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -204,9 +205,12 @@ def fault(rank: int, world: int, kind: str, culprit: int, warm: bool, seconds: f
     """A step in which the rank `culprit` misbehaves: what each rank saw, how long it took, and its state."""
     channels = 600 if kind == "dies after the header" else 4
     model = nn.Sequential(nn.BatchNorm1d(channels), nn.BatchNorm1d(channels), nn.Linear(channels, channels))
-    anynorm.sync(model)
+    group = dist.new_group(timeout=timedelta(seconds=seconds))
+    anynorm.sync(model, process_group=group)
+    dist.barrier()  # From here on all are awake, on a busy machine, too.
     if warm:  # The ranks have met; else they meet in the fault.
-        step(nn.Sequential(anynorm.SyncBatchNorm(4)), 4)
+        step(nn.Sequential(anynorm.SyncBatchNorm(4, process_group=group)), 4)
+        dist.barrier()
     before = {name: t.clone() for name, t in model.state_dict().items()}
     start, error = time.monotonic(), None
     try:
@@ -250,6 +254,18 @@ def misbehave(kind: str, model: Any, channels: int, seconds: float) -> None:
     elif kind == "is slow":
         time.sleep(seconds + 1.5)
         first(x)
+    elif kind == "is interrupted":
+
+        def interrupt(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        gather, Ranks.gather = Ranks.gather, interrupt
+        try:
+            first(x)
+        except KeyboardInterrupt:
+            raise Absent from None
+        finally:
+            Ranks.gather = gather
     elif kind == "dies before the header":
         os._exit(1)
     elif kind == "dies after the header":
@@ -270,7 +286,7 @@ def misbehave(kind: str, model: Any, channels: int, seconds: float) -> None:
     elif kind == "has another dtype":
         first(x.bfloat16())
     elif kind == "has other channels":
-        other = anynorm.SyncBatchNorm(channels + 1)
+        other = anynorm.SyncBatchNorm(channels + 1, process_group=first.process_group)
         other.label = "0"
         other(draw((3, channels + 1)))
     elif kind == "has another mode":

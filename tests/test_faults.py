@@ -25,6 +25,7 @@ DIFFER = {
 MISSING = (
     "skips all",
     "is slow",
+    "is interrupted",
     "dies before the header",
     "dies after the header",
     "dies in backward",
@@ -56,7 +57,7 @@ def check(found, kind, culprit, world):
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("kind", DIFFER)
 def test_ranks_that_differ(kind, world, time_tried):
-    processes = Processes(world, SECONDS)
+    processes = Processes(world)
     try:
         found = processes.run(rank_tasks.fault, kind, 1, True, SECONDS)
     finally:
@@ -70,7 +71,7 @@ def test_ranks_that_differ(kind, world, time_tried):
 @pytest.mark.parametrize(("world", "culprit", "warm"), MISSES)
 @pytest.mark.parametrize("kind", MISSING)
 def test_ranks_that_are_missing(kind, world, culprit, warm, time_tried):
-    processes = Processes(world, SECONDS)
+    processes = Processes(world)
     try:
         found = processes.run(rank_tasks.fault, kind, culprit, warm, SECONDS)
     finally:
@@ -83,7 +84,7 @@ def test_ranks_that_are_missing(kind, world, culprit, warm, time_tried):
 @pytest.mark.parametrize("kind", [kind for kind in MISSING if kind.startswith("dies")])
 def test_the_store_dies(kind, world, time_tried):
     """Nobody can say who is missing where rank 0 held the store; the error comes in time."""
-    processes = Processes(world, SECONDS, tcp=True)
+    processes = Processes(world, tcp=True)
     try:
         found = processes.run(rank_tasks.fault, kind, 0, True, SECONDS)
     finally:

@@ -194,6 +194,10 @@ class Ranks:
                 ),
                 error,
             )
+        except BaseException as interruption:  # The others wait for what this rank has not sent.
+            self.broken = SyncError(f"{call.label}: interrupted by {type(interruption).__name__}", call.label)
+            self.close()
+            raise
 
     def fail(self, error: SyncError, cause: BaseException | None = None) -> None:
         """Declare the group unusable."""
