@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache, partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -55,7 +55,7 @@ def find_norms(model: nn.Module, trust: tuple[type, ...]) -> tuple[dict[str, Any
 def is_lazy(module: nn.Module) -> bool:
     """Whether any parameter or buffer of its own has no size yet."""
     own = (*module._parameters.values(), *module._buffers.values())
-    return any(nn.parameter.is_lazy(t) for t in own)
+    return any(t is not None and nn.parameter.is_lazy(t) for t in own)
 
 
 def find_reason(module: nn.Module, trust: tuple[type, ...]) -> str | None:
@@ -158,15 +158,15 @@ def put(norm: Any, mean: Tensor, var: Tensor) -> None:
     norm.running_var.copy_(var)
 
 
-@lru_cache
-def find_signature(kind: type[nn.Module]) -> inspect.Signature:
+@cache
+def find_signature(kind: Any) -> inspect.Signature:
     """Of its forward."""
     return inspect.signature(kind.forward)
 
 
 def find_input(norm: Any, args: Any, kwargs: Any) -> tuple[Any, Tensor | None]:
     """A norm's input and its mask, however the model passes them."""
-    given = find_signature(type(norm)).bind(norm, *args, **kwargs).arguments
+    given = find_signature(norm.__class__).bind(norm, *args, **kwargs).arguments
     x = next(value for name, value in given.items() if name != "self")
     if not isinstance(norm, batch._BatchNorm):
         return x, None
@@ -200,7 +200,7 @@ def keeping(model: nn.Module) -> Iterator[None]:
     before = [
         (module, type(module), dict(vars(module)), dict(module._buffers))
         for module in model.modules()
-        if isinstance(module._buffers.get("running_mean"), Tensor) and not isinstance(module, torch.jit.ScriptModule)
+        if not isinstance(module, torch.jit.ScriptModule) and isinstance(module._buffers.get("running_mean"), Tensor)
     ]
     buffers = [(t, t.detach().clone()) for t in model.buffers() if not t.is_inference()]
     try:
