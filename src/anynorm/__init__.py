@@ -45,6 +45,7 @@ from .modules.sample import GroupNorm, LayerNorm, RMSNorm
 from .modules.sync import SyncBatchNorm
 from .ops import exact
 from .surgery.accelerate import accelerate
+from .surgery.recalibrate import recalibrate
 from .surgery.sync import sync
 
 __version__ = "0.1.0"
@@ -88,6 +89,7 @@ __all__ = [
     "functional",
     "mask_of",
     "masked",
+    "recalibrate",
     "reference",
     "shorten",
     "sync",
