@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import ops, ragged
+from ..activations import check_finish
 from ..errors import check_batch_norm, check_channels, check_floating, check_more_than_one, check_parameter_dtypes
 from ..family import FAMILY
 from ..masks import find_mask
@@ -73,6 +74,8 @@ def batch_renorm(
         tensor([[0.],
                 [1.]])
     """
+    if not ragged.is_ragged(input):
+        activation = check_finish("batch_renorm", input, activation, residual)
     options: Any = {"activation": activation, "residual": residual, "mask": mask, "lengths": lengths}
     if not training:
         return batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps, **options)

@@ -71,6 +71,8 @@ def ghost_batch_norm(
         tensor([[-1.,  1., -1.,  1.]])
     """
     check_ghost_size("ghost_batch_norm", ghost_size)
+    if not ragged.is_ragged(input):
+        activation = check_finish("ghost_batch_norm", input, activation, residual)
     options: Any = {"activation": activation, "residual": residual, "mask": mask, "lengths": lengths}
     if training and ragged.is_ragged(input):
         raise ValueError(
@@ -87,7 +89,6 @@ def ghost_batch_norm(
     check_more_than_one(
         "ghost_batch_norm", ghost_size * prod(input.shape[2:]), "channel of a ghost", input, ONE_IN_A_GHOST
     )
-    activation = check_finish("ghost_batch_norm", input, activation, residual)
     mask = find_mask("ghost_batch_norm", input, (1,), mask, lengths)
     real = None if mask is None else count_real(mask, ghost_size)
     if real is not None and watch.has_memory(real) and bool((real == 1).any()):
