@@ -119,7 +119,9 @@ def correct(
     assert moments.mean is not None
     wide = find_wide_dtype(running_mean)
     share = torch.as_tensor(start_share, dtype=wide, device=running_mean.device)
-    known = (share < 1) & (torch.as_tensor(moments.count, device=share.device).amax() > 0)
+    known = share < 1
+    if isinstance(moments.count, Tensor):
+        known = known & (moments.count.amax() > 0)
     rest = torch.where(share < 1, 1 - share, 1)
     mean = running_mean.to(wide) / rest
     rstd = torch.rsqrt(((running_var.to(wide) - share) / rest).clamp(min=0) + eps)

@@ -121,7 +121,7 @@ def check_ghost_size(function: str, ghost_size: Any) -> None:
 
 def cut(shape: Any, ghost_size: int) -> tuple[int, int]:
     """How many full ghosts there are, and the samples of a last one of another size."""
-    full, rest = divmod(shape[0], ghost_size)
+    full, rest = shape[0] // ghost_size, shape[0] % ghost_size  # no divmod: torch.export's sizes have none
     if full and rest * prod(shape[2:]) == 1:  # It joins the ghost before.
         full, rest = full - 1, ghost_size + 1
     return (1, 0) if full == 0 else (full, rest)

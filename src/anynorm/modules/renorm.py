@@ -71,15 +71,15 @@ class _Renorm(batch._BatchNorm):
         if torch._C._current_graph_task_id() == -1:
             recent.append((moments.mean, tuple(t.clone() if isinstance(t, Tensor) else t for t in start)))
         elif recent:
-            start = min(recent, key=lambda call: float((moments.mean - call[0]).abs().sum()))[1]
+            start = min(reversed(recent), key=lambda call: float((moments.mean - call[0]).abs().sum()))[1]
         return correct(moments, *start)
 
     def _count(self, input: Any, options: Any) -> Any:
         """What batch norm counts; the schedule and the share of the start go on with it."""
         counted = super()._count(input, options)
         momentum = find_momentum(self.momentum, self.num_batches_tracked)
-        self.batches += counted
-        self.start_share *= 1 - momentum * counted
+        self.batches.add_(counted)
+        self.start_share.mul_(1 - momentum * counted)
         return counted
 
     def reset_running_stats(self) -> None:
