@@ -118,7 +118,10 @@ def correct(
     """
     assert moments.mean is not None
     wide = find_wide_dtype(running_mean)
-    share = torch.as_tensor(start_share, dtype=wide, device=running_mean.device)
+    share, r_max, d_max = (
+        t.to(running_mean.device, wide) if isinstance(t, Tensor) else running_mean.new_full((), t, dtype=wide)
+        for t in (start_share, *limits)
+    )
     known = share < 1
     if isinstance(moments.count, Tensor):
         known = known & (moments.count.amax() > 0)
@@ -126,7 +129,6 @@ def correct(
     mean = running_mean.to(wide) / rest
     rstd = torch.rsqrt(((running_var.to(wide) - share) / rest).clamp(min=0) + eps)
     batch_mean, batch_var = (t.detach().to(wide).reshape(mean.shape) for t in (moments.mean, moments.var))
-    r_max, d_max = (torch.as_tensor(limit, dtype=wide, device=share.device) for limit in limits)
     r = ((batch_var + eps).sqrt() * rstd).clamp(1 / r_max, r_max)
     d = ((batch_mean - mean) * rstd).clamp(-d_max, d_max)
     return torch.where(known, r, 1), torch.where(known, d, 0)

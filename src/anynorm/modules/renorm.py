@@ -153,7 +153,8 @@ class _BatchRenorm(_Renorm, batch._Batch):
         device = None if self.running_mean is None else self.running_mean.device
         wide = torch.float32 if device is not None and device.type == "mps" else torch.float64
         self.register_buffer("batches", torch.zeros((), dtype=torch.long, device=device), persistent=False)
-        self.register_buffer("start_share", torch.ones((), dtype=wide, device=device), persistent=False)
+        # One axis: torch.compile takes a float64 without axes for a number, and forgets what is written to it.
+        self.register_buffer("start_share", torch.ones(1, dtype=wide, device=device), persistent=False)
 
     def extra_repr(self) -> str:
         """Batch norm's, limits and schedule."""
