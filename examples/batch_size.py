@@ -1,8 +1,8 @@
 """What do few images for each set of statistics cost? Errors on MNIST against the size, for five ways to normalize.
 
 SGD takes 32 images a step, always. Batch norm's statistics are over 32, 16, 8, 4 or 2 of them, as on GPUs with that
-many images each. A fully connected and a convolutional network are trained with each norm from the same weights in the same
-order of the data. `make batchsize` runs it and writes the table and the picture of docs/small-batch.md.
+many images each. A fully connected and a convolutional network are trained with each norm from the same weights in
+the same order of the data. `make batchsize` runs it and writes the table and the picture of docs/small-batch.md.
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ def run_job(job: Job) -> Outcome:
         return Outcome(loss, error)
     plain = build(job, "batch")  # The state of ghost batch norm is batch norm's.
     plain.load_state_dict(network.state_dict())
-    anynorm.recalibrate(plain, data["x"].split(250))
+    anynorm.recalibrate(plain, data["x"].split(250), progress=False)
     return Outcome(loss, error, evaluate(plain, x, y)[1])
 
 

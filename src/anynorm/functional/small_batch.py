@@ -97,8 +97,10 @@ def ghost_batch_norm(
             f"in ghost {int((real == 1).int().argmax())} of an input {tuple(input.shape)}; use a larger ghost_size, or "
             "build the norm with on_single='running'"
         )
-    how = (running_mean, running_var), weight, bias, eps, activation
     full, rest = ghosts
+    if rest and input.dtype in (torch.bfloat16, torch.float16):  # Two gradients are added, and rounded once.
+        weight, bias = (None if t is None else t.to(torch.float32) for t in (weight, bias))
+    how = (running_mean, running_var), weight, bias, eps, activation
     end = len(input) - rest
     parts = [None if t is None else t[:end] for t in (input, residual, mask)]
     y = normalize_ghosts(parts, full, momentum, *how)
