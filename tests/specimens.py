@@ -143,9 +143,11 @@ def lay_out(shape: tuple[int, ...], layout: str, dtype: torch.dtype = torch.floa
 
 
 def find_specimens() -> list[Specimen]:
-    """Every class of the family; BatchNorm1d and GroupNorm with and without positions."""
+    """Every class of torch.nn in the family; BatchNorm1d and GroupNorm with and without positions."""
     found = []
     for scheme in FAMILY.values():
+        if scheme.variant_of:  # They have tests of their own.
+            continue
         for kind in scheme.classes:
             dims = int(kind[-2]) if kind.endswith("d") else 0
             found.append(Specimen(scheme.name, kind, SPATIAL.get(kind, (4, 3, 5)[:dims])))

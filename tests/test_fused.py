@@ -135,7 +135,7 @@ def test_every_class_has_a_fused_twin_that_is_no_norm_of_torchs(scheme):
     for plain, name in zip(scheme.classes, scheme.fused, strict=True):
         kind = getattr(anynorm, name)
         assert name in anynorm.__all__
-        assert name == plain.replace("Norm", "NormAct")
+        assert name.replace("Act", "") == plain
         assert kind.plain is getattr(anynorm, plain)
         assert issubclass(kind, Fused)
         assert not issubclass(kind, theirs)
@@ -287,7 +287,13 @@ def test_error_text_and_nothing_moves(text):
 @pytest.mark.parametrize("name", anynorm.functional.__all__)
 def test_every_function_checks_what_follows(name):
     arguments = {"layer_norm": ((5,),), "rms_norm": ((5,),), "group_norm": (3,)}.get(name, ())
-    options = {"batch_norm": {"running_mean": None, "running_var": None, "training": True}}.get(name, {})
+    batch = {"running_mean": None, "running_var": None, "training": True}
+    options = {
+        "batch_norm": batch,
+        "ghost_batch_norm": {**batch, "ghost_size": 2},
+        "batch_renorm": {**batch, "running_mean": torch.zeros(X.shape[1]), "running_var": torch.ones(X.shape[1])},
+    }.get(name, {})
+    options |= {"momentum": 0.0} if name == "batch_renorm" else {}  # r and d are the same at each call
     function = getattr(anynorm.functional, name)
     y = function(X, *arguments, **options, activation="relu", residual=X)
     torch.testing.assert_close(y, (function(X, *arguments, **options) + X).relu(), rtol=1e-5, atol=1e-6)

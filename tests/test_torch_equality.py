@@ -314,7 +314,13 @@ def test_checkpoints_load_into_fake_tensors():
 
 
 def test_signatures_of_the_functions_begin_as_torchs():
+    variants = {scheme.function: FAMILY[scheme.variant_of] for scheme in FAMILY.values() if scheme.variant_of}
     for name in anynorm.functional.__all__:
+        if name in variants:  # as the norm that it is a variant of, and keywords of its own
+            own = list(inspect.signature(getattr(anynorm.functional, name)).parameters.values())
+            base = list(inspect.signature(getattr(anynorm.functional, variants[name].function)).parameters.values())
+            assert [p for p in own if p.name in {p.name for p in base}] == base
+            continue
         ours = inspect.signature(getattr(anynorm.functional, name)).parameters.values()
         theirs = inspect.signature(getattr(F, name)).parameters.values()
         added = [(p.name, p.default) for p in ours if p.kind is p.KEYWORD_ONLY]

@@ -19,10 +19,17 @@ from .modules.batch import (
     InstanceNorm3d,
 )
 from .modules.counting import update_once
+from .modules.extra import extra_state, load_extra_state
 from .modules.fused import (
     BatchNormAct1d,
     BatchNormAct2d,
     BatchNormAct3d,
+    BatchRenormAct1d,
+    BatchRenormAct2d,
+    BatchRenormAct3d,
+    GhostBatchNormAct1d,
+    GhostBatchNormAct2d,
+    GhostBatchNormAct3d,
     GroupNormAct,
     InstanceNormAct1d,
     InstanceNormAct2d,
@@ -41,7 +48,9 @@ from .modules.lazy import (
 )
 from .modules.pattern import AnyNorm
 from .modules.recurrent import GRU, LSTM
+from .modules.renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 from .modules.sample import GroupNorm, LayerNorm, RMSNorm
+from .modules.small_batch import GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d
 from .modules.sync import SyncBatchNorm
 from .ops import exact
 from .surgery.accelerate import accelerate
@@ -61,6 +70,18 @@ __all__ = [
     "BatchNormAct1d",
     "BatchNormAct2d",
     "BatchNormAct3d",
+    "BatchRenorm1d",
+    "BatchRenorm2d",
+    "BatchRenorm3d",
+    "BatchRenormAct1d",
+    "BatchRenormAct2d",
+    "BatchRenormAct3d",
+    "GhostBatchNorm1d",
+    "GhostBatchNorm2d",
+    "GhostBatchNorm3d",
+    "GhostBatchNormAct1d",
+    "GhostBatchNormAct2d",
+    "GhostBatchNormAct3d",
     "GroupNorm",
     "GroupNormAct",
     "InstanceNorm1d",
@@ -86,7 +107,9 @@ __all__ = [
     "UserError",
     "accelerate",
     "exact",
+    "extra_state",
     "functional",
+    "load_extra_state",
     "mask_of",
     "masked",
     "recalibrate",

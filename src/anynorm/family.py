@@ -6,11 +6,12 @@ Which elements share a mean and a variance (``pattern``, ``centred``), where mea
 (``sources``), and over what gamma and beta vary (``affine``). README, docs, tests and ``anynorm list`` read this table.
 
 Axis letters, fixed for the whole project: n one or more sample axes, c channel, s zero or more spatial axes,
-g group, k channel in its group, d one or more feature axes.
+g group, k channel in its group, d one or more feature axes, b ghost batch, m sample in its ghost batch.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -28,8 +29,10 @@ class Scheme:
         centred: whether the mean is subtracted (RMS norm subtracts nothing).
         sources: where mean and variance come from, in training and in evaluation.
         affine: the axes gamma and beta vary over.
-        classes: the modules, named as in torch.nn.
+        classes: the modules, named as in torch.nn where it has them.
         function: the function in ``anynorm.functional``.
+        variant_of: the norm whose constructor, state and evaluation this one shares, where it has no class of its own
+            in torch.nn.
     """
 
     name: str
@@ -39,6 +42,7 @@ class Scheme:
     affine: str
     classes: tuple[str, ...]
     function: str
+    variant_of: str = ""
 
     def pool(self, x: Tensor, sizes: Sizes = ()) -> Pooling:
         """The pattern, worked out for x."""
@@ -47,7 +51,7 @@ class Scheme:
     @property
     def fused(self) -> tuple[str, ...]:
         """The modules that add a residual and apply an activation too: ``BatchNorm2d`` has ``BatchNormAct2d``."""
-        return tuple(name.replace("Norm", "NormAct") for name in self.classes)
+        return tuple(re.sub("([Nn]orm)", r"\1Act", name) for name in self.classes)
 
 
 # fmt: off
@@ -57,6 +61,10 @@ FAMILY: dict[str, Scheme] = {
         #      name        statistics shared by    centred sources               affine over
         Scheme("batch",    "n c s -> c",           True,   ("batch", "running"), "c",
                ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d"), "batch_norm"),
+        Scheme("ghost",    "(b m) c s -> b c",     True,   ("batch", "running"), "c",
+               ("GhostBatchNorm1d", "GhostBatchNorm2d", "GhostBatchNorm3d"), "ghost_batch_norm", "batch"),
+        Scheme("renorm",   "n c s -> c",           True,   ("renorm", "running"), "c",
+               ("BatchRenorm1d", "BatchRenorm2d", "BatchRenorm3d"), "batch_renorm", "batch"),
         Scheme("layer",    "n d -> n",             True,   ("batch",),           "d",
                ("LayerNorm",), "layer_norm"),
         Scheme("rms",      "n d -> n",             False,  ("batch",),           "d",

@@ -59,7 +59,7 @@ def forward_walk(
         if keep and mean is given[0]:  # What is kept for backward must not change when the buffers do.
             statistics = mean.clone(), var.clone()
     else:
-        if running is not None and kernels.can_move(walk, x, *running):
+        if running is not None and not pooling.ghosts and kernels.can_move(walk, x, *running):
             moved = running
         if keep or (running is not None and moved is None):
             statistics = kernels.make_statistics(walk)

@@ -32,7 +32,7 @@ LEAST = 1 << 15
 
 def write_pooling(pooling: Pooling) -> str:
     """A pooling as text, which means the same in every process that reads a cached graph."""
-    return repr((pooling.splits, pooling.pooled, pooling.affine, pooling.samples, pooling.centred))
+    return repr((pooling.splits, pooling.pooled, pooling.affine, pooling.samples, pooling.centred, pooling.ghosts))
 
 
 @remember

@@ -32,6 +32,7 @@ class Pooling:
         affine: axes of the view that gamma and beta vary over.
         samples: axes of the view that are samples and keep statistics of their own; running averages are over them.
         centred: whether the mean is subtracted.
+        ghosts: axes of the view that are ghost batches, which move running averages one after the other.
         plans: how tensors of each shape and layout are walked, remembered by `kernels`.
     """
 
@@ -40,6 +41,7 @@ class Pooling:
     affine: tuple[int, ...]
     samples: tuple[int, ...]
     centred: bool
+    ghosts: tuple[int, ...] = ()
     plans: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def open(self, x: Tensor) -> Tensor:
@@ -51,7 +53,7 @@ class Pooling:
     def open_mask(self, mask: Tensor) -> Tensor:
         """View a mask in the axes of x, of size 1 where x has channels, as the opened x is viewed."""
         for axis, sizes in self.splits:
-            mask = mask.unflatten(axis, (1,) * len(sizes))
+            mask = mask.unflatten(axis, (1,) * len(sizes) if mask.shape[axis] == 1 else sizes)
         return mask
 
     def count(self, view: Tensor) -> int:
@@ -159,7 +161,8 @@ def find_pooling(pattern: str, affine: str, centred: bool, ndim: int, sizes: Siz
     pooled = tuple(a for name in where if name not in right for a in where[name])
     varied = tuple(sorted(a for name in affine.split() for a in where[name]))
     samples = where["n"] if "n" in right else ()
-    return Pooling(splits, pooled, varied, samples, centred)
+    ghosts = where["b"] if "b" in right else ()
+    return Pooling(splits, pooled, varied, samples, centred, ghosts)
 
 
 def find_widths(left: list[tuple[str, ...]], known: dict, ndim: int, pattern: str) -> list[int]:

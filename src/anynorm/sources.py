@@ -2,6 +2,8 @@
 
 - ``batch``: from x itself; gradient flows through them.
 - ``running``: from the running averages of training; no gradient flows through them.
+- ``renorm``: from x itself, and then moved towards the running averages by a scale r and a shift d, through which no
+  gradient flows.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ def update_running(
     moments: Moments,
     samples: tuple[int, ...],
     momentum: float | Tensor,
+    ghosts: tuple[int, ...] = (),
 ) -> None:
     """running = (1 - momentum) * running + momentum * new, in place, computed wide and rounded once.
 
@@ -47,8 +50,12 @@ def update_running(
 
     Args:
         momentum: weight of the new value, from 0 to 1; a tensor for a cumulative average.
+        ghosts: axes of the moments that are ghost batches; each moves the averages in its turn.
     """
     assert moments.mean is not None
+    if ghosts:
+        follow_ghosts(running_mean, running_var, moments, momentum)
+        return
     unbiased = moments.m2.detach() / at_least_one(moments.count - 1)
     for running, new in ((running_mean, moments.mean.detach()), (running_var, unbiased)):
         old = running.to(find_wide_dtype(running))
@@ -60,6 +67,71 @@ def update_running(
         if samples:
             new = new.mean(samples)
         running.copy_(old * (1 - momentum) + new.reshape(running.shape).to(old.dtype) * momentum)
+
+
+def follow_ghosts(running_mean: Tensor, running_var: Tensor, moments: Moments, momentum: float | Tensor) -> None:
+    """What `update_running` would do with one ghost batch after the other, at once; ghosts are the first axis.
+
+    running = left * running + sum over i of share[i] * new[i], share[i] = momentum * (1 - momentum)**(ghosts after i)
+
+    A ghost of which nothing counts has share 0 and does not count among those after another.
+    """
+    assert moments.mean is not None
+    wide, ghosts = find_wide_dtype(running_mean), moments.m2.shape[0]
+    count = moments.count if isinstance(moments.count, Tensor) else moments.m2.new_full((ghosts, 1), moments.count)
+    counts = (count > 0).reshape(ghosts, -1)[:, :1].to(wide)
+    total = counts.sum()
+    if isinstance(momentum, Tensor):  # a cumulative average: all later batches weigh as the first does
+        momentum = momentum.to(wide)
+        share = counts * momentum / (1 - momentum + total * momentum)
+        left = 1 - share.sum()
+    else:
+        share = counts * momentum * (1 - momentum) ** (total - counts.cumsum(0))
+        left = (1 - momentum) ** total
+    unbiased = moments.m2.detach() / at_least_one(moments.count - 1)
+    for running, new in ((running_mean, moments.mean.detach()), (running_var, unbiased)):
+        old = running.to(wide)
+        moved = old * left + (new.reshape(ghosts, -1).to(wide) * share).sum(0).reshape(running.shape)
+        running.copy_(torch.where(total > 0, moved, old))
+
+
+def correct(
+    moments: Moments,
+    running_mean: Tensor,
+    running_var: Tensor,
+    eps: float,
+    limits: tuple[float | Tensor, float | Tensor],
+    start_share: float | Tensor = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Scale r and shift d of batch renormalization, (C,), wide and without a gradient.
+
+    mean = running_mean / (1 - start_share)
+    var  = (running_var - start_share) / (1 - start_share)
+    r = clip(sqrt(batch var + eps) / sqrt(var + eps), 1 / r_max, r_max)
+    d = clip((batch mean - mean) / sqrt(var + eps), -d_max, d_max)
+
+    Args:
+        moments: of the batch, one for each channel.
+        limits: r_max and d_max.
+        start_share: how much of the averages is still what they started from, mean 0 and variance 1. At 1 there is no
+            history: r is 1 and d 0, and so they are where nothing counts.
+    """
+    assert moments.mean is not None
+    wide = find_wide_dtype(running_mean)
+    share, r_max, d_max = (
+        t.to(running_mean.device, wide) if isinstance(t, Tensor) else running_mean.new_full((), t, dtype=wide)
+        for t in (start_share, *limits)
+    )
+    known = share < 1
+    if isinstance(moments.count, Tensor):
+        known = known & (moments.count.amax() > 0)
+    rest = torch.where(share < 1, 1 - share, 1)
+    mean = running_mean.to(wide) / rest
+    rstd = torch.rsqrt(((running_var.to(wide) - share) / rest).clamp(min=0) + eps)
+    batch_mean, batch_var = (t.detach().to(wide).reshape(mean.shape) for t in (moments.mean, moments.var))
+    r = ((batch_var + eps).sqrt() * rstd).clamp(1 / r_max, r_max)
+    d = ((batch_mean - mean) * rstd).clamp(-d_max, d_max)
+    return torch.where(known, r, 1), torch.where(known, d, 0)
 
 
 def average_counted(new: Tensor, count: Tensor, samples: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -75,4 +147,4 @@ def move_running(running: Any, moments: Moments, pooling: Pooling, x: Tensor) ->
     """Move running averages by the moments of x, where there are any."""
     if running is not None and x.numel():
         mean, var, momentum = running
-        update_running(mean, var, moments, pooling.samples, momentum)
+        update_running(mean, var, moments, pooling.samples, momentum, pooling.ghosts)

@@ -21,7 +21,7 @@ def print_family(console: Console | None = None) -> None:
 
 def _table() -> Table:
     """Return the table, 80 columns wide at most."""
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0, pad_edge=False)
     titles = ("norm", "statistics per", "centred", "mean, var from", "gamma", "classes")
     for title, style in zip(titles, ("bold", "cyan", "", "", "", "")):
         table.add_column(title, style=style, overflow="fold")
@@ -53,10 +53,14 @@ def _legend() -> str:
         "d": "features",
         "g": "groups",
         "k": "channels in a group",
+        "b": "ghost batches",
+        "m": "samples in one",
     }
     used = " ".join(scheme.pattern + " " + scheme.affine for scheme in FAMILY.values())
-    words = ", ".join(f"{letter} {meaning}" for letter, meaning in letters.items() if letter in used)
+    used = used.replace("(", " ").replace(")", " ")
+    words = ", ".join(f"{letter} {meaning}" for letter, meaning in letters.items() if letter in used.split())
     return (
         f"\n{words}.\nAxes left of the arrow that are missing on its right are averaged over."
         "\nbatch: the values at hand. running: the running averages, used in evaluation."
+        "\nrenorm: the values at hand, moved towards the running averages."
     )

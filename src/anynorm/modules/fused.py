@@ -19,7 +19,7 @@ from torch.fx import Proxy
 from ..activations import IDENTITY, check_activation, finish
 from ..masks import find_mask, may_be_masked
 from ..plain import blank
-from . import batch, sample, sync
+from . import batch, renorm, sample, small_batch, sync
 from .state import Norm, name_given, record_call
 
 
@@ -132,6 +132,66 @@ class BatchNormAct3d(batch._BatchNorm, _Running, plain=batch.BatchNorm3d):
     Example:
         >>> bool((anynorm.BatchNormAct3d(3)(torch.randn(2, 3, 4, 4, 4)) >= 0).all())
         True
+    """
+
+
+class GhostBatchNormAct1d(small_batch._Ghost, _Running, plain=small_batch.GhostBatchNorm1d):
+    """`anynorm.GhostBatchNorm1d`, then a residual and an activation.
+
+    Example:
+        >>> norm = anynorm.GhostBatchNormAct1d(3, ghost_size=2)
+        >>> bool((norm(torch.randn(5, 3)) >= 0).all())
+        True
+    """
+
+
+class GhostBatchNormAct2d(small_batch._Ghost, _Running, plain=small_batch.GhostBatchNorm2d):
+    """`anynorm.GhostBatchNorm2d`, then a residual and an activation.
+
+    Example:
+        >>> norm = anynorm.GhostBatchNormAct2d(3, ghost_size=2)
+        >>> bool((norm(torch.randn(5, 3, 4, 4)) >= 0).all())
+        True
+    """
+
+
+class GhostBatchNormAct3d(small_batch._Ghost, _Running, plain=small_batch.GhostBatchNorm3d):
+    """`anynorm.GhostBatchNorm3d`, then a residual and an activation.
+
+    Example:
+        >>> norm = anynorm.GhostBatchNormAct3d(3, ghost_size=2)
+        >>> bool((norm(torch.randn(5, 3, 4, 4, 4)) >= 0).all())
+        True
+    """
+
+
+class BatchRenormAct1d(renorm._Renorm, _Running, plain=renorm.BatchRenorm1d):
+    """`anynorm.BatchRenorm1d`, then a residual and an activation.
+
+    Example:
+        >>> norm = anynorm.BatchRenormAct1d(3, activation="silu")
+        >>> norm.load_state_dict(torch.nn.BatchNorm1d(3).state_dict())
+        <All keys matched successfully>
+    """
+
+
+class BatchRenormAct2d(renorm._Renorm, _Running, plain=renorm.BatchRenorm2d):
+    """`anynorm.BatchRenorm2d`, then a residual and an activation.
+
+    Example:
+        >>> norm = anynorm.BatchRenormAct2d(3, activation="silu")
+        >>> norm.load_state_dict(torch.nn.BatchNorm2d(3).state_dict())
+        <All keys matched successfully>
+    """
+
+
+class BatchRenormAct3d(renorm._Renorm, _Running, plain=renorm.BatchRenorm3d):
+    """`anynorm.BatchRenorm3d`, then a residual and an activation.
+
+    Example:
+        >>> norm = anynorm.BatchRenormAct3d(3, activation="silu")
+        >>> norm.load_state_dict(torch.nn.BatchNorm3d(3).state_dict())
+        <All keys matched successfully>
     """
 
 

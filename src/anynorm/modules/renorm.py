@@ -1,0 +1,233 @@
+"""`BatchRenorm1d/2d/3d`: batch norm that in training already looks at the running averages."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from .. import functional
+from ..errors import has_values
+from ..functional.renorm import check_limits, renormalize
+from ..sources import correct, find_momentum
+from ..statistics import Moments
+from ..watch import has_memory
+from . import batch
+from .small_batch import show_options
+
+Warmup = tuple[int, int, int] | Callable[[Tensor], tuple[Any, Any]]
+PAPERS_WARMUP = (5_000, 40_000, 25_000)
+# What the last calls of a layer started from, for activation checkpointing, with the mean of each call's batch.
+RECENT: WeakKeyDictionary[nn.Module, deque[Any]] = WeakKeyDictionary()
+KEPT = 8
+
+
+class _Renorm(batch._BatchNorm):
+    r_max: float
+    d_max: float
+    warmup: Warmup
+    batches: Tensor
+    start_share: Tensor
+
+    def find_limits(self) -> tuple[Any, Any]:
+        """r_max and d_max for the next batch."""
+        if callable(self.warmup):
+            return self.warmup(self.batches)
+        start, r_end, d_end = self.warmup
+        return 1 + (self.r_max - 1) * self._find_progress(start, r_end), self.d_max * self._find_progress(start, d_end)
+
+    def _find_progress(self, start: int, end: int) -> Tensor:
+        """From 0 at `start` to 1 at `end`."""
+        if end <= start:
+            return (self.batches >= start).to(self.start_share)
+        return ((self.batches - start) / (end - start)).clamp(0, 1).to(self.start_share)
+
+    def _compute(
+        self, input: Any, mean: Tensor | None, var: Tensor | None, from_batch: bool, momentum: Any, options: Any
+    ) -> Any:
+        given = (mean, var, self.weight, self.bias)
+        if not self.training or self._is_warming_up():
+            return functional.batch_norm(input, *given, from_batch, momentum, self.eps, **options)
+        return renormalize(input, *given, momentum, self.eps, self._correct, **options)
+
+    def _is_warming_up(self) -> bool:
+        """Whether this call, and one that computes it again, certainly is batch norm."""
+        return not callable(self.warmup) and has_memory(self.batches) and int(self.batches) + KEPT <= self.warmup[0]
+
+    def _correct(self, moments: Moments) -> tuple[Tensor, Tensor]:
+        """r and d from the averages before this batch: where activation checkpointing computes a call again they have
+        moved, and that call is found by the mean of its batch."""
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        start: Any = (self.running_mean, self.running_var, self.eps, self.find_limits(), self.start_share)
+        if not has_memory(self.running_mean):
+            return correct(moments, *start)
+        recent = RECENT.setdefault(self, deque(maxlen=KEPT))
+        if torch._C._current_graph_task_id() == -1:
+            recent.append((moments.mean, tuple(t.clone() if isinstance(t, Tensor) else t for t in start)))
+        elif recent:
+            start = min(reversed(recent), key=lambda call: float((moments.mean - call[0]).abs().sum()))[1]
+        return correct(moments, *start)
+
+    def _count(self, input: Any, options: Any) -> Any:
+        """What batch norm counts; the schedule and the share of the start go on with it."""
+        counted = super()._count(input, options)
+        momentum = find_momentum(self.momentum, self.num_batches_tracked)
+        self.batches.add_(counted)
+        self.start_share.mul_(1 - momentum * counted)
+        return counted
+
+    def reset_running_stats(self) -> None:
+        """Mean 0, variance 1, no batch counted, and the schedule at its begin."""
+        super().reset_running_stats()  # type: ignore[misc] # torch's, which stands behind in every class that uses this
+        if "batches" in self._buffers:
+            self.batches.zero_()
+            self.start_share.fill_(1)
+
+    def extra_state(self) -> dict[str, float]:
+        """What is remembered beside the state_dict: see `anynorm.extra_state`."""
+        return {"batches": int(self.batches), "start_share": float(self.start_share)}
+
+    def load_extra_state(self, state: dict[str, float]) -> None:
+        """Take what `extra_state` gave; call it after `load_state_dict`."""
+        if set(state) != {"batches", "start_share"}:
+            raise RuntimeError(
+                f"{type(self).__name__}: extra state holds batches and start_share; got {sorted(state)}; pass what "
+                "extra_state() returned"
+            )
+        self.batches.fill_(int(state["batches"]))
+        self.start_share.fill_(state["start_share"])
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        errors = len(rest[-1])
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        if prefix + "running_mean" in state_dict and len(rest[-1]) == errors:
+            self._guess_extra_state()
+
+    def _guess_extra_state(self) -> None:
+        """From batch norm's state alone: that averages started at 0 and 1 and moved by this momentum at each batch.
+
+        Without a counted batch they are the start itself, or come from elsewhere and hold none of it.
+        """
+        mean, var, counter = self.running_mean, self.running_var, self.num_batches_tracked
+        if mean is None or var is None or counter is None or not all(map(has_values, (mean, var, counter))):
+            return
+        batches = int(counter)
+        if batches == 0:
+            share = float(not mean.any() and bool((var == 1).all()))
+        else:
+            share = 0.0 if self.momentum is None else (1 - self.momentum) ** batches
+        self.load_extra_state({"batches": batches, "start_share": share})
+
+
+class _BatchRenorm(_Renorm, batch._Batch):
+    """The constructor of torch's batch norms, limits and schedule, and the choices of `anynorm.BatchNorm2d`."""
+
+    def __init__(
+        self,
+        *arguments: Any,
+        r_max: float = 3.0,
+        d_max: float = 5.0,
+        warmup: Warmup = PAPERS_WARMUP,
+        **options: Any,
+    ) -> None:
+        super().__init__(*arguments, **options)
+        name = type(self).__name__
+        if not self.track_running_stats:
+            raise ValueError(
+                f"{name}: r and d need running averages; got track_running_stats=False; leave it out, or use batch norm"
+            )
+        check_limits(name, r_max, d_max)
+        if not callable(warmup) and (len(warmup) != 3 or min(warmup) < 0):
+            raise ValueError(
+                f"{name}: warmup must be (batches as batch norm, batches until r_max, batches until d_max) or a "
+                f"function; got {warmup!r}; the paper's is {PAPERS_WARMUP}"
+            )
+        self.r_max, self.d_max, self.warmup = r_max, d_max, warmup
+        # Not in the state_dict, which is batch norm's; buffers, so that they are where the averages are.
+        device = None if self.running_mean is None else self.running_mean.device
+        wide = torch.float32 if device is not None and device.type == "mps" else torch.float64
+        self.register_buffer("batches", torch.zeros((), dtype=torch.long, device=device), persistent=False)
+        # One axis: torch.compile takes a float64 without axes for a number, and forgets what is written to it.
+        self.register_buffer("start_share", torch.ones(1, dtype=wide, device=device), persistent=False)
+
+    def extra_repr(self) -> str:
+        """Batch norm's, limits and schedule."""
+        warmup = getattr(self.warmup, "__name__", self.warmup)
+        return f"{super().extra_repr()}, r_max={self.r_max}, d_max={self.d_max}, warmup={warmup}"
+
+
+class BatchRenorm1d(_BatchRenorm, nn.BatchNorm1d):
+    """`anynorm.BatchNorm1d` whose output in training is moved towards evaluation's, for (N, C) or (N, C, L).
+
+    y[n,c,s] = ((x[n,c,s] - mean[c]) / sqrt(var[c] + eps) * r[c] + d[c]) * weight[c] + bias[c]
+    r[c] = clip(sqrt(var[c] + eps) / sqrt(running_var[c] + eps), 1 / r_max, r_max)
+    d[c] = clip((mean[c] - running_mean[c]) / sqrt(running_var[c] + eps), -d_max, d_max)
+
+    No gradient flows through r and d. In evaluation it is batch norm, and so is its state_dict.
+
+    Args:
+        num_features: C.
+        eps, momentum, affine, device, dtype, bias: as for torch's batch norm. The paper takes a momentum of 0.01.
+        track_running_stats: must be True.
+        r_max, d_max: limits at the end of the schedule; 1 or more, and 0 or more.
+        warmup: (start, r_end, d_end), in batches: batch norm until `start`, then limits that rise linearly from 1 and 0
+            to r_max at r_end and to d_max at d_end; (0, 0, 0) for the limits at once. Or a function of the number of
+            batches counted so far, a 0-dimensional tensor, that returns both limits; r_max and d_max are not used then.
+        on_single, on_nonfinite: as for `anynorm.BatchNorm1d`.
+
+    Note:
+        Averages start at mean 0 and variance 1, which is no history: r and d are found from averages without that part
+        (`start_share`). How many batches the schedule has counted and what is left of the start is not in the
+        state_dict; when one is loaded, both are found from num_batches_tracked and momentum, which is exact where
+        training alone moved the averages and momentum was constant. `anynorm.extra_state` saves them exactly. r uses
+        running_var as evaluation does, with n/(n-1): see `anynorm.functional.batch_renorm`.
+
+    Source:
+        Ioffe 2017, arXiv:1702.03275, algorithm 1; the default schedule is section 4's.
+
+    Example:
+        >>> norm = anynorm.BatchRenorm1d(1, warmup=(0, 0, 0)).train()
+        >>> for _ in range(50):
+        ...     _ = norm(torch.tensor([[1.0], [3.0]]))
+        >>> norm(torch.tensor([[2.0], [4.0]])).detach().round(decimals=2).T  # not -1 and 1, as batch norm gives
+        tensor([[0.0000, 1.4100]])
+    """
+
+    _axes: tuple[int, ...] = (2, 3)
+
+
+class BatchRenorm2d(_BatchRenorm, nn.BatchNorm2d):
+    """`anynorm.BatchNorm2d` moved towards evaluation's output in training, for (N, C, H, W); see `BatchRenorm1d`.
+
+    Example:
+        >>> norm = anynorm.BatchRenorm2d(3, momentum=0.01, warmup=(500, 4_000, 2_500))
+        >>> norm.load_state_dict(torch.nn.BatchNorm2d(3).state_dict())
+        <All keys matched successfully>
+    """
+
+    _axes: tuple[int, ...] = (4,)
+
+
+class BatchRenorm3d(_BatchRenorm, nn.BatchNorm3d):
+    """`anynorm.BatchNorm3d` moved towards evaluation's output in training, for (N, C, D, H, W); see `BatchRenorm1d`.
+
+    Example:
+        >>> anynorm.BatchRenorm3d(3)(torch.randn(2, 3, 4, 4, 4)).shape
+        torch.Size([2, 3, 4, 4, 4])
+    """
+
+    _axes: tuple[int, ...] = (5,)
+
+
+for kind, theirs in (
+    (BatchRenorm1d, nn.BatchNorm1d),
+    (BatchRenorm2d, nn.BatchNorm2d),
+    (BatchRenorm3d, nn.BatchNorm3d),
+):
+    show_options(kind, theirs, r_max=3.0, d_max=5.0, warmup=PAPERS_WARMUP)
