@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .recalibrate_data import Feed, unwrap, wants_progress
 from .recalibrate_norms import NOT_CALLED, Listener, find_norms, keeping, put
-from .recalibrate_report import Moved, Recalibration, find_error, find_move
+from .recalibrate_report import Recalibration, find_distance, find_error, tell_move
 from .recalibrate_statistics import Peers, Population, merge_groups
 from .report import Entry, describe
 
@@ -166,20 +166,6 @@ def find_errors(listener: Listener) -> Iterator[float]:
         found = merge_groups(tally.groups, tally.batches)
         if found is not None:
             yield find_error(found)
-
-
-def find_distance(old: Population | None, new: Population, eps: float) -> float:
-    """How far any channel moved: its mean in std, its variance relative."""
-    if old is None:
-        return inf
-    shift, ratio = find_move((old.mean, old.var), (new.mean, new.var), eps)
-    return max(float(shift.abs().max()), float((ratio - 1).abs().max()))
-
-
-def tell_move(name: str, norm: Any, new: Population) -> Moved:
-    """An entry of the report, before the norm is changed."""
-    shift, ratio = find_move((norm.running_mean, norm.running_var), (new.mean, new.var), norm.eps)
-    return Moved(name, describe(type(norm)), new.count, new.batches, shift, ratio, new.mean_error, new.var_error)
 
 
 def write(norms: dict[str, Any], found: dict[str, Population]) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import inf
+from typing import Any
 
 from torch import Tensor
 
 from .recalibrate_statistics import Population
-from .report import Entry
+from .report import Entry, describe
 
 WIDEST_NAME = 32
 
@@ -49,6 +51,20 @@ def find_move(old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], eps: float
     """`Moved.shift` and `Moved.ratio`."""
     (mean, var), (new_mean, new_var) = ((t.detach().cpu().double() for t in pair) for pair in (old, new))
     return (new_mean - mean) / (var + eps).sqrt(), (new_var + eps) / (var + eps)
+
+
+def find_distance(old: Population | None, new: Population, eps: float) -> float:
+    """How far any channel moved: its mean in std, its variance relative."""
+    if old is None:
+        return inf
+    shift, ratio = find_move((old.mean, old.var), (new.mean, new.var), eps)
+    return max(float(shift.abs().max()), float((ratio - 1).abs().max()))
+
+
+def tell_move(name: str, norm: Any, new: Population) -> Moved:
+    """An entry of the report, before the norm is changed."""
+    shift, ratio = find_move((norm.running_mean, norm.running_var), (new.mean, new.var), norm.eps)
+    return Moved(name, describe(type(norm)), new.count, new.batches, shift, ratio, new.mean_error, new.var_error)
 
 
 @dataclass
