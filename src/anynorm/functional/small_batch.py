@@ -82,21 +82,12 @@ def ghost_batch_norm(
     whole = not training or input.dim() < 2 or len(input) <= ghost_size
     if whole or (ghosts := cut(input.shape, ghost_size)) == (1, 0):
         return batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps, **options)
-    check_floating("ghost_batch_norm", input)
-    check_batch_norm(input, training, eps, running_mean=running_mean, running_var=running_var)
     named = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
-    check_channels("ghost_batch_norm", input.shape[1], **named)
-    check_more_than_one(
-        "ghost_batch_norm", ghost_size * prod(input.shape[2:]), "channel of a ghost", input, ONE_IN_A_GHOST
-    )
+    check_ghosts(input, ghost_size, eps, named)
     mask = find_mask("ghost_batch_norm", input, (1,), mask, lengths)
     real = None if mask is None else count_real(mask, ghost_size)
-    if real is not None and watch.has_memory(real) and bool((real == 1).any()):
-        raise ValueError(
-            "ghost_batch_norm: statistics need more than 1 real position in a ghost, or every output is beta; got 1 "
-            f"in ghost {int((real == 1).int().argmax())} of an input {tuple(input.shape)}; use a larger ghost_size, or "
-            "build the norm with on_single='running'"
-        )
+    if real is not None and watch.has_memory(real):
+        check_real(real, input)
     full, rest = ghosts
     if rest and input.dtype in (torch.bfloat16, torch.float16):  # Two gradients are added, and rounded once.
         weight, bias = (None if t is None else t.to(torch.float32) for t in (weight, bias))
@@ -118,6 +109,25 @@ def check_ghost_size(function: str, ghost_size: Any) -> None:
         raise ValueError(
             f"{function}: ghost_size must be a whole number of 1 or more; got {ghost_size!r}; pass how many samples "
             "share statistics, for example 32"
+        )
+
+
+def check_ghosts(input: Tensor, ghost_size: int, eps: float, named: dict[str, Tensor | None]) -> None:
+    """What batch norm checks, and that a ghost has more than one value per channel."""
+    check_floating("ghost_batch_norm", input)
+    check_batch_norm(input, True, eps, running_mean=named["running_mean"], running_var=named["running_var"])
+    check_channels("ghost_batch_norm", input.shape[1], **named)
+    values = ghost_size * prod(input.shape[2:])
+    check_more_than_one("ghost_batch_norm", values, "channel of a ghost", input, ONE_IN_A_GHOST)
+
+
+def check_real(real: Tensor, input: Tensor) -> None:
+    """The same for real positions; a ghost without any is fine."""
+    if bool((real == 1).any()):
+        raise ValueError(
+            "ghost_batch_norm: statistics need more than 1 real position in a ghost, or every output is beta; got 1 "
+            f"in ghost {int((real == 1).int().argmax())} of an input {tuple(input.shape)}; use a larger ghost_size, or "
+            "build the norm with on_single='running'"
         )
 
 
