@@ -1,7 +1,7 @@
 """The calls of batch norms in a forward: what is known of each for the whole batch, and what it does with a part.
 
     moments[k]   count, mean and m2 of call k over all micro-batches (and ranks)
-    sums[k]      sum(gamma * g) and sum(gamma * g * xhat) of call k over the same, without gamma: (2, C)
+    sums[k]      sum(gamma * g) and sum(gamma * g * xhat) of call k over the same: (2, C)
 
 Whoever knows both computes a micro-batch's outputs and gradients as the whole batch would have them.
 """
@@ -102,7 +102,10 @@ class Known:
 
 
 class Survey(Known):
-    """The first pass: a part's own moments normalize it, and are counted in."""
+    """The first pass: a part's own moments normalize it, and are counted in.
+
+    Moments merged so far instead were measured, too, and led to larger errors: the first parts then differ more.
+    """
 
     def merge(self, moments: Moments) -> Moments:
         """This part's."""
@@ -133,18 +136,32 @@ class Sought(Known):
 
 
 class Estimated(Known):
-    """A call whose moments are estimates: they are counted again, and a part's sums stand for the whole batch's."""
+    """A call whose moments are estimates: gradients flow as if they followed the part's own moments alone.
+
+    y = (x - own mean) / own std * r + d,  r = own std / std and d = (own mean - mean) / std as constants
+
+    That is batch renormalization (Ioffe 2017, arXiv:1702.03275) towards the estimates. It takes from a part's gradient
+    just what lies along 1 and xhat; sums scaled up from a part to the whole would take more or less, and grow from norm
+    to norm.
+    """
 
     def merge(self, moments: Moments) -> Moments:
-        """The estimate of the whole batch's."""
+        """The estimate of the whole batch's; they are counted once more, for the running averages."""
         self.call.add(moments)
-        self.count = int(moments.count)
+        self.own = moments
         return self.call.show(moments)
 
     def merge_sums(self, sums: Tensor) -> Tensor:
-        """As if all parts were like this one."""
-        assert self.call.moments is not None
-        return sums * (int(self.call.moments.count) / max(self.count, 1))
+        """Those of a whole batch that has this part's share along 1 and xhat."""
+        whole, own = self.call.moments, self.own
+        assert whole is not None
+        assert whole.mean is not None
+        assert own.mean is not None
+        rstd, count = whole.rstd(self.call.layer.eps), max(int(own.count), 1)
+        offset = (own.mean.flatten() - whole.mean) * rstd  # of xhat in this part: its mean
+        spread = own.m2.flatten() * rstd.square()  # and its sum of squares about that
+        slope = torch.where(spread > 0, (sums[1] - offset * sums[0]) / spread, 0)
+        return torch.stack([sums[0] / count - offset * slope, slope]) * int(whole.count)
 
 
 class Pass:

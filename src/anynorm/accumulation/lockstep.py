@@ -10,6 +10,7 @@ import contextvars
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
@@ -86,8 +87,8 @@ class Whole:
     def normalize(self, layer: Any, input: Any, options: dict[str, Any]) -> Any:
         """Never returns."""
         raise RuntimeError(
-            "accumulate: mode 'lockstep' holds the whole batch's activations, and a batch norm cannot be computed again "
-            "in backward; got activation checkpointing; leave batch norms out of checkpoints, or take mode='sweep'"
+            "accumulate: mode 'lockstep' cannot compute a batch norm again in backward; got activation checkpointing; "
+            "leave batch norms out of checkpoints, or take mode='sweep'"
         )
 
 
@@ -105,7 +106,7 @@ def find_modes() -> list[torch.autocast]:
 
 def lockstep(parts: Parts) -> None:
     """Exact; one forward and one backward, with the memory of the large batch."""
-    found = run_together([lambda batch=batch: parts.loss(parts.model, batch) for batch in parts.batches], parts.names)
+    found = run_together([partial(parts.loss, parts.model, batch) for batch in parts.batches], parts.names)
     losses = []
     for result, weight in zip(found, parts.weights, strict=True):
         loss, outputs = split_loss(result)
@@ -171,13 +172,16 @@ def join(layer: Any, inputs: list[Any], options: list[dict[str, Any]]) -> list[A
     if any(mask is not None for mask in masks):
         masks = [mask_all(x) if mask is None else mask for x, mask in zip(tensors, masks, strict=True)]
     as_rows = any(ragged) or len({x.shape[1:] for x in tensors}) > 1
-    lay = (lambda t: to_rows(t, layer)) if as_rows else (lambda t: t)
-    laid = [lay(t) for t in tensors]
+
+    def lay(given: list[Any]) -> list[Tensor]:
+        return [to_rows(t, layer) for t in given] if as_rows else given
+
+    laid = lay(tensors)
     more: dict[str, Any] = {name: options[0][name] for name in ("activation",) if name in options[0]}
     if residuals[0] is not None:
-        more["residual"] = torch.cat([lay(t) for t in residuals])
+        more["residual"] = torch.cat(lay(residuals))
     if masks[0] is not None:
-        more["mask"] = torch.cat([lay(mask) for mask in masks]).squeeze(1)
+        more["mask"] = torch.cat(lay(masks)).squeeze(1)
     y = layer.normalize(torch.cat(laid), **more)
     outputs = Split.apply(y, [len(t) for t in laid])
     if as_rows:
@@ -215,9 +219,7 @@ class Split(torch.autograd.Function):
         parts, start = [], y.storage_offset()
         for size in sizes:
             shape = (size, *y.shape[1:])
-            parts.append(
-                torch.empty(0, dtype=y.dtype, device=y.device).set_(y.untyped_storage(), start, shape, y.stride())
-            )  # type: ignore[call-overload]
+            parts.append(y.new_empty(0).set_(y.untyped_storage(), start, shape, y.stride()))
             start += size * y.stride(0)
         return tuple(parts)
 

@@ -2,14 +2,14 @@
 
 mode "sweep", exact, of L calls of batch norms and any number of micro-batches:
 
-    forward:   for k = 0..L-1 every micro-batch runs without a graph up to call k, the calls before it normalized by the
-               whole batch's moments, and leaves its moments of call k
-    backward:  for k = L-1..0 every micro-batch runs with a graph, and backward from its loss to call k, the calls behind
-               it knowing the whole batch's sums, and leaves its sums of call k
+    forward:   for k = 0..L-1 every micro-batch runs without a graph up to call k, earlier calls normalized by the whole
+               batch's moments, and leaves its moments of call k
+    backward:  for k = L-1..0 every micro-batch runs with a graph, and backward from its loss to call k, later calls
+               knowing the whole batch's sums, and leaves its sums of call k
     last:      every micro-batch runs forward and backward with all moments and all sums
 
 mode "estimate": one forward of every micro-batch in which each is normalized by its own moments; they are merged, and
-stand for those of the whole batch in the last pass. There a micro-batch's sums, times its share, stand for the whole's.
+stand for those of the whole batch in the last pass. There gradients flow through a micro-batch's own moments.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from torch import Tensor
 
 def save_randomness() -> list[Any]:
     """The states of Python's, NumPy's and torch's generators, of every device that is in use."""
-    states: list[Any] = [random.getstate(), np.random.get_state(), torch.get_rng_state()]
+    states: list[Any] = [random.getstate(), np.random.get_state(), torch.get_rng_state()]  # noqa: NPY002 # what models draw from
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         states.append(torch.cuda.get_rng_state_all())
     return states
@@ -23,7 +23,7 @@ def save_randomness() -> list[Any]:
 def restore_randomness(states: list[Any]) -> None:
     """Draw again what was drawn after `save_randomness`."""
     random.setstate(states[0])
-    np.random.set_state(states[1])  # noqa: NPY002 # the global generator is what models draw from
+    np.random.set_state(states[1])  # noqa: NPY002 # as above
     torch.set_rng_state(states[2])
     if len(states) > 3:
         torch.cuda.set_rng_state_all(states[3])
