@@ -45,7 +45,7 @@ def make_blocks(kind: str = "BatchNorm2d", dtype: torch.dtype = torch.float64) -
 
 def randomize(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Norms that are no longer as at the start."""
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         if parameter.dim() == 1:
             with torch.no_grad():
                 parameter.add_(0.3 * torch.randn(parameter.shape))
@@ -80,7 +80,7 @@ def find_state(model: nn.Module) -> dict[str, Tensor]:
 def on_ranks(rank: int, world: int, mode: str, sizes: list[list[int]]) -> dict[str, Any]:
     """This rank's micro-batches of one batch over all ranks."""
     total = sum(map(sum, sizes))
-    mine = [share for share in cut(draw(total), [sum(part) for part in sizes])][rank]
+    mine = cut(draw(total), [sum(part) for part in sizes])[rank]
     model = make_blocks()
     anynorm.sync(model)
     weights = [size / total for size in sizes[rank]]

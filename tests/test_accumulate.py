@@ -63,8 +63,8 @@ def assert_same_state(got: dict, wanted: dict, tolerance: float) -> None:
 
 @pytest.mark.parametrize("mode", EXACT)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("kind", ("BatchNorm2d", "BatchNormAct2d"))
-@pytest.mark.parametrize("norms", (1, 3, 20))
+@pytest.mark.parametrize("kind", ["BatchNorm2d", "BatchNormAct2d"])
+@pytest.mark.parametrize("norms", [1, 3, 20])
 def test_equals_the_large_batch(norms, kind, dtype, mode):
     model = make_chain(norms, kind, dtype)
     result = accumulate_and_compare(model, SIZES, draw(13, dtype), mode=mode, tolerance=TOLERANCE[dtype])
@@ -153,7 +153,7 @@ def test_images_of_different_sizes_equal_one_norm_over_all_positions(mode):
     large(rows).square().sum().backward()
     anynorm.accumulate(model, images, lambda model, x: model(x).square().sum(), mode=mode, weights=[1, 1])
     for name, wanted in find_state(large).items():
-        assert_near(find_state(model)[name], wanted, 1e-9)
+        assert_near(find_state(model)[name], wanted, 1e-9, 1.0)
 
 
 @pytest.mark.parametrize("mode", EXACT)
@@ -173,7 +173,7 @@ def test_packed_sequences_equal_the_large_batch(mode):
 
 
 class SampleDropout(nn.Module):
-    """Drops what the sample itself says, so that the large batch drops the same."""
+    """Drops what the sample's first number says, so that the large batch drops the same."""
 
     def forward(self, x: Tensor) -> Tensor:
         seeds = (x.detach().flatten(1)[:, 0] * 1e6).long()
@@ -183,15 +183,11 @@ class SampleDropout(nn.Module):
 
 @pytest.mark.parametrize("mode", EXACT)
 def test_dropout_equals_the_large_batch(mode):
-    model = make_chain(2)
-    model.insert(3, SampleDropout())
-    # The seed must come from numbers that no rounding changes: from the first activation's zero or not it does not.
-    model.insert(0, SampleDropout())
-    del model[4]
+    model = nn.Sequential(SampleDropout(), *make_chain(3))
     accumulate_and_compare(model, SIZES, draw(13), mode=mode)
 
 
-@pytest.mark.parametrize("mode", ("sweep", "estimate"))
+@pytest.mark.parametrize("mode", ["sweep", "estimate"])
 def test_random_numbers_are_those_of_plain_accumulation(mode):
     """Keeps an invariant: every run of a micro-batch draws what plain accumulation draws, from every generator."""
     drawn: list[tuple] = []
@@ -247,7 +243,7 @@ def find_errors(model, batch, sizes) -> tuple[dict[str, float], dict[str, float]
     return errors
 
 
-@pytest.mark.parametrize("norms", (1, 3, 9))
+@pytest.mark.parametrize("norms", [1, 3, 9])
 def test_estimate_is_nearer_than_plain_accumulation(norms):
     """Keeps an invariant: smaller errors of outputs and of gradients; outputs of one norm are exact."""
     outputs, gradients = find_errors(make_chain(norms), draw(32), [8] * 4)
@@ -289,7 +285,7 @@ def test_gradients_are_added_in_place(mode):
 
 
 @pytest.mark.parametrize("mode", EXACT)
-@pytest.mark.parametrize("options", ({"momentum": None}, {"track_running_stats": False}, {"affine": False}), ids=str)
+@pytest.mark.parametrize("options", [{"momentum": None}, {"track_running_stats": False}, {"affine": False}], ids=str)
 def test_options_equal_the_large_batch(options, mode):
     model = nn.Sequential(
         nn.Conv2d(3, 6, 3, padding=1), anynorm.BatchNorm2d(6, **options), nn.Flatten(), nn.Linear(150, 4)
@@ -334,7 +330,7 @@ def test_update_once_counts_one_batch():
     assert model[1].num_batches_tracked == 1
 
 
-@pytest.mark.parametrize("mode", ("sweep", "estimate"))
+@pytest.mark.parametrize("mode", ["sweep", "estimate"])
 def test_checkpoints_equal_plain_forwards(mode):
     """Activation checkpointing computes norms again in backward, with what is known of them."""
     model, twin = make_chain(3), make_chain(3)
@@ -375,14 +371,15 @@ def in_checkpoint(model, batch):
     return checkpoint(model, batch[0], use_reentrant=False).mean()
 
 
-LINEAR = "accumulate: all micro-batches must call the same batch norms in the same order; got "
-BRANCHED = [anynorm.BatchNorm2d(3), anynorm.BatchNorm2d(3)]
+ORDER = "accumulate: all micro-batches must call the same batch norms in the same order; got "
+BRANCHED = nn.Sequential(anynorm.BatchNorm2d(3), anynorm.BatchNorm2d(3)).double()
 TEXTS = {
     "accumulate: mode must be one of sweep, lockstep, estimate; got 'exact'; the default is sweep":
         (ValueError, "exact", find_loss, {}),
-    LINEAR + "1 at call 0, where the first micro-batch has 0; look for a branch that depends on the data":
-        (RuntimeError, MODES, take_other_way, {"model": nn.Sequential(*BRANCHED)}),
-    "accumulate: weights must have one entry for each micro-batch; got 1, micro-batches 4; leave them out for shares of "
+    ORDER + "1 at call 0, where the first micro-batch has 0; look for a branch that depends on the data":
+        (RuntimeError, MODES, take_other_way, {"model": BRANCHED}),
+    "accumulate: weights must have one entry for each micro-batch; got 1, micro-batches 4; leave them out for "
+    "shares of "
     "samples":
         (ValueError, MODES, find_loss, {"weights": [1.0]}),
     "accumulate: loss must return a scalar tensor, or a pair of it and outputs; got (4, 4); take the mean over the "
@@ -391,16 +388,20 @@ TEXTS = {
     "accumulate: 1 cannot take part; got BatchNorm2d; its statistics are out of reach; call anynorm.accelerate(model) "
     "first":
         (ValueError, MODES, find_loss, {"model": nn.Sequential(nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6))}),
-    "accumulate: norm_ih cannot take part; got SequenceRows; batch norm inside a recurrence takes its statistics step by "
+    "accumulate: norm_ih_l0 cannot take part; got SequenceRows; batch norm inside a recurrence takes its "
+    "statistics step by "
     "step; choose norm='layer'":
         (ValueError, MODES, find_loss, {"model": "recurrent"}),
-    "accumulate: the model cannot take part; got AnyNorm; its statistics are its own; use anynorm.BatchNorm1d/2d/3d where "
+    "accumulate: the model cannot take part; got AnyNorm; its statistics are its own; use "
+    "anynorm.BatchNorm1d/2d/3d where "
     "the pattern is theirs":
         (ValueError, MODES, find_loss, {"model": anynorm.AnyNorm("n c s -> c")}),
     "accumulate: the model cannot take part; got LazyBatchNorm2d; it has not seen an input; run one batch first":
         (ValueError, MODES, find_loss, {"model": anynorm.LazyBatchNorm2d()}),
-    "BatchNorm1d(3, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True): statistics need more than 1 value "
-    "per channel in all micro-batches together, or every output is beta; got 1; use a larger batch, drop a last batch of "
+    "BatchNorm1d(3, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True): statistics need "
+    "more than 1 value "
+    "per channel in all micro-batches together, or every output is beta; got 1; use a larger batch, drop a last "
+    "batch of "
     "one with DataLoader(drop_last=True), call eval(), or build the norm with on_single='running'":
         (ValueError, ("sweep", "estimate"), lambda model, x: model(x).sum(),
          {"model": anynorm.BatchNorm1d(3), "batches": [torch.ones(1, 3), torch.ones(0, 3)]}),
@@ -409,10 +410,11 @@ TEXTS = {
     "accumulate: a micro-batch's number of samples is the first axis of its first tensor; got str without one; pass "
     "weights=":
         (ValueError, MODES, find_loss, {"batches": ["a", "b"]}),
-    "accumulate: mode 'lockstep' cannot compute a batch norm again in backward; got activation checkpointing; leave batch "
+    "accumulate: mode 'lockstep' cannot compute a batch norm again in backward; got activation checkpointing; "
+    "leave batch "
     "norms out of checkpoints, or take mode='sweep'":
         (RuntimeError, "lockstep", in_checkpoint, {}),
-    "'the user''s own'".replace("''", "'"):
+    "'the user's own'":
         (KeyError, MODES, fail_at_last, {}),
 }  # fmt: skip
 
@@ -448,7 +450,7 @@ def test_errors_say_what_and_change_nothing(text, mode):
     assert anynorm.modules.parts.TOGETHER.get() is None
 
 
-@pytest.mark.parametrize("on_nonfinite", ("skip", "error"))
+@pytest.mark.parametrize("on_nonfinite", ["skip", "error"])
 def test_batches_that_are_not_finite_change_nothing(on_nonfinite):
     model = nn.Sequential(nn.Conv2d(3, 2, 1), anynorm.BatchNorm2d(2, on_nonfinite=on_nonfinite), nn.Flatten())
     x = torch.randn(4, 3, 2, 2)
@@ -470,9 +472,9 @@ def test_batches_that_are_not_finite_change_nothing(on_nonfinite):
 
 
 def test_gradients_turned_off_and_parallel_models_are_refused():
-    with torch.no_grad(), pytest.raises(RuntimeError, match=r"got torch.no_grad\(\); call it outside"):
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"got torch\.no_grad\(\); call it outside"):
         anynorm.accumulate(make_chain(1), cut(draw(4), [2, 2]), find_loss)
-    with pytest.raises(ValueError, match="pass the model before torch.compile"):
+    with pytest.raises(ValueError, match=r"pass the model before torch\.compile"):
         anynorm.accumulate(torch.compile(make_chain(1)), cut(draw(4), [2, 2]), find_loss)
 
 
@@ -484,7 +486,7 @@ def ranks():
 
 
 @pytest.mark.parametrize("mode", EXACT)
-@pytest.mark.parametrize("sizes", ([[3, 4], [2, 2]], [[4, 1, 3], [5]]), ids=str)
+@pytest.mark.parametrize("sizes", [[[3, 4], [2, 2]], [[4, 1, 3], [5]]], ids=str)
 def test_ranks_equal_the_large_batch(ranks, sizes, mode):
     """Micro-batches of two ranks, uneven in size and number; gradients are summed over ranks."""
     large = make_blocks()

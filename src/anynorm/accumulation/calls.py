@@ -157,11 +157,12 @@ class Estimated(Known):
         assert whole is not None
         assert whole.mean is not None
         assert own.mean is not None
-        rstd, count = whole.rstd(self.call.layer.eps), max(int(own.count), 1)
-        offset = (own.mean.flatten() - whole.mean) * rstd  # of xhat in this part: its mean
-        spread = own.m2.flatten() * rstd.square()  # and its sum of squares about that
-        slope = torch.where(spread > 0, (sums[1] - offset * sums[0]) / spread, 0)
-        return torch.stack([sums[0] / count - offset * slope, slope]) * int(whole.count)
+        eps, count = self.call.layer.eps, max(int(own.count), 1)
+        rstd = whole.rstd(eps)
+        offset = (own.mean.flatten() - whole.mean) * rstd  # xhat of this part's own mean
+        ratio = (own.m2.flatten() / count + eps) * rstd.square()  # own variance to the estimate
+        slope = (sums[1] - offset * sums[0]) / ratio
+        return torch.stack([sums[0] - offset * slope, slope]) * (int(whole.count) / count)
 
 
 class Pass:
