@@ -14,11 +14,13 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import anynorm
 from anynorm.trial.rounds import time_in_turn
@@ -62,7 +64,7 @@ def find_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     return F.cross_entropy(y, batch[1]), y
 
 
-def step(model: nn.Module, batch: Batch, way: str) -> Tensor:
+def step(model: nn.Module, batch: Batch, way: str, find_loss: Any = find_loss) -> Tensor:
     """Forward and backward; the logits."""
     if way == "large batch":
         loss, y = find_loss(model, batch)
@@ -90,6 +92,22 @@ def find_error(norms: int, way: str) -> tuple[float, float]:
             found.append((y, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])))
         errors.append([float((a - b).norm() / b.norm()) for a, b in zip(*found)])
     return statistics.mean(e[0] for e in errors), statistics.mean(e[1] for e in errors)
+
+
+def find_work(norms: int, way: str) -> float:
+    """Operations of convolutions and products in a step, on a corner of the images."""
+    threads = [FlopCounterMode(display=False) for _ in range(SAMPLES // PART)]
+    turn = iter(threads)
+
+    def count(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        with next(turn):  # What counts belongs to a thread.
+            return find_loss(model, batch)
+
+    images, classes = draw()
+    model, batch, whole = make(norms), (images[..., :4, :4], classes), FlopCounterMode(display=False)
+    with whole:
+        step(model, batch, way, count if way == "lockstep" else find_loss)
+    return whole.get_total_flops() + sum(counter.get_total_flops() for counter in threads)
 
 
 def find_peak(norms: int, way: str) -> float:
@@ -122,7 +140,8 @@ def measure(norms: int) -> list[str]:
         outputs, gradients = (0.0, 0.0) if way == "large batch" else find_error(norms, way)
         errors = [f"{e:.1e}" if 0 < e < 1e-3 else f"{e:.2g}" for e in (outputs, gradients)]
         time = f"{rounds.ratio(way, 'plain'):.2f}" if way != "plain" else f"1 ({1e3 * rounds.median(way):.0f} ms)"
-        rows.append(f"| {norms} | {way} | {time} | {find_peak(norms, way):.0f} | {errors[0]} | {errors[1]} |")
+        work = f"{find_work(norms, way) / find_work(norms, 'plain'):.2f}"
+        rows.append(f"| {norms} | {way} | {work} | {time} | {find_peak(norms, way):.0f} | {errors[0]} | {errors[1]} |")
         print(rows[-1], flush=True)
     return rows
 
@@ -134,8 +153,8 @@ def main() -> None:
         return
     watch = Watch()
     lines = [
-        "| norms | way | time / plain accumulation | peak, MB | error of outputs | error of gradients |",
-        "|---|---|---|---|---|---|",
+        "| norms | way | operations / plain | time / plain | peak, MB | error of outputs | error of gradients |",
+        "|---|---|---|---|---|---|---|",
     ]
     for norms in NORMS:
         lines += measure(norms)

@@ -172,19 +172,27 @@ def test_packed_sequences_equal_the_large_batch(mode):
         assert_near(find_state(model)[name], wanted, 1e-9, 1.0)
 
 
-class SampleDropout(nn.Module):
-    """Drops what the sample's first number says, so that the large batch drops the same."""
+class Dropped(nn.Module):
+    """Dropout between two norms, of what a seed of each sample says, so that the large batch drops the same."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        seeds = (x.detach().flatten(1)[:, 0] * 1e6).long()
-        keep = [torch.rand(x[0].shape, generator=torch.Generator().manual_seed(int(s) % 2**31)) > 0.5 for s in seeds]
-        return x * torch.stack(keep).to(x.dtype) * 2
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList([anynorm.BatchNorm2d(3), anynorm.BatchNorm2d(4)])
+        self.middle, self.last = nn.Conv2d(3, 4, 3), nn.Linear(36, 4)
+
+    def forward(self, x: Tensor, seeds: Tensor) -> Tensor:
+        keep = [torch.rand(x[0].shape, generator=torch.Generator().manual_seed(int(seed))) > 0.5 for seed in seeds]
+        x = self.norms[0](x) * torch.stack(keep) * 2
+        return self.last(self.norms[1](self.middle(x)).relu().flatten(1))
 
 
 @pytest.mark.parametrize("mode", EXACT)
 def test_dropout_equals_the_large_batch(mode):
-    model = nn.Sequential(SampleDropout(), *make_chain(3))
-    accumulate_and_compare(model, SIZES, draw(13), mode=mode)
+    def loss(model, batch):
+        y = model(batch[0], batch[2])
+        return F.cross_entropy(y, batch[1]), y
+
+    accumulate_and_compare(Dropped().double(), SIZES, (*draw(13), torch.arange(13)), loss, mode)
 
 
 @pytest.mark.parametrize("mode", ["sweep", "estimate"])
