@@ -6,6 +6,7 @@
 """
 
 from . import functional, reference
+from .accumulation.accumulate import accumulate
 from .allocator import tune_allocator
 from .errors import PatternError, SyncError, UserError
 from .family import FAMILY
@@ -106,6 +107,7 @@ __all__ = [
     "SyncError",
     "UserError",
     "accelerate",
+    "accumulate",
     "exact",
     "extra_state",
     "functional",

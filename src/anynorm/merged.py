@@ -30,7 +30,11 @@ class Exchange(Protocol):
         ...
 
     def merge_sums(self, sums: Tensor) -> Tensor:
-        """The sum over all parts, in backward; shape, dtype and device of `sums`, (2, C)."""
+        """The sums over all parts, in backward, of gamma * g and of gamma * g * xhat.
+
+        Args:
+            sums: (2, C), this part's, with the xhat of the merged moments; shape, dtype and device of the result.
+        """
         ...
 
 
@@ -82,7 +86,7 @@ def compose(
         mask = torch.ones([1 if axis == 1 else size for axis, size in enumerate(x.shape)], device=x.device)
     wide, counted = plain.widen(x, pooling, mask)
     own = find_moments(wide, pooling, wide.dtype == x.dtype, counted)
-    mean, m2, count = Merge.apply(own.mean, own.m2, own.count, exchange)
+    mean, m2, count = Merge.apply(own.mean, own.m2, own.count, eps, exchange)
     moments = Moments(count, mean, m2)
     y = plain.compose_from(moments, wide, counted, x, pooling, weight, bias, eps, activation, residual)
     return y.contiguous(memory_format=plain.find_memory_format(x)), moments
@@ -93,23 +97,31 @@ class Merge(torch.autograd.Function):
 
     d mean / d own mean = own count / count
     d m2 / d own m2 = 1,  d m2 / d own mean = 2 * own count * (own mean - mean)
+
+    Parts that the kernels serve know sums and not gradients, so sums are what travels:
+
+    g_mean = -rstd * sum(gamma * g),  g_m2 = -rstd**2 / (2 * count) * sum(gamma * g * xhat)
     """
 
     @staticmethod
-    def forward(ctx: Any, mean: Tensor, m2: Tensor, count: Any, exchange: Exchange) -> tuple[Tensor, Tensor, Any]:
+    def forward(
+        ctx: Any, mean: Tensor, m2: Tensor, count: Any, eps: float, exchange: Exchange
+    ) -> tuple[Tensor, Tensor, Any]:
         merged = exchange.merge(Moments(count, mean, m2))
         assert merged.mean is not None
         ctx.share, ctx.exchange = count / at_least_one(merged.count), exchange
-        ctx.save_for_backward(count * (mean - merged.mean))
+        rstd = merged.rstd(eps)
+        slopes = -rstd, -rstd.square() / (2 * at_least_one(merged.count))
+        ctx.save_for_backward(count * (mean - merged.mean), torch.stack([t.flatten() for t in slopes]))
         return merged.mean.to(mean), merged.m2.to(mean), merged.count
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g_mean: Tensor, g_m2: Tensor, *_: Any) -> tuple[Any, ...]:
-        (offset,) = ctx.saved_tensors
-        sums = ctx.exchange.merge_sums(torch.stack([g_mean.flatten(), g_m2.flatten()]))
-        g_mean, g_m2 = (total.view_as(g_mean) for total in sums)
-        return g_mean * ctx.share + g_m2 * 2 * offset, g_m2, None, None
+        offset, slopes = ctx.saved_tensors
+        sums = ctx.exchange.merge_sums(torch.stack([g_mean.flatten(), g_m2.flatten()]) / slopes)
+        g_mean, g_m2 = (total.view_as(g_mean) for total in (sums * slopes).to(g_mean))
+        return g_mean * ctx.share + g_m2 * 2 * offset, g_m2, None, None, None
 
 
 class NormalizeMerged(torch.autograd.Function):
@@ -146,9 +158,9 @@ class NormalizeMerged(torch.autograd.Function):
         assert dgamma is not None
         assert dbeta is not None
         if needs_x:
-            total = exchange.merge_sums(torch.stack([dbeta, dgamma]).double()) / count
-            rstd = torch.rsqrt(var + eps)
-            slope = -rstd if weight is None else -rstd * weight.double()
+            sums = torch.stack([dbeta, dgamma]).double()
+            total = exchange.merge_sums(sums if weight is None else sums * weight.double()) / count
+            slope = -torch.rsqrt(var + eps)
             dx = kernels.forward(
                 x, walk, slope * total[1], slope * total[0], eps, (mean, var), residual=dx, mask=mask
             ).to(dtype)

@@ -23,6 +23,7 @@ from ..plain import blank
 from ..ragged import close_rows, is_ragged, open_residual, open_rows
 from ..sources import find_momentum
 from .counting import Guard, count_batch, is_counted
+from .parts import find_together
 from .state import Norm
 
 
@@ -59,6 +60,10 @@ class _BatchNorm(_Running):
         is_jagged = type(input) is not Tensor and is_ragged(input)
         if not is_jagged:
             self._check_input_dim(input)  # torch's hook: subclasses override it
+        from_batch = self.training or (self.running_mean is None and self.running_var is None)
+        together = find_together() if from_batch else None
+        if together is not None:
+            return together.normalize(self, input, options)
         if self.training and self._is_single(input, is_jagged, options.get("mask"), options.get("lengths")):
             return self._normalize_single(input, **options)
         running_mean, running_var, counter = None, None, None
@@ -73,7 +78,6 @@ class _BatchNorm(_Running):
         guard = None
         if moves and self.on_nonfinite != "propagate" and running_mean is not None and running_var is not None:
             guard = Guard(self, running_mean, running_var)
-        from_batch = self.training or (running_mean is None and running_var is None)
         y = self._compute(input, running_mean, running_var, from_batch, momentum, options)
         if guard is not None and guard.refuses():
             return y

@@ -16,6 +16,8 @@ import torch.nn as nn
 from torch import Tensor
 
 from ..masks import describe
+from ..sources import find_momentum, update_running
+from ..statistics import Moments
 
 SEEN: ContextVar[WeakSet[nn.Module] | None] = ContextVar("anynorm.update_once", default=None)
 
@@ -107,3 +109,22 @@ class Guard:
                 stacklevel=5,
             )
         return True
+
+
+def count_parts(layer: Any, moments: Moments) -> None:
+    """Move a batch norm's running averages by the moments of a whole batch that came in parts, as one call would.
+
+    Raises:
+        FloatingPointError: see `Guard`.
+    """
+    if not (layer.training and layer.track_running_stats and is_counted(layer) and moments.count):
+        return
+    mean, var, counter = layer.running_mean, layer.running_var, layer.num_batches_tracked
+    if mean is not None and var is not None:
+        guard = Guard(layer, mean, var) if layer.on_nonfinite != "propagate" else None
+        momentum = find_momentum(None, counter) if layer.momentum is None else layer.momentum
+        update_running(mean, var, moments, (), momentum)
+        if guard is not None and guard.refuses():
+            return
+    if counter is not None:
+        counter.add_(1)

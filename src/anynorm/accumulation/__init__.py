@@ -1,0 +1,1 @@
+"""Gradient accumulation whose batch norms see the whole batch."""

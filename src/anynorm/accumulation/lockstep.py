@@ -1,0 +1,232 @@
+"""Micro-batches side by side: each runs in a thread of its own, one at a time, and stops at each call of a batch norm.
+When all have come there, the norm runs once, on all of them as one batch, and all go on.
+
+The graph is that of the large batch; so are the memory, the numbers, and the single backward.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..masks import find_mask
+from ..modules.parts import TOGETHER
+from ..plain import find_memory_format
+from ..ragged import close_rows, is_ragged, open_residual, open_rows
+from .calls import differ
+from .passes import Parts, split_loss
+
+
+class Abandoned(BaseException):
+    """Another micro-batch failed."""
+
+
+class Runner:
+    """One micro-batch in its thread. A `modules.parts.Together`: a norm waits here for its output.
+
+    Attributes:
+        event: "call" with what the norm was given, "end" with what the function returned, or "error".
+    """
+
+    def __init__(self, function: Callable[[], Any]) -> None:
+        self.answers: SimpleQueue[Any] = SimpleQueue()
+        self.events: SimpleQueue[tuple[str, Any]] = SimpleQueue()
+        self.event: tuple[str, Any] = ("start", None)
+        context, modes = contextvars.copy_context(), find_modes()
+        self.thread = threading.Thread(target=context.run, args=(self.work, function, modes), daemon=True)
+
+    def work(self, function: Callable[[], Any], modes: list[torch.autocast]) -> None:
+        """The thread."""
+        TOGETHER.set(self)
+        try:
+            with ExitStack() as stack:
+                for mode in modes:
+                    stack.enter_context(mode)
+                result = "end", function()
+        except BaseException as error:
+            result = "error", error
+        self.events.put(result)
+
+    def start(self) -> None:
+        """Up to the first call."""
+        self.thread.start()
+        self.event = self.events.get()
+
+    def go_on(self, answer: Any) -> None:
+        """Give the norm its output; up to the next call."""
+        self.answers.put(answer)
+        self.event = self.events.get()
+
+    def abandon(self) -> None:
+        """Unwind the thread, however often its code calls a norm meanwhile."""
+        while self.event[0] == "call":
+            self.go_on(Abandoned())
+        if self.thread.ident is not None:
+            self.thread.join()
+
+    def normalize(self, layer: Any, input: Any, options: dict[str, Any]) -> Any:
+        """Wait for the others."""
+        self.events.put(("call", (layer, input, options)))
+        answer = self.answers.get()
+        if isinstance(answer, Abandoned):
+            raise answer
+        return answer
+
+
+class Whole:
+    """In backward every call has been made. A `modules.parts.Together`."""
+
+    def normalize(self, layer: Any, input: Any, options: dict[str, Any]) -> Any:
+        """Never returns."""
+        raise RuntimeError(
+            "accumulate: mode 'lockstep' cannot compute a batch norm again in backward; got activation checkpointing; "
+            "leave batch norms out of checkpoints, or take mode='sweep'"
+        )
+
+
+def find_modes() -> list[torch.autocast]:
+    """Autocast belongs to a thread; the same for another one."""
+    kinds = ["cpu"]
+    if torch.accelerator.is_available():
+        kinds.append(torch.accelerator.current_accelerator().type)  # type: ignore[union-attr] # there is one
+    return [
+        torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+        for kind in kinds
+        if torch.is_autocast_enabled(kind)
+    ]
+
+
+def lockstep(parts: Parts) -> None:
+    """Exact; one forward and one backward, with the memory of the large batch."""
+    found = run_together([partial(parts.loss, parts.model, batch) for batch in parts.batches], parts.names)
+    losses = []
+    for result, weight in zip(found, parts.weights, strict=True):
+        loss, outputs = split_loss(result)
+        losses.append(loss * weight)
+        parts.keep(losses[-1].detach(), outputs)
+    token = TOGETHER.set(Whole())
+    try:
+        torch.stack([loss.reshape(()) for loss in losses]).sum().backward()
+    finally:
+        TOGETHER.reset(token)
+
+
+def run_together(functions: list[Callable[[], Any]], names: dict[Any, str]) -> list[Any]:
+    """What each function returns; their norms see all of them as one batch."""
+    runners = [Runner(function) for function in functions]
+    try:
+        for runner in runners:
+            runner.start()
+            check_event(runner)
+        place = 0
+        while (layer := find_layer(runners, names, place)) is not None:
+            given = [runner.event[1] for runner in runners]
+            answers = join(layer, [x for _, x, _ in given], [options for *_, options in given])
+            del given
+            place += 1
+            for runner in runners:
+                runner.go_on(answers.pop(0))
+                check_event(runner)
+        return [runner.event[1] for runner in runners]
+    finally:
+        for runner in runners:
+            runner.abandon()
+
+
+def check_event(runner: Runner) -> None:
+    """Raise here what was raised there."""
+    if runner.event[0] == "error":
+        raise runner.event[1]
+
+
+def find_layer(runners: list[Runner], names: dict[Any, str], place: int) -> Any:
+    """The norm at which all have stopped; None where all have come to the end."""
+    layers = [event[1][0] if event[0] == "call" else None for event in (runner.event for runner in runners)]
+    told = ["the end" if layer is None else names.get(layer, "a norm outside the model") for layer in layers]
+    for layer, name in zip(layers, told, strict=True):
+        if layer is not layers[0]:
+            raise differ(place, name, told[0])
+    return layers[0]
+
+
+def join(layer: Any, inputs: list[Any], options: list[dict[str, Any]]) -> list[Any]:
+    """The layer's outputs for all inputs as one batch."""
+    ragged = [is_ragged(x) for x in inputs]
+    tensors = [open_rows("batch_norm", x) if rows else x for x, rows in zip(inputs, ragged, strict=True)]
+    residuals = [
+        open_residual("batch_norm", x, given.get("residual")) if rows else given.get("residual")
+        for x, rows, given in zip(inputs, ragged, options, strict=True)
+    ]
+    masks = [
+        find_mask("batch_norm", x, (1,), given.get("mask"), given.get("lengths"))
+        for x, given in zip(inputs, options, strict=True)
+    ]
+    if any(mask is not None for mask in masks):
+        masks = [mask_all(x) if mask is None else mask for x, mask in zip(tensors, masks, strict=True)]
+    as_rows = any(ragged) or len({x.shape[1:] for x in tensors}) > 1
+
+    def lay(given: list[Any]) -> list[Tensor]:
+        return [to_rows(t, layer) for t in given] if as_rows else given
+
+    laid = lay(tensors)
+    more: dict[str, Any] = {name: options[0][name] for name in ("activation",) if name in options[0]}
+    if residuals[0] is not None:
+        more["residual"] = torch.cat(lay(residuals))
+    if masks[0] is not None:
+        more["mask"] = torch.cat(lay(masks)).squeeze(1)
+    y = layer.normalize(torch.cat(laid), **more)
+    outputs = Split.apply(y, [len(t) for t in laid])
+    if as_rows:
+        outputs = [from_rows(t, x) for t, x in zip(outputs, tensors, strict=True)]
+    return [close_rows(y, x) if rows else y for y, x, rows in zip(outputs, inputs, ragged, strict=True)]
+
+
+def mask_all(x: Tensor) -> Tensor:
+    """A mask as `find_mask` makes it, of nothing but real positions."""
+    return torch.ones([1 if axis == 1 else size for axis, size in enumerate(x.shape)], device=x.device)
+
+
+def to_rows(t: Tensor, layer: Any) -> Tensor:
+    """(positions, C), with as many axes of size 1 as the layer wants."""
+    rows = t.movedim(1, -1).reshape(-1, t.shape[1])
+    axes = getattr(layer, "_axes", (2,))
+    return rows.reshape(*rows.shape, *[1] * (axes[0] - 2))
+
+
+def from_rows(rows: Tensor, x: Tensor) -> Tensor:
+    """The inverse, laid out as x is."""
+    y = rows.reshape(x.shape[0], *x.shape[2:], x.shape[1]).movedim(-1, 1)
+    return y.contiguous(memory_format=find_memory_format(x))
+
+
+class Split(torch.autograd.Function):
+    """Parts of a tensor that nobody else holds, which share its memory and may be changed in place.
+
+    As views of it they could not: an activation in place behind a norm would be refused, or copied for each part.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
+        ctx.sizes, ctx.like = sizes, y.shape[1:]
+        parts, start = [], y.storage_offset()
+        for size in sizes:
+            shape = (size, *y.shape[1:])
+            parts.append(y.new_empty(0).set_(y.untyped_storage(), start, shape, y.stride()))
+            start += size * y.stride(0)
+        return tuple(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
+        present = next(g for g in gradients if g is not None)
+        filled = [
+            present.new_zeros(size, *ctx.like) if g is None else g for g, size in zip(gradients, ctx.sizes, strict=True)
+        ]
+        return torch.cat(filled), None
