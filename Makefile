@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: ddp faults masked sanitize help setup compare vowels try speed bench explain env list test check accuracy format clean
+.PHONY: batchsize ddp faults masked sanitize help setup compare vowels try speed bench explain env list test check accuracy format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -47,6 +47,9 @@ $(VENV)/.vowels: constraints.txt | $(READY)
 
 vowels: $(READY) $(VENV)/.vowels ## padding counted and masked, on real utterances (2 minutes; ARGS="--seeds 3")
 	$(BIN)/python examples/japanese_vowels.py $(ARGS)
+
+batchsize: $(READY) ## what few images for each statistic cost, and docs/small-batch.md (5 minutes)
+	$(BIN)/python examples/batch_size.py --write $(ARGS)
 
 ddp: $(READY) ## two processes train the network of one, on the MNIST images (half a minute)
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 examples/train_ddp.py $(ARGS)

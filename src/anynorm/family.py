@@ -30,7 +30,7 @@ class Scheme:
         sources: where mean and variance come from, in training and in evaluation.
         affine: the axes gamma and beta vary over.
         classes: the modules, named as in torch.nn where it has them.
-        function: the function in ``anynorm.functional``.
+        function: the function in ``anynorm.functional``; none where a layer must remember more than tensors.
         variant_of: the norm whose constructor, state and evaluation this one shares, where it has no class of its own
             in torch.nn.
     """
@@ -65,6 +65,8 @@ FAMILY: dict[str, Scheme] = {
                ("GhostBatchNorm1d", "GhostBatchNorm2d", "GhostBatchNorm3d"), "ghost_batch_norm", "batch"),
         Scheme("renorm",   "n c s -> c",           True,   ("renorm", "running"), "c",
                ("BatchRenorm1d", "BatchRenorm2d", "BatchRenorm3d"), "batch_renorm", "batch"),
+        Scheme("sync",     "n c s -> c",           True,   ("ranks", "running"), "c",
+               ("SyncBatchNorm",), "", "batch"),
         Scheme("layer",    "n d -> n",             True,   ("batch",),           "d",
                ("LayerNorm",), "layer_norm"),
         Scheme("rms",      "n d -> n",             False,  ("batch",),           "d",

@@ -4,6 +4,7 @@
 - ``running``: from the running averages of training; no gradient flows through them.
 - ``renorm``: from x itself, and then moved towards the running averages by a scale r and a shift d, through which no
   gradient flows.
+- ``ranks``: from x and its like on all ranks, or in all micro-batches (`merged`); gradient flows through all of them.
 """
 
 from __future__ import annotations

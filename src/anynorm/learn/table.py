@@ -63,4 +63,5 @@ def _legend() -> str:
         f"\n{words}.\nAxes left of the arrow that are missing on its right are averaged over."
         "\nbatch: the values at hand. running: the running averages, used in evaluation."
         "\nrenorm: the values at hand, moved towards the running averages."
+        "\nranks: the values at hand in all processes."
     )
