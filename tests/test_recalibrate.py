@@ -461,7 +461,7 @@ def test_groups_keep_memory_bounded_and_the_total_exact():
         tally.add(Moments(3, x.mean(0), (x - x.mean(0)).square().sum(0)))
         assert len(tally.groups) <= KEPT and sum(g.count for g in tally.groups) == 3 * number
     found = merge_groups(tally.groups, tally.batches)
-    assert found is not None
+    assert found is not None and tally.total is not None
     torch.testing.assert_close(found.var, xs.flatten(0, 1).var(0), rtol=1e-13, atol=0)
     torch.testing.assert_close(found.mean, tally.total.mean, rtol=1e-14, atol=0)
 

@@ -134,7 +134,8 @@ class Listener:
         known = self._heard.get(name)
         self._heard[name] = moments if known is None else known.merge(moments)
         if self.follows:
-            total = self.tallies[name].total.merge(self._heard[name])
+            before, total = self.tallies[name].total, self._heard[name]
+            total = total if before is None else before.merge(total)
             assert total.mean is not None
             put(norm, total.mean, total.m2 / max(int(total.count) - 1, 1))
 

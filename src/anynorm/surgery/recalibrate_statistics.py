@@ -27,7 +27,6 @@ from ..errors import SyncError
 from ..statistics import Moments
 
 KEPT = 32  # groups of batches for each layer; even
-NOTHING = Moments(0, None, torch.zeros(()))
 
 
 class Tally:
@@ -35,20 +34,20 @@ class Tally:
 
     Attributes:
         groups: moments of successive batches together, (C,) in float64 on the CPU.
-        total: of all together.
+        total: of all together; None before the first.
         batches: how many came in.
     """
 
     def __init__(self) -> None:
         self.groups: list[Moments] = []
-        self.total = NOTHING
+        self.total: Moments | None = None
         self.batches = 0
         self._each, self._last = 1, 1  # batches in a full group, and in the last one
 
     def add(self, moments: Moments) -> None:
         """One batch more."""
         self.batches += 1
-        self.total = self.total.merge(moments)
+        self.total = moments if self.total is None else self.total.merge(moments)
         if self._last < self._each:
             self.groups[-1] = self.groups[-1].merge(moments)
             self._last += 1
@@ -81,9 +80,10 @@ class Population:
 
 def merge_groups(groups: Sequence[Moments], batches: int) -> Population | None:
     """All groups together, in their order; None where there is no value."""
-    total = reduce(Moments.merge, groups, NOTHING)
-    if total.mean is None:
+    if not groups:
         return None
+    total = reduce(Moments.merge, groups)
+    assert total.mean is not None
     var = total.m2 / max(int(total.count) - 1, 1)
     return Population(int(total.count), batches, total.mean, var, *find_errors(groups, total))
 
