@@ -55,7 +55,7 @@ class Processes:
         self.folder = tempfile.TemporaryDirectory()
         place = f"tcp://127.0.0.1:{find_port()}" if tcp else f"file://{self.folder.name}/store"
         context = multiprocessing.get_context("forkserver")  # A process that has torch, and no threads, is forked.
-        context.set_forkserver_preload(["anynorm", "torch.distributed"])
+        context.set_forkserver_preload(["anynorm", "torch.distributed", "torch._dynamo"])
         self.pipes, self.processes = [], []
         for rank in range(world):
             here, there = context.Pipe()
