@@ -404,6 +404,12 @@ TEXTS = {
     "anynorm.BatchNorm1d/2d/3d where "
     "the pattern is theirs":
         (ValueError, MODES, find_loss, {"model": anynorm.AnyNorm("n c s -> c")}),
+    "accumulate: the model cannot take part; got GhostBatchNorm2d; it pools or corrects in its own way; accumulate "
+    "anynorm.BatchNorm1d/2d/3d, or call it batch by batch":
+        (ValueError, MODES, find_loss, {"model": anynorm.GhostBatchNorm2d(3, ghost_size=2)}),
+    "accumulate: the model cannot take part; got BatchRenormAct1d; it pools or corrects in its own way; accumulate "
+    "anynorm.BatchNorm1d/2d/3d, or call it batch by batch":
+        (ValueError, MODES, find_loss, {"model": anynorm.BatchRenormAct1d(3)}),
     "accumulate: the model cannot take part; got LazyBatchNorm2d; it has not seen an input; run one batch first":
         (ValueError, MODES, find_loss, {"model": anynorm.LazyBatchNorm2d()}),
     "BatchNorm1d(3, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True): statistics need "

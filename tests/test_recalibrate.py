@@ -82,15 +82,20 @@ CLASSES: list[tuple[Callable[[int], nn.Module], tuple[int, ...]]] = [
     (anynorm.BatchNormAct2d, (5, 3)),
     (anynorm.BatchNormAct3d, (2, 3, 2)),
     (anynorm.SyncBatchNormAct, (5, 3)),
+    (anynorm.GhostBatchNormAct2d, (5, 3)),
+    (anynorm.BatchRenorm1d, (7,)),
 ]
+SIZES = {anynorm.GhostBatchNormAct2d: {"ghost_size": 2}}
 
 
 @pytest.mark.parametrize("earlier", ["batch", "population"])
 @pytest.mark.parametrize(("kind", "positions"), CLASSES, ids=lambda value: getattr(value, "__name__", str(value)))
 def test_every_batch_norm_equals_the_reference(kind, positions, earlier):
     batches = [draw(n, 4, *positions, seed=n, mean=3 * n) for n in (8, 8, 3)]
-    norm = kind(4)
+    norm = kind(4, **SIZES.get(kind, {}))
     report = anynorm.recalibrate(norm, batches, earlier=earlier)
+    if kind is anynorm.BatchRenorm1d:  # Whose averages are no longer debiased, and whose schedule has not moved.
+        assert norm.extra_state() == {"batches": 0, "start_share": 0.0}
     everything = torch.cat(batches)
     hold(norm, *find_truth(everything))
     assert int(norm.num_batches_tracked) == 3

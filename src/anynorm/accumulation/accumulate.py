@@ -146,11 +146,18 @@ def find_reason(module: Any) -> str:
     from_batch = module.training or getattr(module, "running_mean", None) is None
     if isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, batch._BatchNorm) and from_batch:
         return "its statistics are out of reach; call anynorm.accelerate(model) first"
+    if isinstance(module, batch._BatchNorm) and module.training and not is_plain(module):
+        return "it pools or corrects in its own way; accumulate anynorm.BatchNorm1d/2d/3d, or call it batch by batch"
     if isinstance(module, _BatchRows) and module.training:
         return "batch norm inside a recurrence takes its statistics step by step; choose norm='layer'"
     if isinstance(module, AnyNorm) and from_batch and pools_samples(module):
         return "its statistics are its own; use anynorm.BatchNorm1d/2d/3d where the pattern is theirs"
     return ""
+
+
+def is_plain(norm: batch._BatchNorm) -> bool:
+    """Whether it is batch norm in training, too; ghost batch norm and batch renormalization are not."""
+    return type(norm)._compute is batch._BatchNorm._compute
 
 
 def pools_samples(norm: AnyNorm) -> bool:
