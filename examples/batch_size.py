@@ -26,7 +26,7 @@ from anynorm.terminal import heading, open_console, plain_table, say
 from batch_size_run import BATCH, NETWORKS, Job, Outcome, load, run_job
 
 SIZES = (32, 16, 8, 4, 2)
-RATES = (0.01, 0.03, 0.1)  # of SGD; every arm and size chooses from the same, by validation loss
+RATES = (0.003, 0.01, 0.03)  # of SGD; every arm and size chooses from the same, by validation loss
 RATE_SEED = 1001  # not among the seeds that are reported
 # What is trained, and at which sizes: group and layer norm do not depend on them.
 TRAINED = {"ghost": SIZES, "renorm": SIZES, "group": (BATCH,), "layer": (BATCH,)}
