@@ -11,14 +11,7 @@ from .allocator import tune_allocator
 from .errors import PatternError, SyncError, UserError
 from .family import FAMILY
 from .masks import mask_of, masked, shorten
-from .modules.batch import (
-    BatchNorm1d,
-    BatchNorm2d,
-    BatchNorm3d,
-    InstanceNorm1d,
-    InstanceNorm2d,
-    InstanceNorm3d,
-)
+from .modules.batch import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from .modules.counting import update_once
 from .modules.extra import extra_state, load_extra_state
 from .modules.fused import (
@@ -39,6 +32,7 @@ from .modules.fused import (
     RMSNormAct,
     SyncBatchNormAct,
 )
+from .modules.instance import InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
 from .modules.lazy import (
     LazyBatchNorm1d,
     LazyBatchNorm2d,

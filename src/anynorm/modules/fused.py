@@ -19,7 +19,7 @@ from torch.fx import Proxy
 from ..activations import IDENTITY, check_activation, finish
 from ..masks import find_mask, may_be_masked
 from ..plain import blank
-from . import batch, renorm, sample, small_batch, sync
+from . import batch, instance, renorm, sample, small_batch, sync
 from .state import Norm, name_given, record_call
 
 
@@ -204,7 +204,7 @@ class SyncBatchNormAct(sync._Synchronized, _Running, plain=sync.SyncBatchNorm):
     """
 
 
-class InstanceNormAct1d(batch._InstanceNorm, _Running, plain=batch.InstanceNorm1d):
+class InstanceNormAct1d(instance._InstanceNorm, _Running, plain=instance.InstanceNorm1d):
     """`anynorm.InstanceNorm1d`, then a residual and an activation.
 
     Example:
@@ -213,7 +213,7 @@ class InstanceNormAct1d(batch._InstanceNorm, _Running, plain=batch.InstanceNorm1
     """
 
 
-class InstanceNormAct2d(batch._InstanceNorm, _Running, plain=batch.InstanceNorm2d):
+class InstanceNormAct2d(instance._InstanceNorm, _Running, plain=instance.InstanceNorm2d):
     """`anynorm.InstanceNorm2d`, then a residual and an activation.
 
     Example:
@@ -222,7 +222,7 @@ class InstanceNormAct2d(batch._InstanceNorm, _Running, plain=batch.InstanceNorm2
     """
 
 
-class InstanceNormAct3d(batch._InstanceNorm, _Running, plain=batch.InstanceNorm3d):
+class InstanceNormAct3d(instance._InstanceNorm, _Running, plain=instance.InstanceNorm3d):
     """`anynorm.InstanceNorm3d`, then a residual and an activation.
 
     Example:

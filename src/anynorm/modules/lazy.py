@@ -4,16 +4,8 @@ from __future__ import annotations
 
 import torch.nn as nn
 
-from .batch import (
-    BatchNorm1d,
-    BatchNorm2d,
-    BatchNorm3d,
-    InstanceNorm1d,
-    InstanceNorm2d,
-    InstanceNorm3d,
-    _BatchNorm,
-    _InstanceNorm,
-)
+from .batch import BatchNorm1d, BatchNorm2d, BatchNorm3d, _BatchNorm
+from .instance import InstanceNorm1d, InstanceNorm2d, InstanceNorm3d, _InstanceNorm
 
 
 class LazyBatchNorm1d(_BatchNorm, nn.LazyBatchNorm1d):

@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 
 import torch.nn as nn
 
-from ..modules import batch, fused, lazy, sample
+from ..modules import batch, fused, instance, lazy, sample
 
 PAIRS: dict[type[nn.Module], type[nn.Module]] = {
     getattr(nn, name): getattr(room, name)
     for room, names in (
-        (batch, [f"{kind}{n}d" for kind in ("BatchNorm", "InstanceNorm") for n in (1, 2, 3)]),
+        (batch, [f"BatchNorm{n}d" for n in (1, 2, 3)]),
+        (instance, [f"InstanceNorm{n}d" for n in (1, 2, 3)]),
         (lazy, [f"Lazy{kind}{n}d" for kind in ("BatchNorm", "InstanceNorm") for n in (1, 2, 3)]),
         (sample, ["LayerNorm", "RMSNorm", "GroupNorm"]),
     )
