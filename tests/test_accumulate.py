@@ -379,6 +379,55 @@ def in_checkpoint(model, batch):
     return checkpoint(model, batch[0], use_reentrant=False).mean()
 
 
+def penalize(model, batch):
+    x = batch[0].requires_grad_()
+    (gradient,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+    return gradient.square().mean()
+
+
+def penalize_always(model, batch):
+    with torch.enable_grad():
+        return penalize(model, batch)
+
+
+def penalize_where_possible(model, batch):
+    return penalize(model, batch) if torch.is_grad_enabled() else model(batch[0]).mean()
+
+
+def step_inside(model, batch):
+    model(batch[0]).mean().backward()
+    return model(batch[0]).mean()
+
+
+def give_residual(model, batch):
+    y = model(batch[0], residual=batch[1])
+    return y.sum(), y
+
+
+def change_activation(model, batch):
+    model.activation = "silu" if len(batch[0]) == 1 else "relu"
+    return model(batch[0]).mean()
+
+
+def train_later(model, batch):
+    return model.train()(batch[0]).mean()
+
+
+OUTSIDE = anynorm.BatchNorm2d(3).double()
+GHOSTS_OUTSIDE = anynorm.GhostBatchNorm2d(3, ghost_size=2).double()
+INNER = (
+    "accumulate: loss must not differentiate, since a gradient through a batch norm needs every micro-batch; got "
+    "torch.autograd.grad or backward() inside it; take a step of its own for a gradient penalty, or norms that need "
+    "no batch"
+)
+UNLIKE = (
+    "accumulate: mode 'lockstep' calls a batch norm once for all micro-batches, so that all must have a residual or "
+    "none, and one activation; got another {} for the model in micro-batch 1 than in the first; take mode='sweep'"
+)
+ELSEWHERE = (
+    "accumulate: loss must call no batch norm in training that is not in model; got {}; pass "
+    "torch.nn.ModuleList([model, other]), whose gradients and buffers are then kept, too"
+)
 ORDER = "accumulate: all micro-batches must call the same batch norms in the same order; got "
 BRANCHED = nn.Sequential(anynorm.BatchNorm2d(3), anynorm.BatchNorm2d(3)).double()
 TEXTS = {
@@ -416,7 +465,8 @@ TEXTS = {
     "more than 1 value "
     "per channel in all micro-batches together, or every output is beta; got 1; use a larger batch, drop a last "
     "batch of "
-    "one with DataLoader(drop_last=True), call eval(), or build the norm with on_single='running'":
+    "one with DataLoader(drop_last=True), call eval(), or build the norm with on_single='running' and take "
+    "mode='lockstep'":
         (ValueError, ("sweep", "estimate"), lambda model, x: model(x).sum(),
          {"model": anynorm.BatchNorm1d(3), "batches": [torch.ones(1, 3), torch.ones(0, 3)]}),
     "accumulate: one or more micro-batches are needed; got none; skip the step":
@@ -428,6 +478,22 @@ TEXTS = {
     "leave batch "
     "norms out of checkpoints, or take mode='sweep'":
         (RuntimeError, "lockstep", in_checkpoint, {}),
+    INNER: (RuntimeError, MODES, penalize, {}),
+    INNER + " ": (RuntimeError, MODES, penalize_always, {}),
+    INNER + "  ": (RuntimeError, MODES, penalize_where_possible, {}),
+    INNER + "   ": (RuntimeError, MODES, step_inside, {}),
+    UNLIKE.format("residual"):
+        (RuntimeError, "lockstep", give_residual,
+         {"model": anynorm.BatchNormAct2d(3), "batches": [(torch.ones(2, 3, 1, 1), None), [torch.ones(1, 3, 1, 1)] * 2]}),
+    UNLIKE.format("activation"):
+        (RuntimeError, "lockstep", change_activation, {"model": anynorm.BatchNormAct2d(3).double()}),
+    ELSEWHERE.format(f"BatchNorm2d({OUTSIDE.extra_repr()})"):
+        (ValueError, MODES, lambda model, batch: OUTSIDE(batch[0]).mean(), {}),
+    ELSEWHERE.format(f"GhostBatchNorm2d({GHOSTS_OUTSIDE.extra_repr()})"):
+        (ValueError, MODES, lambda model, batch: GHOSTS_OUTSIDE(batch[0]).mean(), {}),
+    "accumulate: the model cannot take part; got GhostBatchNorm2d; it pools or corrects in its own way; accumulate "
+    "anynorm.BatchNorm1d/2d/3d, or call it batch by batch ":
+        (ValueError, MODES, train_later, {"model": anynorm.GhostBatchNorm2d(3, ghost_size=2).double().eval()}),
     "'the user's own'":
         (KeyError, MODES, fail_at_last, {}),
 }  # fmt: skip
@@ -454,7 +520,7 @@ def test_errors_say_what_and_change_nothing(text, mode):
     state = torch.get_rng_state()
     with pytest.raises(kind) as caught:
         anynorm.accumulate(model, batches, loss, mode=mode, **how)
-    assert str(caught.value).replace('"', "'") == text
+    assert str(caught.value).replace('"', "'") == text.rstrip()  # blanks tell apart what raises the same
     assert torch.equal(torch.get_rng_state(), state)
     for name, t in before.items():
         assert torch.equal(model.state_dict()[name], t), name
@@ -485,11 +551,111 @@ def test_batches_that_are_not_finite_change_nothing(on_nonfinite):
     assert (model[1].running_var == 1).all()
 
 
-def test_gradients_turned_off_and_parallel_models_are_refused():
+def test_gradients_turned_off_are_refused():
     with torch.no_grad(), pytest.raises(RuntimeError, match=r"got torch\.no_grad\(\); call it outside"):
         anynorm.accumulate(make_chain(1), cut(draw(4), [2, 2]), find_loss)
-    with pytest.raises(ValueError, match=r"pass the model before torch\.compile"):
-        anynorm.accumulate(torch.compile(make_chain(1)), cut(draw(4), [2, 2]), find_loss)
+
+
+@pytest.mark.parametrize("mode", EXACT)
+@pytest.mark.parametrize("way", ["model", "in place", "forward", "part", "loss", "step"])
+def test_compiled_code_equals_the_large_batch(way, mode):
+    """It runs without its compiler meanwhile, whatever was compiled."""
+    inside, large = make_chain(2), make_chain(2)
+    find_loss(large, draw(13))[0].backward()
+    model, loss, step = inside, find_loss, anynorm.accumulate
+    if way == "model":
+        model = torch.compile(inside, backend="eager")
+    if way == "in place":
+        inside.compile(backend="eager")
+    if way == "forward":
+        inside.forward = torch.compile(inside.forward, backend="eager")
+    if way == "part":
+        inside[1].forward = torch.compile(inside[1].forward, backend="eager")
+    if way == "loss":
+        loss = torch.compile(find_loss, backend="eager")
+    if way == "step":
+        step = torch.compile(lambda *given, mode: anynorm.accumulate(*given, mode=mode), backend="eager")
+    step(model, cut(draw(13), SIZES), loss, mode=mode)
+    assert_same_state(find_state(inside), find_state(large), 1e-9)
+
+
+class Moving(nn.Module):
+    """Forward puts new tensors in the place of buffers: a float, a whole number, one that grows, a new one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList([anynorm.BatchNorm2d(3), anynorm.BatchNorm2d(3)])
+        self.register_buffer("share", torch.ones(()))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+        self.register_buffer("seen", torch.zeros(0))
+        self.register_buffer("last", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.share, self.steps = self.share * 0.5, self.steps + 1
+        self.seen, self.last = torch.cat([self.seen, torch.ones(1)]), torch.ones(2)
+        if not hasattr(self, "late"):
+            self.register_buffer("late", torch.ones(3))
+        return self.norms[1](self.norms[0](x) * self.share)
+
+
+@pytest.mark.parametrize("mode", ["sweep", "estimate"])
+def test_replaced_buffers_move_once(mode):
+    """Equals the large batch; whoever holds a buffer still does."""
+    model, large = Moving(), Moving()
+    large(draw(8)[0].float()).square().mean().backward()
+    held = model.share
+    anynorm.accumulate(model, draw(8)[0].float().split(2), lambda model, x: model(x).square().mean(), mode=mode)
+    assert model.share is held
+    assert list(model.state_dict()) == list(large.state_dict())
+    for name in ("share", "steps", "seen", "last", "late"):
+        assert torch.equal(getattr(model, name), getattr(large, name)), name
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_replaced_buffers_are_as_before_after_an_error(mode):
+    def fail(model, x):
+        model(x)
+        raise KeyError("the user's own")
+
+    model = Moving()
+    before, held = copy.deepcopy(model.state_dict()), model.steps
+    with pytest.raises(KeyError):
+        anynorm.accumulate(model, draw(8)[0].float().split(2), fail, mode=mode)
+    assert model.steps is held
+    assert model.last is None
+    assert list(model.state_dict()) == list(before)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize("mode", EXACT)
+def test_two_models_equal_the_large_batch(mode):
+    """What a norm outside the model is told to do."""
+    model = nn.ModuleList([nn.Conv2d(3, 6, 1), anynorm.BatchNorm2d(6)]).double()
+
+    def loss(both, batch):
+        y = both[1](both[0](batch[0]))
+        return y.pow(3).mean(), y
+
+    accumulate_and_compare(model, SIZES, draw(13), loss, mode)
+
+
+@pytest.mark.parametrize("on_single", ["running", "skip"])
+def test_on_single_is_obeyed_by_lockstep(on_single):
+    """Equals the large batch, here of one value per channel; what sweep and estimate refuse."""
+    model = nn.Sequential(nn.Linear(3, 3), anynorm.BatchNorm1d(3, on_single=on_single)).double()
+    batch = torch.randn(1, 3).double(), torch.zeros(1, dtype=torch.long)
+    accumulate_and_compare(model, [1, 0], batch, mode="lockstep")
+    for mode in ("sweep", "estimate"):
+        with pytest.raises(ValueError, match="on_single='running' and take mode='lockstep'"):
+            anynorm.accumulate(model, cut(batch, [1, 0]), find_loss, mode=mode)
+
+
+def test_other_residuals_are_served_by_sweep():
+    """Equals the large batch, where 0 stands for none."""
+    norm = anynorm.BatchNormAct2d(3).double()
+    x, more = draw(8)[0], torch.cat([torch.zeros(4, 3, 5, 5), torch.ones(4, 3, 5, 5)]).double()
+    found = anynorm.accumulate(norm, [(x[:4], None), (x[4:], more[4:])], give_residual)
+    assert_near(torch.cat(found.outputs), copy.deepcopy(norm)(x, more), 1e-9)
 
 
 @pytest.fixture(scope="module")

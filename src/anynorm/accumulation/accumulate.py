@@ -9,16 +9,12 @@ from typing import Any
 import torch
 import torch.nn as nn
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import PackedSequence
 
-from ..modules import batch
 from ..modules.counting import count_parts
-from ..modules.pattern import AnyNorm
-from ..modules.recurrent_norms import _BatchRows
-from ..pooling import parse
 from .lockstep import lockstep
 from .passes import Parts, estimate, sweep
+from .refuse import check
 from .replay import Buffers, Gradients, restore_randomness, save_randomness
 
 MODES: dict[str, Callable[[Parts], None]] = {"sweep": sweep, "lockstep": lockstep, "estimate": estimate}
@@ -39,6 +35,7 @@ class Accumulated:
     calls: int | None
 
 
+@torch._disable_dynamo  # torch.compiler.disable would import the compiler, which takes seconds, with anynorm.
 def accumulate(
     model: nn.Module,
     batches: Iterable[Any],
@@ -55,11 +52,12 @@ def accumulate(
     `.grad`, running averages move once. The place of the loop over `loss.backward()` in a training step.
 
     Args:
-        model: in training; batch norms are this library's (`accelerate` makes them so).
+        model: in training, with every batch norm that `loss` calls; they are this library's (`accelerate` makes them so).
+            Compiled code runs without its compiler meanwhile.
         batches: the micro-batches, of any sizes, at least one; whatever `loss` takes.
         loss: called as `loss(model, batch)`; returns a scalar tensor, the mean over the micro-batch's samples, or a
             pair of it and outputs to keep. It is called several times for each micro-batch and must do the same
-            each time but for random numbers, which are drawn again as they were.
+            each time but for random numbers, which are drawn again as they were. It must not differentiate.
         mode: "sweep", exact, with the memory of one micro-batch; its time grows with the number of norms.
             "lockstep", exact, one forward and one backward, with the memory of the large batch.
             "estimate", not exact, the memory of one micro-batch and one forward more than plain accumulation.
@@ -72,7 +70,8 @@ def accumulate(
     Raises:
         ValueError: an unknown mode, no micro-batch, weights that do not fit, norms that cannot take part (they are
             named), one value per channel in all micro-batches together.
-        RuntimeError: micro-batches that call norms in different order; a loss that is no scalar; gradients turned off.
+        RuntimeError: micro-batches that call norms in different order; a loss that is no scalar or differentiates;
+            gradients turned off.
 
     Note:
         If anything raises, gradients of the model's parameters, buffers and random numbers are as before. Over ranks
@@ -91,13 +90,16 @@ def accumulate(
         (tensor(1), torch.Size([4, 3]))
     """
     batches = list(batches)
-    names = check(model, batches, mode)
+    if mode not in MODES:
+        raise ValueError(f"accumulate: mode must be one of {', '.join(MODES)}; got {mode!r}; the default is sweep")
+    names = check(model, batches)
     weights = find_weights(batches, weights)
     randomness, buffers = save_randomness(), Buffers(model)
     gradients = Gradients(model.parameters())
     parts = Parts(model, batches, loss, weights, names, buffers)
     try:
-        MODES[mode](parts)
+        with torch.compiler.set_stance("force_eager"):  # A graph that holds norms knows nothing of other micro-batches.
+            MODES[mode](parts)
         if mode != "lockstep":
             buffers.finish()
         for call in parts.calls:
@@ -110,60 +112,6 @@ def accumulate(
         raise
     gradients.add()
     return Accumulated(parts.total, parts.outputs, None if mode == "lockstep" else len(parts.calls))
-
-
-def check(model: nn.Module, batches: list[Any], mode: str) -> dict[Any, str]:
-    """Refuse what cannot be done; the names of the batch norms."""
-    if mode not in MODES:
-        raise ValueError(f"accumulate: mode must be one of {', '.join(MODES)}; got {mode!r}; the default is sweep")
-    if not batches:
-        raise ValueError("accumulate: one or more micro-batches are needed; got none; skip the step")
-    if not torch.is_grad_enabled():
-        raise RuntimeError("accumulate: it computes gradients; got torch.no_grad(); call it outside")
-    if isinstance(model, DistributedDataParallel):
-        raise ValueError(
-            "accumulate: it runs forward several times and sums no gradients over ranks; got DistributedDataParallel; "
-            "pass model.module, then all_reduce the gradients"
-        )
-    names: dict[Any, str] = {}
-    for name, module in model.named_modules():
-        reason = find_reason(module)
-        if reason:
-            raise ValueError(
-                f"accumulate: {name or 'the model'} cannot take part; got {type(module).__name__}; {reason}"
-            )
-        if isinstance(module, batch._BatchNorm):
-            names[module] = name or "the model"
-    return names
-
-
-def find_reason(module: Any) -> str:
-    """Why a module would be wrong in silence, and what helps."""
-    if isinstance(module, torch._dynamo.OptimizedModule) or getattr(module, "_compiled_call_impl", None) is not None:
-        return "a compiled graph holds its norms; pass the model before torch.compile"
-    if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc] # torch annotates self
-        return "it has not seen an input; run one batch first"
-    from_batch = module.training or getattr(module, "running_mean", None) is None
-    if isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, batch._BatchNorm) and from_batch:
-        return "its statistics are out of reach; call anynorm.accelerate(model) first"
-    if isinstance(module, batch._BatchNorm) and module.training and not is_plain(module):
-        return "it pools or corrects in its own way; accumulate anynorm.BatchNorm1d/2d/3d, or call it batch by batch"
-    if isinstance(module, _BatchRows) and module.training:
-        return "batch norm inside a recurrence takes its statistics step by step; choose norm='layer'"
-    if isinstance(module, AnyNorm) and from_batch and pools_samples(module):
-        return "its statistics are its own; use anynorm.BatchNorm1d/2d/3d where the pattern is theirs"
-    return ""
-
-
-def is_plain(norm: batch._BatchNorm) -> bool:
-    """Whether it is batch norm in training, too; ghost batch norm and batch renormalization are not."""
-    return type(norm)._compute is batch._BatchNorm._compute
-
-
-def pools_samples(norm: AnyNorm) -> bool:
-    """Whether the first axis is among those that share statistics."""
-    left, right = parse(norm.pattern)
-    return any(name not in right for name in left[0])
 
 
 def find_weights(batches: list[Any], weights: Sequence[float] | None) -> list[float]:

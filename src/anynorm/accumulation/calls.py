@@ -20,6 +20,7 @@ from ..merged import Exchange
 from ..modules.parts import TOGETHER
 from ..ragged import is_ragged, open_rows
 from ..statistics import Moments
+from .refuse import check_layer, differ, find_inner_gradient
 
 
 class Call:
@@ -58,7 +59,8 @@ class Call:
         if moments.count == 1:
             raise ValueError(
                 f"{describe(layer)}: statistics need more than 1 value per channel in all micro-batches together, or "
-                f"every output is beta; got 1; {BATCH_OF_ONE}"
+                f"every output is beta; got 1; {BATCH_OF_ONE} and take "
+                "mode='lockstep'"
             )
         self.moments = moments
 
@@ -165,6 +167,23 @@ class Estimated(Known):
         return torch.stack([sums[0] - offset * slope, slope]) * (int(whole.count) / count)
 
 
+class Outside:
+    """A call's exchange, for a backward that is not part of the loss: an `anynorm.merged.Exchange`."""
+
+    def __init__(self, exchange: Known, running: Pass) -> None:
+        self.exchange, self.running = exchange, running
+
+    def merge(self, moments: Moments) -> Moments:
+        """The call's."""
+        return self.exchange.merge(moments)
+
+    def merge_sums(self, sums: Tensor) -> Tensor:
+        """The call's; never returns where the loss differentiates."""
+        if self.running.is_in_loss:
+            raise find_inner_gradient()
+        return self.exchange.merge_sums(sums)
+
+
 class Pass:
     """One forward of one micro-batch: tells each call how it takes part. A `modules.parts.Together`.
 
@@ -186,6 +205,7 @@ class Pass:
     ) -> None:
         self.calls, self.names, self.kind, self.special, self.is_first = calls, names, kind, special, is_first
         self.place = 0
+        self.is_in_loss = True
         self.input: Tensor | None = None  # of the special call
 
     def __enter__(self) -> Pass:
@@ -201,13 +221,14 @@ class Pass:
             exchange: Known = Known(self.find_only(layer))
         else:
             exchange = self.enter(layer, input)
-        how = (None, None, layer.weight, layer.bias, 0.0, layer.eps, exchange)
+        how = (None, None, layer.weight, layer.bias, 0.0, layer.eps, Outside(exchange, self))
         return merged_batch_norm(input, *how, **options)
 
     def enter(self, layer: Any, input: Any) -> Known:
         """The next call, which must be the one that other micro-batches have here."""
+        check_layer(layer, self.names)
         place, self.place = self.place, self.place + 1
-        name = self.names.get(layer, "a norm outside the model")
+        name = self.names[layer]
         data = open_rows("batch_norm", input) if is_ragged(input) else input
         if place == len(self.calls) and self.is_first:
             self.calls.append(Call(layer, name, data.dtype))
@@ -221,8 +242,9 @@ class Pass:
             return self.special[1]
         return self.kind(call)
 
-    def check_complete(self) -> None:
-        """Whether no call is missing."""
+    def leave_loss(self) -> None:
+        """The loss has returned; whether no call is missing."""
+        self.is_in_loss = False
         if self.place < len(self.calls):
             raise differ(self.place, "the end", self.calls[self.place].name)
 
@@ -236,11 +258,3 @@ class Pass:
                 "of the checkpoint"
             )
         return found[0]
-
-
-def differ(place: int, got: str, expected: str) -> RuntimeError:
-    """Micro-batches that go different ways."""
-    return RuntimeError(
-        f"accumulate: all micro-batches must call the same batch norms in the same order; got {got} at call {place}, "
-        f"where the first micro-batch has {expected}; look for a branch that depends on the data"
-    )

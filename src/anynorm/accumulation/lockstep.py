@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..activations import IDENTITY
 from ..masks import find_mask
 from ..modules.parts import TOGETHER
 from ..plain import find_memory_format
 from ..ragged import close_rows, is_ragged, open_residual, open_rows
-from .calls import differ
 from .passes import Parts, split_loss
+from .refuse import check_layer, differ, find_inner_gradient
 
 
 class Abandoned(BaseException):
@@ -121,7 +122,7 @@ def lockstep(parts: Parts) -> None:
 
 def run_together(functions: list[Callable[[], Any]], names: dict[Any, str]) -> list[Any]:
     """What each function returns; their norms see all of them as one batch."""
-    runners = [Runner(function) for function in functions]
+    runners, stage = [Runner(function) for function in functions], Stage()
     try:
         for runner in runners:
             runner.start()
@@ -129,12 +130,15 @@ def run_together(functions: list[Callable[[], Any]], names: dict[Any, str]) -> l
         place = 0
         while (layer := find_layer(runners, names, place)) is not None:
             given = [runner.event[1] for runner in runners]
-            answers = join(layer, [x for _, x, _ in given], [options for *_, options in given])
-            del given
+            options = [options for *_, options in given]
+            check_alike(names[layer], options)
+            answers = join(layer, [x for _, x, _ in given], options, stage)
+            del given, options
             place += 1
             for runner in runners:
                 runner.go_on(answers.pop(0))
                 check_event(runner)
+        stage.is_in_loss = False
         return [runner.event[1] for runner in runners]
     finally:
         for runner in runners:
@@ -152,12 +156,32 @@ def find_layer(runners: list[Runner], names: dict[Any, str], place: int) -> Any:
     layers = [event[1][0] if event[0] == "call" else None for event in (runner.event for runner in runners)]
     told = ["the end" if layer is None else names.get(layer, "a norm outside the model") for layer in layers]
     for layer, name in zip(layers, told, strict=True):
+        if layer is not None:
+            check_layer(layer, names)
         if layer is not layers[0]:
             raise differ(place, name, told[0])
     return layers[0]
 
 
-def join(layer: Any, inputs: list[Any], options: list[dict[str, Any]]) -> list[Any]:
+def check_alike(name: str, options: list[dict[str, Any]]) -> None:
+    """Refuse what one call of a norm cannot do for all micro-batches."""
+    for what, find in (("residual", lambda given: given.get("residual") is not None), ("activation", find_activation)):
+        found = [find(given) for given in options]
+        for index, one in enumerate(found):
+            if one != found[0]:
+                raise RuntimeError(
+                    f"accumulate: mode 'lockstep' calls a batch norm once for all micro-batches, so that all must "
+                    f"have a residual or none, and one activation; got another {what} for {name} in micro-batch "
+                    f"{index} than in the first; take mode='sweep'"
+                )
+
+
+def find_activation(options: dict[str, Any]) -> Any:
+    """None stands for the identity, too."""
+    return options.get("activation") or IDENTITY
+
+
+def join(layer: Any, inputs: list[Any], options: list[dict[str, Any]], stage: Stage) -> list[Any]:
     """The layer's outputs for all inputs as one batch."""
     ragged = [is_ragged(x) for x in inputs]
     tensors = [open_rows("batch_norm", x) if rows else x for x, rows in zip(inputs, ragged, strict=True)]
@@ -183,7 +207,7 @@ def join(layer: Any, inputs: list[Any], options: list[dict[str, Any]]) -> list[A
     if masks[0] is not None:
         more["mask"] = torch.cat(lay(masks)).squeeze(1)
     y = layer.normalize(torch.cat(laid), **more)
-    outputs = Split.apply(y, [len(t) for t in laid])
+    outputs = Split.apply(y, [len(t) for t in laid], stage)
     if as_rows:
         outputs = [from_rows(t, x) for t, x in zip(outputs, tensors, strict=True)]
     return [close_rows(y, x) if rows else y for y, x, rows in zip(outputs, inputs, ragged, strict=True)]
@@ -207,6 +231,12 @@ def from_rows(rows: Tensor, x: Tensor) -> Tensor:
     return y.contiguous(memory_format=find_memory_format(x))
 
 
+class Stage:
+    """Whether losses are still being computed. Not a context variable: backward may run in torch's own threads."""
+
+    is_in_loss = True
+
+
 class Split(torch.autograd.Function):
     """Parts of a tensor that nobody else holds, which share its memory and may be changed in place.
 
@@ -214,8 +244,8 @@ class Split(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
-        ctx.sizes, ctx.like = sizes, y.shape[1:]
+    def forward(ctx: Any, y: Tensor, sizes: list[int], stage: Stage) -> tuple[Tensor, ...]:
+        ctx.stage, ctx.sizes, ctx.like = stage, sizes, y.shape[1:]
         parts, start = [], y.storage_offset()
         for size in sizes:
             shape = (size, *y.shape[1:])
@@ -225,8 +255,10 @@ class Split(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
+        if ctx.stage.is_in_loss:
+            raise find_inner_gradient()
         present = next(g for g in gradients if g is not None)
         filled = [
             present.new_zeros(size, *ctx.like) if g is None else g for g, size in zip(gradients, ctx.sizes, strict=True)
         ]
-        return torch.cat(filled), None
+        return torch.cat(filled), None, None

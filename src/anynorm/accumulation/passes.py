@@ -22,6 +22,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from .calls import Call, Estimated, Known, Last, Pass, Sought, Stop, Survey
+from .refuse import find_inner_gradient
 from .replay import Buffers, restore_randomness, save_randomness
 
 Loss = Callable[[nn.Module, Any], Any]
@@ -57,9 +58,18 @@ class Parts:
         self.buffers.rewind()
         running = Pass(self.calls, self.names, kind, special, is_first=kind is Survey and index == 0)
         with running:
-            loss, outputs = split_loss(self.loss(self.model, self.batches[index]))
-        running.check_complete()
+            loss, outputs = split_loss(self.call_loss(self.batches[index]))
+        running.leave_loss()
         return running, loss, outputs
+
+    def call_loss(self, given: Any) -> Any:
+        """What the loss returns; one that differentiates finds no graph in a survey."""
+        try:
+            return self.loss(self.model, given)
+        except RuntimeError as error:
+            if not torch.is_grad_enabled() and "does not require grad" in str(error):
+                raise find_inner_gradient() from error
+            raise
 
     def survey(self) -> None:
         """Which calls there are, and each micro-batch's random numbers; the moments of the first call are exact."""

@@ -38,38 +38,72 @@ class Buffers:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.before = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-        self.means: list[Tensor | None] = [None] * len(self.before)
+        self.modules = list(model.modules())
+        self.before = {place: (buffer, clone(buffer)) for place, buffer in self.find()}
+        self.after: dict[tuple[int, str], Tensor | None] = {}
+
+    def find(self) -> list[tuple[tuple[int, str], Tensor | None]]:
+        """Every module's, by the module's place and the buffer's name; a buffer that two share is there twice."""
+        return [
+            ((place, name), buffer)
+            for place, module in enumerate(self.modules)
+            for name, buffer in module._buffers.items()
+        ]
 
     def rewind(self) -> None:
-        """As at the start."""
+        """As at the start, and in the tensors of the start, also where a forward put others in their place."""
+        for new in [place for place, _ in self.find() if place not in self.before]:
+            del self.modules[new[0]]._buffers[new[1]]
         with torch.no_grad():
-            for buffer, before in self.before:
-                if not same(buffer, before):
+            for place, (buffer, before) in self.before.items():
+                self.put(place, buffer)
+                if buffer is not None and before is not None and not same(buffer, before):
                     buffer.copy_(before)
 
+    def put(self, place: tuple[int, str], buffer: Tensor | None) -> None:
+        """Into the module."""
+        buffers = self.modules[place[0]]._buffers
+        if place[1] not in buffers or buffers[place[1]] is not buffer:
+            buffers[place[1]] = buffer
+
     def keep(self, weight: float) -> None:
-        """Remember what a micro-batch made of them, with its share of the mean."""
-        for place, (buffer, before) in enumerate(self.before):
+        """Remember what a micro-batch made of them, with its share of the mean; the last one's where none is."""
+        for place, buffer in self.find():
+            _, before = self.before.get(place, (None, None))
             if same(buffer, before):
                 continue
-            if not buffer.is_floating_point():
-                self.means[place] = buffer.detach().clone()
+            if buffer is None or before is None or not buffer.is_floating_point() or not alike(buffer, before):
+                self.after[place] = clone(buffer)
                 continue
-            mean = self.means[place]
-            self.means[place] = (before if mean is None else mean) + weight * (buffer.detach() - before)
+            mean = self.after.get(place)
+            self.after[place] = (before if mean is None else mean) + weight * (buffer.detach() - before)
 
     def finish(self) -> None:
         """The mean over the micro-batches."""
         with torch.no_grad():
-            for (buffer, _), mean in zip(self.before, self.means, strict=True):
-                if mean is not None:
-                    buffer.copy_(mean)
+            for place, after in self.after.items():
+                buffer, _ = self.before.get(place, (None, None))
+                if buffer is not None and after is not None and alike(buffer, after):
+                    self.put(place, buffer.copy_(after))
+                else:
+                    self.put(place, after)
 
 
-def same(a: Tensor, b: Tensor) -> bool:
+def clone(buffer: Tensor | None) -> Tensor | None:
+    """A copy of its values."""
+    return None if buffer is None else buffer.detach().clone()
+
+
+def alike(a: Tensor, b: Tensor) -> bool:
+    """Whether one can take the other's values."""
+    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
+
+
+def same(a: Tensor | None, b: Tensor | None) -> bool:
     """Whether two buffers hold the same; NaN equals NaN."""
-    return torch.equal(a, b) or bool(torch.allclose(a, b, rtol=0, atol=0, equal_nan=True))
+    if a is None or b is None:
+        return a is b
+    return alike(a, b) and (torch.equal(a, b) or bool(torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)))
 
 
 class Gradients:
