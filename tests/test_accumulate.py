@@ -484,7 +484,7 @@ TEXTS = {
     INNER + "   ": (RuntimeError, MODES, step_inside, {}),
     UNLIKE.format("residual"):
         (RuntimeError, "lockstep", give_residual,
-         {"model": anynorm.BatchNormAct2d(3), "batches": [(torch.ones(2, 3, 1, 1), None), [torch.ones(1, 3, 1, 1)] * 2]}),
+         {"model": anynorm.BatchNormAct2d(3), "batches": [(torch.ones(2, 3, 1, 1), None), torch.ones(2, 1, 3, 1, 1)]}),
     UNLIKE.format("activation"):
         (RuntimeError, "lockstep", change_activation, {"model": anynorm.BatchNormAct2d(3).double()}),
     ELSEWHERE.format(f"BatchNorm2d({OUTSIDE.extra_repr()})"):
@@ -506,7 +506,7 @@ TEXTS = {
 def test_errors_say_what_and_change_nothing(text, mode):
     kind, _, loss, how = TEXTS[text]
     how = dict(how)
-    model = how.pop("model", None)
+    model = copy.deepcopy(how.pop("model", None))
     if model is None:
         model = make_chain(2)
     if model == "recurrent":

@@ -52,8 +52,8 @@ def accumulate(
     `.grad`, running averages move once. The place of the loop over `loss.backward()` in a training step.
 
     Args:
-        model: in training, with every batch norm that `loss` calls; they are this library's (`accelerate` makes them so).
-            Compiled code runs without its compiler meanwhile.
+        model: in training, with every batch norm that `loss` calls; they are this library's (`accelerate` makes
+            them so). Compiled code runs without its compiler meanwhile.
         batches: the micro-batches, of any sizes, at least one; whatever `loss` takes.
         loss: called as `loss(model, batch)`; returns a scalar tensor, the mean over the micro-batch's samples, or a
             pair of it and outputs to keep. It is called several times for each micro-batch and must do the same
