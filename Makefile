@@ -72,7 +72,7 @@ check: $(READY) ## lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-faults: $(READY) ## what goes wrong on one of several ranks, five times each (6 minutes)
+faults: $(READY) ## what goes wrong on one of several ranks, five times each (5 minutes)
 	FAULTS=5 $(BIN)/pytest -n 2 tests/test_faults.py $(ARGS)
 
 sanitize: $(READY) ## the kernel tests under address, undefined-behaviour and thread sanitizers

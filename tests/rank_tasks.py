@@ -100,6 +100,18 @@ def subgroup(rank: int, world: int, members: list[int]) -> dict[str, Any]:
     return norm.state_dict()
 
 
+def batched(rank: int, world: int) -> str:
+    """Several gradients at once, then one."""
+    norm, x = anynorm.SyncBatchNorm(2), draw((4, 2), seed=rank).requires_grad_()
+    y = norm(x)
+    try:
+        torch.autograd.grad(y, x, torch.ones(3, 4, 2), is_grads_batched=True, retain_graph=True)
+    except RuntimeError as error:
+        y.sum().backward()
+        return str(error)
+    return ""
+
+
 def refusing(rank: int, world: int, choice: str) -> dict[str, Any]:
     """Rank 1 has a NaN."""
     norm = anynorm.SyncBatchNorm(2, on_nonfinite=choice)
@@ -207,6 +219,12 @@ def fault(rank: int, world: int, kind: str, culprit: int, warm: bool, seconds: f
     model = nn.Sequential(nn.BatchNorm1d(channels), nn.BatchNorm1d(channels), nn.Linear(channels, channels))
     group = dist.new_group(timeout=timedelta(seconds=seconds))
     anynorm.sync(model, process_group=group)
+    if kind == "calls another model":
+        twin = nn.Sequential(nn.BatchNorm1d(channels), nn.Identity())
+        anynorm.sync(twin, process_group=group)
+        for each in (model, twin):
+            step(each, channels)
+        model.other = (twin[0],)
     dist.barrier()  # From here on all are awake, on a busy machine, too.
     if warm:  # The ranks have met; else they meet in the fault.
         step(nn.Sequential(anynorm.SyncBatchNorm(4, process_group=group)), 4)
@@ -289,6 +307,8 @@ def misbehave(kind: str, model: Any, channels: int, seconds: float) -> None:
         other = anynorm.SyncBatchNorm(channels + 1, process_group=first.process_group)
         other.label = "0"
         other(draw((3, channels + 1)))
+    elif kind == "calls another model":  # whose layer has the same name; both had been called by all ranks
+        model.other[0](x)
     elif kind == "has another mode":
         with torch.no_grad():
             first(x)

@@ -121,6 +121,21 @@ def test_update_once_ends_with_an_exception_and_nests():
     assert int(norm.num_batches_tracked) == 3
 
 
+def test_update_once_takes_the_first_batch_that_is_not_refused():
+    norm, good = anynorm.BatchNorm1d(3, on_nonfinite="skip"), draw(8, 3)
+    with anynorm.update_once():
+        with pytest.raises(ValueError, match="more than 1 value"):
+            norm(draw(1, 3))
+        with pytest.raises(RuntimeError, match="channels"):
+            norm(draw(8, 4))
+        with pytest.warns(UserWarning, match="was not counted"):
+            norm(good * float("nan"))
+        norm(good), norm(good)
+    once = anynorm.BatchNorm1d(3)
+    once(good)
+    torch.testing.assert_close(norm.state_dict(), once.state_dict(), rtol=0, atol=0)
+
+
 def spoil(x, value):
     x = x.clone()
     x[1, 2, 0, 0] = value

@@ -19,6 +19,7 @@ DIFFER = {
     "skips backward": "rank 1 is at forward of 0, call 1",
     "has another dtype": "rank 1 is at forward of 0, call 0: 4 channels, bfloat16",
     "has other channels": "rank 1 is at forward of 0, call 0: 5 channels",
+    "calls another model": "layer 2 of those synchronized",
     "has another mode": "not a gradient for its input",
     "does not move averages": "not moves its running averages",
 }

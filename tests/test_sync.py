@@ -155,6 +155,11 @@ def test_process_groups(start):
     assert not alone["running_mean"].any()
 
 
+def test_a_batch_of_gradients_is_refused_before_anything_is_sent(start):
+    for error in start(2).run(rank_tasks.batched):
+        assert "takes one gradient at a time" in error
+
+
 @pytest.mark.parametrize("choice", ["skip", "error"])
 def test_nan_on_one_rank_is_refused_on_all(start, choice):
     for part in start(2).run(rank_tasks.refusing, choice):

@@ -117,6 +117,16 @@ def test_what_is_left_and_why():
         anynorm.sync([])
 
 
+def test_another_process_group_for_norms_that_are_synchronized():
+    model, group = make_model(), object()
+    anynorm.sync(model)
+    assert len(anynorm.sync(model, process_group=group).changed) == 3
+    assert model[1].process_group is group
+    assert anynorm.sync(model, process_group=group).changed == []
+    anynorm.sync(model, undo=True)
+    assert type(model[1]) is nn.BatchNorm2d
+
+
 def test_copies_and_files():
     model = make_model()
     anynorm.sync(model)

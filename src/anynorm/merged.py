@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 
 from . import kernels, ops, plain
 from .gradients import Recipe, Running, like
@@ -144,6 +145,11 @@ class NormalizeMerged(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        if is_legacy_batchedtensor(g):
+            raise RuntimeError(
+                "batch_norm: what is merged over ranks or micro-batches takes one gradient at a time; got a batch of "
+                "them; call torch.autograd.grad without is_grads_batched"
+            )
         (pooling, walk), eps, count, exchange, activation, mask, bias_like = ctx.how
         x, weight, mean, var, bias, residual = ctx.saved_tensors
         dtype = x.dtype

@@ -52,6 +52,8 @@ class Call:
     Attributes:
         label: the layer's name.
         number: how many calls of this layer came before.
+        place: how many layers of these ranks were synchronized before it for the first time; tells apart layers of
+            the same name in two models.
         phase: FORWARD or BACKWARD.
         channels: of the input.
         dtype: of the input, an index of DTYPES.
@@ -60,6 +62,7 @@ class Call:
 
     label: str
     number: int
+    place: int
     phase: int
     channels: int
     dtype: int
@@ -67,17 +70,17 @@ class Call:
 
     def pack(self, length: int) -> list[int]:
         """The header; `length` is that of the payload in words."""
-        return [self.phase, find_id(self.label), self.number, self.channels, self.dtype, self.mode, length, 0]
+        return [self.phase, find_id(self.label), self.number, self.channels, self.dtype, self.mode, length, self.place]
 
 
 def tell(header: Sequence[int]) -> str:
     """A header in words."""
-    phase, layer, number, channels, dtype, mode, *_ = header
+    phase, layer, number, channels, dtype, mode, _, place = header
     modes = [words if mode & bit else f"not {words}" for bit, words in MODES.items()]
     name = LABELS.get(layer, "a layer that this rank has not called")
     return (
         f"{PHASES.get(phase, phase)} of {name}, call {number}: {channels} channels, "
-        f"{str(DTYPES[dtype]).removeprefix('torch.')}, {', '.join(modes)}"
+        f"{str(DTYPES[dtype]).removeprefix('torch.')}, {', '.join(modes)}, layer {place} of those synchronized"
     )
 
 
@@ -95,6 +98,8 @@ class Ranks:
         self.frame = FRAME
         self.sent = 0
         self.broken: SyncError | None = None
+        self.places: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+        self.layers = 0
 
     @classmethod
     def find(cls, group: Any) -> Ranks | None:
@@ -107,6 +112,13 @@ class Ranks:
         if group not in cls.known:
             cls.known[group] = cls(group)
         return cls.known[group]
+
+    def find_place(self, layer: Any) -> int:
+        """How many layers were synchronized before this one for the first time."""
+        if layer not in self.places:
+            self.places[layer] = self.layers
+            self.layers += 1
+        return self.places[layer]
 
     def exchange(self, call: Call, payload: Tensor) -> Tensor:
         """Every rank's payload, in the order of ranks.
@@ -166,7 +178,8 @@ class Ranks:
             SyncError(
                 f"{call.label}: all ranks must call the same layers in the same order with the same channels, dtype "
                 f"and mode; rank {self.members[self.rank]} is at {tell(mine)}; {theirs}; "
-                "look for a branch that depends on the data of a rank",
+                "look for a branch that depends on the data of a rank; layers without a name are numbered as they are "
+                "built, so build the same on all ranks or name them by anynorm.sync(model)",
                 call.label,
                 ranks,
             )

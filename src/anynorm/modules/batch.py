@@ -21,7 +21,7 @@ from ..merged import Exchange
 from ..plain import blank
 from ..ragged import close_rows, is_ragged, open_residual, open_rows
 from ..sources import find_momentum
-from .counting import Guard, count_batch, is_counted
+from .counting import Guard, count_batch, is_counted, mark_counted
 from .parts import find_together
 from .state import Norm
 
@@ -82,6 +82,8 @@ class _BatchNorm(_Running):
             return y
         if counter is not None:  # Last, so that an input that is refused changes nothing.
             counter.add_(self._count(input, options))
+        if moves:
+            mark_counted(self)
         return y
 
     def _compute(

@@ -26,8 +26,8 @@ class update_once:
     """Let every norm count one batch inside, however often it is called.
 
     For training steps that run a model more than once on the same data, as sharpness-aware minimization and gradient
-    penalties do: torch moves the running averages at each call. The first call counts. A layer that a model uses
-    several times counts once, too.
+    penalties do: torch moves the running averages at each call. The first call that is not refused counts. A layer
+    that a model uses several times counts once, too. Compiled graphs count every call.
 
     Example:
         >>> norm, x = anynorm.BatchNorm1d(2), torch.randn(4, 2)
@@ -59,11 +59,14 @@ def is_counted(layer: nn.Module) -> bool:
     if torch._C._current_graph_task_id() != -1:
         return False
     seen = SEEN.get()
-    if seen is None:
-        return True
-    is_first = layer not in seen
-    seen.add(layer)
-    return is_first
+    return seen is None or layer not in seen
+
+
+def mark_counted(layer: nn.Module) -> None:
+    """A layer's averages have moved."""
+    seen = None if torch.compiler.is_compiling() else SEEN.get()
+    if seen is not None:
+        seen.add(layer)
 
 
 def count_batch(mask: Tensor | None, lengths: Any) -> Any:
@@ -128,3 +131,4 @@ def count_parts(layer: Any, moments: Moments) -> None:
             return
     if counter is not None:
         counter.add_(1)
+    mark_counted(layer)

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import functional
 from ..ragged import is_ragged, open_rows
 from .batch import _Running
-from .counting import is_counted
+from .counting import is_counted, mark_counted
 
 
 def unsqueeze(t: Tensor | None) -> Tensor | None:
@@ -44,6 +44,8 @@ class _InstanceNorm(_Running):
             self.eps,
             **options,
         )
+        if from_input and moves:
+            mark_counted(self)
         return y.squeeze(0) if single else y
 
     def find_channel_axes(self, input: Tensor) -> tuple[int, ...]:

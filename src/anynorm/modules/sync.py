@@ -109,6 +109,7 @@ class _Synchronized(batch._BatchNorm):
         call = {
             "label": self.label or f"{type(self).__name__} {self.serial}",
             "number": self.calls,
+            "place": ranks.find_place(self),
             "channels": self.num_features,
             "dtype": DTYPES.index(data.dtype) if data.dtype in DTYPES else len(DTYPES),
             "mode": int(wants_gradient) + 2 * moves,

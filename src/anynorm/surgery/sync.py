@@ -28,7 +28,7 @@ def sync(model: nn.Module, undo: bool = False, process_group: Any = None) -> Rep
     Args:
         model: any module; a norm itself is allowed.
         undo: turn the norms back into what they were before `sync`, of the same dimension and library (pytorch#41081).
-        process_group: the ranks that share statistics; None for all.
+        process_group: the ranks that share statistics; None for all. Norms that are synchronized already change to it.
 
     Returns:
         A report of what changed, and of what was left and why: subclasses with code of their own, lazy norms that have
@@ -47,12 +47,17 @@ def sync(model: nn.Module, undo: bool = False, process_group: Any = None) -> Rep
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"sync: model must be a torch.nn.Module; got {type(model).__name__}; pass the model itself")
-    report, swaps = Report(model=model), {}
+    report = Report(model=model)
+    swaps: dict[str, type[nn.Module]] = {}
     for name, module in model.named_modules():
         if not isinstance(module, BASES):
             continue
-        if isinstance(module, _Synchronized):
+        if isinstance(module, _Synchronized) and not undo:
             tell_name(module, name)
+            if process_group is not None and module.process_group is not process_group:
+                swaps[name] = type(module)
+                report.changed.append(Entry(name, describe(type(module)), became=describe(type(module))))
+                continue
         became, reason = find_change(module, undo)
         if became is not None:
             swaps[name] = became
@@ -100,7 +105,8 @@ def change(module: Any, name: str, kind: type[nn.Module], undo: bool, process_gr
         if not is_ours(kind):
             del module.label
     else:
-        module.before = type(module)
+        if not isinstance(module, _Synchronized):
+            module.before = type(module)
         tell_name(module, name)
         if process_group is not None or not hasattr(module, "process_group"):
             module.process_group = process_group
