@@ -20,6 +20,7 @@ from .. import ops
 from ..family import FAMILY
 from ..masks import find_mask, may_be_masked
 from ..modules import batch, fused, state
+from ..modules.renorm import _Renorm
 from ..modules.sync import SyncBatchNorm, _Synchronized
 from ..ragged import is_ragged, open_rows
 from ..statistics import Moments
@@ -106,6 +107,8 @@ class Listener:
             norm.training = self.by_batch
             if self.by_batch and isinstance(norm, (_Synchronized, nn.SyncBatchNorm)):
                 make_alone(norm)
+            if self.by_batch and isinstance(norm, _Renorm):
+                make_plain(norm)
             self._handles.append(norm.register_forward_pre_hook(partial(self.hear, name), with_kwargs=True))
 
     def detach(self) -> None:
@@ -151,6 +154,11 @@ def make_alone(norm: Any) -> None:
     if not isinstance(norm, _Synchronized):
         norm.__class__ = SyncBatchNorm  # torch's refuses the CPU and cannot be told
     norm.find_ranks = lambda: None
+
+
+def make_plain(norm: Any) -> None:
+    """Let batch renormalization be batch norm: r and d are of averages that are about to be replaced."""
+    norm._is_warming_up = lambda: True
 
 
 def put(norm: Any, mean: Tensor, var: Tensor) -> None:
