@@ -73,8 +73,8 @@ def recalibrate(
     Note:
         running_var gets n/(n-1) of all values, as torch stores it, and num_batches_tracked the number of batches, over
         all ranks, that the statistics are of. Modes are the caller's: call ``model.eval()`` first to have no dropout.
-        torch's random numbers are afterwards as before. SyncBatchNorm normalizes by the batch of its rank meanwhile, and
-        BatchRenorm without r and d, which are of the averages that are replaced.
+        torch's random numbers are afterwards as before. SyncBatchNorm normalizes by the batch of its rank meanwhile,
+        and BatchRenorm without r and d, which are of the averages that are replaced.
 
     Source:
         Wu and Johnson 2021, arXiv:2105.07576, section 3; Izmailov et al. 2018, arXiv:1803.05407, section 3.2; merged

@@ -212,8 +212,8 @@ def find_input_moments(norm: Any, x: Any, mask: Tensor | None) -> Moments | None
 def keeping(model: nn.Module) -> Iterator[None]:
     """Norms, and what is written in the buffers of the whole model, are afterwards what they were before.
 
-    Of modules that keep running averages, and of synchronized norms, everything is put back. Of the others only what was written in place: a cache
-    that was replaced belongs together with attributes that nobody knows.
+    Of modules that keep running averages, and of synchronized norms, everything is put back. Of the others only what
+    was written in place: a cache that was replaced belongs together with attributes that nobody knows.
     """
     before = [
         (module, type(module), dict(vars(module)), dict(module._buffers))

@@ -180,9 +180,9 @@ class Peers:
         timeout = find_timeout(dist.group.WORLD if self.group is None else self.group).total_seconds()
         first = str(error).strip().partition("\n")[0]
         return SyncError(
-            f"recalibrate: a rank did not come to the end of the pass within the timeout of {timeout:g} s of its process "
-            f"group, seen by rank {self.rank} after {waited:.1f} s ({first}); it died, was interrupted or has much more "
-            "data: look at its own error first, or raise the timeout; nothing was changed on this rank"
+            f"recalibrate: a rank did not come to the end of the pass within the timeout of {timeout:g} s of its "
+            f"process group, seen by rank {self.rank} after {waited:.1f} s ({first}); it died, was interrupted or has "
+            "much more data: look at its own error first, or raise the timeout; nothing was changed on this rank"
         )
 
     def name(self, ranks: Sequence[int]) -> tuple[int, ...]:
