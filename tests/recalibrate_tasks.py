@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -100,3 +102,47 @@ def run_group(rank: int, world: int, ranks: tuple[int, ...]) -> dict[str, Tensor
     except ValueError as error:
         return str(error)
     return find_state(model)
+
+
+def run_argument(rank: int, world: int) -> tuple[str, str]:
+    """Rank 1 gives no loader."""
+    try:
+        anynorm.recalibrate(make(), None if rank == 1 else draw(rank, 2))  # type: ignore[arg-type] # that is the fault
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return "", ""
+
+
+def run_late(rank: int, world: int, seconds: float) -> tuple[str, str, bool]:
+    """Rank 1 is late by so many seconds, or dies where they are negative."""
+
+    class Loader:
+        def __iter__(self) -> Iterator[Tensor]:
+            if rank == 1 and seconds < 0:
+                os._exit(1)
+            if rank == 1:
+                time.sleep(seconds)
+            yield from draw(rank, 2)
+
+    model = make()
+    before = find_state(model)
+    try:
+        anynorm.recalibrate(model, Loader())
+    except Exception as error:
+        same = all(torch.equal(before[name], t) for name, t in find_state(model).items())
+        return type(error).__name__, str(error), same
+    return "", "", False
+
+
+def run_left(rank: int, world: int, kind: str, earlier: str, counts: list[int]) -> tuple[dict[str, Tensor], bool]:
+    """One norm keeps no averages, so it is left and takes the batch; and whether it is afterwards as before."""
+    torch.manual_seed(3)
+    left = {
+        "ours": lambda: anynorm.SyncBatchNorm(3, track_running_stats=False),
+        "fused": lambda: anynorm.SyncBatchNormAct(3, activation="relu", track_running_stats=False),
+        "torch": lambda: nn.SyncBatchNorm(3, track_running_stats=False),
+    }[kind]()
+    model = nn.Sequential(left, nn.Conv1d(3, 4, 2), anynorm.SyncBatchNorm(4))
+    before = dict(vars(left))
+    anynorm.recalibrate(model, draw(rank, counts[rank]), earlier=earlier)
+    return find_state(model), vars(left) == before and type(left).__name__.startswith("SyncBatchNorm")

@@ -664,6 +664,27 @@ def test_poisoned_averages_are_healed():
     assert torch.equal(model[4].running_var, twin[4].running_var) and model[1].running_var.isfinite().all()
 
 
+@pytest.mark.parametrize("kind", ["BatchRenorm2d", "BatchRenormAct2d"])
+def test_batch_renormalization_equals_batch_norm(kind):
+    """Equals the same model of batch norm, whatever is in the averages before, also NaN; and all else is as before."""
+    torch.manual_seed(1)
+    options: dict[str, Any] = {"activation": "relu"} if "Act" in kind else {}
+    twin_kind = getattr(anynorm, kind.replace("Renorm", "Norm"))
+    renorm, twin = (
+        nn.Sequential(norm(3, **options, **more), nn.Conv2d(3, 4, 3), norm(4, **options, **more))
+        for norm, more in ((getattr(anynorm, kind), {"warmup": (0, 0, 0)}), (twin_kind, {}))
+    )
+    renorm(draw(8, 3, 4, 4, mean=5, std=3))
+    twin.load_state_dict(renorm.state_dict())
+    renorm[0].running_mean.fill_(float("nan"))
+    before = vars(renorm[0]).keys()
+    for each in (renorm, twin):
+        anynorm.recalibrate(each, IMAGES)
+    for name, t in twin.state_dict().items():
+        assert torch.equal(renorm.state_dict()[name], t), name
+    assert vars(renorm[0]).keys() == before and not renorm[0]._is_warming_up()
+
+
 def test_a_loader_that_gives_less_in_the_second_pass_is_an_error():
     class Once:
         def __init__(self) -> None:

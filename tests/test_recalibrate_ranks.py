@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +12,18 @@ from torch import Tensor
 
 import anynorm
 from gloo import Processes
-from recalibrate_tasks import draw, make, run, run_failing, run_group, run_rtol, run_wrapped
+from recalibrate_tasks import (
+    draw,
+    make,
+    run,
+    run_argument,
+    run_failing,
+    run_group,
+    run_late,
+    run_left,
+    run_rtol,
+    run_wrapped,
+)
 
 
 @pytest.fixture(scope="module", params=[2, 3])
@@ -91,6 +103,64 @@ def test_a_rank_that_fails_tells_the_others(processes, where, earlier, own):
             assert message.startswith(f"recalibrate: rank 1 failed with {own}: ")
             assert "nothing was changed on any rank" in message
     assert len(processes.run(run, "plain", [1] * processes.world, "batch")) == processes.world
+
+
+def test_an_argument_that_one_rank_refuses_is_told_to_the_others(processes):
+    """Invariant: nobody hangs; and the ranks go on working together."""
+    for rank, (kind, message) in enumerate(processes.run(run_argument)):
+        if rank == 1:
+            assert kind == "TypeError" and message.startswith("recalibrate: loader must give batches one by one")
+        else:
+            assert kind == "SyncError" and message.startswith(
+                "recalibrate: rank 1 failed with TypeError: recalibrate: l"
+            )
+    assert len(processes.run(run, "plain", [1] * processes.world, "batch")) == processes.world
+
+
+@pytest.mark.parametrize("seconds", [-1.0, 5.0], ids=["dead", "late"])
+def test_a_rank_that_is_dead_or_late_is_an_error_on_the_others(seconds):
+    """Invariant: it ends within the timeout of the group, and nothing was changed."""
+    processes = Processes(2, seconds=2.0)
+    try:
+        processes.run(draw_nothing)
+        start = time.monotonic()
+        first, second = processes.run(run_late, seconds)
+        assert time.monotonic() - start < 12
+    finally:
+        processes.close()
+    for rank, found in ((0, first), (1, second)):
+        if rank == 1 and seconds < 0:
+            assert found is None
+            continue
+        kind, message, unchanged = found
+        assert kind == "SyncError" and unchanged, message
+        assert message.startswith(
+            "recalibrate: a rank did not come to the end of the pass within the timeout of 2 s of "
+        )
+        assert f"seen by rank {rank}" in message and "nothing was changed on this rank" in message
+
+
+def draw_nothing(rank: int, world: int) -> None:
+    """So that all have met."""
+
+
+@pytest.mark.parametrize("earlier", ["batch", "population"])
+@pytest.mark.parametrize("kind", ["ours", "fused", "torch"])
+def test_synchronized_norms_that_are_left_wait_for_nobody(processes, kind, earlier):
+    """Equals one process with all batches, whose norms have nobody to wait for; what is left is as before."""
+    counts = [2, 4, 1][: processes.world]
+    found = processes.run(run_left, kind, earlier, counts)
+    assert all(untouched for _, untouched in found)
+    for other, _ in found[1:]:
+        hold(other, found[0][0])
+    batches = [x for rank in range(processes.world) for x in draw(rank, counts[rank])]
+    torch.manual_seed(3)
+    plain = anynorm.BatchNorm1d(3, track_running_stats=False)
+    alone = torch.nn.Sequential(plain, *([torch.nn.ReLU()] if kind == "fused" else []), torch.nn.Conv1d(3, 4, 2))
+    alone.append(anynorm.BatchNorm1d(4))
+    anynorm.recalibrate(alone, batches, earlier=earlier)
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        torch.testing.assert_close(found[0][0][f"2.{name}"], getattr(alone[-1], name), rtol=1e-5, atol=1e-6)
 
 
 def test_what_all_ranks_see_is_raised_on_all(processes):

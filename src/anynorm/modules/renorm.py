@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn as nn
@@ -14,17 +13,16 @@ from torch import Tensor
 from .. import functional
 from ..errors import has_values
 from ..functional.renorm import check_limits, renormalize
+from ..masks import describe
 from ..sources import correct, find_momentum
 from ..statistics import Moments
 from ..watch import has_memory
 from . import batch
+from .recent import KEPT, RECENT, find_call, keep_call
 from .small_batch import show_options
 
 Warmup = tuple[int, int, int] | Callable[[Tensor], tuple[Any, Any]]
 PAPERS_WARMUP = (5_000, 40_000, 25_000)
-# What the last calls of a layer started from, for activation checkpointing, with the mean of each call's batch.
-RECENT: WeakKeyDictionary[nn.Module, deque[Any]] = WeakKeyDictionary()
-KEPT = 8
 
 
 class _Renorm(batch._BatchNorm):
@@ -59,20 +57,33 @@ class _Renorm(batch._BatchNorm):
         """Whether this call, and one that computes it again, certainly is batch norm."""
         return not callable(self.warmup) and has_memory(self.batches) and int(self.batches) + KEPT <= self.warmup[0]
 
-    def _correct(self, moments: Moments) -> tuple[Tensor, Tensor]:
-        """r and d from the averages before this batch: where activation checkpointing computes a call again they have
-        moved, and that call is found by the mean of its batch."""
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        start: Any = (self.running_mean, self.running_var, self.eps, self.find_limits(), self.start_share)
-        if not has_memory(self.running_mean):
-            return correct(moments, *start)
+    def _correct(self, moments: Moments) -> tuple[Tensor, Tensor] | None:
+        """r and d from the averages before this batch; None for batch norm."""
+        start = self._find_start(moments)
+        return None if start is None else correct(moments, *start)
+
+    def _find_start(self, moments: Moments) -> Any:
+        """What r and d are found from, None for batch norm: where activation checkpointing computes a call again that
+        has moved, and the call is found by the mean of its batch."""
+        now = (self.running_mean, self.running_var, self.eps, self.find_limits(), self.start_share)
+        if self.running_mean is None or not has_memory(self.running_mean):
+            return now
+        left = -1 if callable(self.warmup) else self.warmup[0] - int(self.batches)  # batches that still are batch norm
         recent = RECENT.setdefault(self, deque(maxlen=KEPT))
         if torch._C._current_graph_task_id() == -1:
-            recent.append((moments.mean, tuple(t.clone() if isinstance(t, Tensor) else t for t in start)))
-        elif recent:
-            start = min(reversed(recent), key=lambda call: float((moments.mean - call[0]).abs().sum()))[1]
-        return correct(moments, *start)
+            return keep_call(recent, moments, None if left > 0 else now)
+        if left > 0:
+            return None
+        call = find_call(recent, moments, self.eps)
+        if call is not None:
+            return call[1]
+        if left < 0 and recent:
+            raise RuntimeError(
+                f"{describe(self)}: activation checkpointing needs r and d of the same call, and those of the last "
+                f"{KEPT} are kept; got a batch that none of them had; it was called more than {KEPT} times before "
+                "backward; checkpoint without it, or call backward more often"
+            )
+        return now if left < 0 else None  # The call before the first that is kept; see `_is_warming_up`.
 
     def _count(self, input: Any, options: Any) -> Any:
         """What batch norm counts; the schedule and the share of the start go on with it."""

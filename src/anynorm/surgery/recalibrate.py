@@ -14,7 +14,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from .recalibrate_data import Feed, unwrap, wants_progress
-from .recalibrate_norms import NOT_CALLED, Listener, find_norms, keeping, put
+from .recalibrate_norms import NOT_CALLED, Listener, find_norms, keeping, part_ranks, put
 from .recalibrate_report import Recalibration, find_distance, find_error, tell_move
 from .recalibrate_statistics import Peers, Population, merge_groups
 from .report import Entry, describe
@@ -67,13 +67,14 @@ def recalibrate(
         TypeError: `model` is not a module, or `loader` cannot be iterated.
         ValueError: no batch norm; an empty loader; one value per channel; an iterator with ``"population"``.
         FloatingPointError: NaN or Inf in the input of a norm, which is named.
-        SyncError: another rank has failed.
+        SyncError: another rank has failed, or does not come to the end of a pass within the timeout of the group.
         Whatever is raised, also by the loader or the keyboard: averages, modes, hooks and counters are as before.
 
     Note:
         running_var gets n/(n-1) of all values, as torch stores it, and num_batches_tracked the number of batches, over
         all ranks, that the statistics are of. Modes are the caller's: call ``model.eval()`` first to have no dropout.
-        torch's random numbers are afterwards as before. SyncBatchNorm normalizes by the batch of its rank meanwhile.
+        torch's random numbers are afterwards as before. SyncBatchNorm normalizes by the batch of its rank meanwhile,
+        and BatchRenorm without r and d, which are of the averages that are replaced.
 
     Source:
         Wu and Johnson 2021, arXiv:2105.07576, section 3; Izmailov et al. 2018, arXiv:1803.05407, section 3.2; merged
@@ -85,19 +86,20 @@ def recalibrate(
         >>> model[0].running_mean, model[0].running_var, report.moved[0].count
         (tensor([4.]), tensor([14.5000]), 5)
     """
-    check_arguments(model, loader, earlier, batches, rtol)
     peers = Peers(process_group)
-    with peers.telling():
-        inside = unwrap(model)
-        norms, left = find_norms(inside, trust)
-        check_usable(norms, left, loader, earlier)
-        feed = Feed(inside, loader, forward_fn, wants_progress(progress, peers.rank))
-    listener = Listener(norms, by_batch=earlier == "batch")
     with ExitStack() as stack:
-        stack.enter_context(feed.progress)
-        stack.enter_context(keeping(inside))
-        stack.callback(listener.detach)
-        listener.attach()
+        with peers.telling():
+            check_arguments(model, loader, earlier, batches, rtol)
+            inside = unwrap(model)
+            norms, left = find_norms(inside, trust)
+            check_usable(norms, left, loader, earlier)
+            feed = Feed(inside, loader, forward_fn, wants_progress(progress, peers.rank))
+            listener = Listener(norms, by_batch=earlier == "batch")
+            stack.enter_context(feed.progress)
+            stack.enter_context(keeping(inside))
+            stack.callback(listener.detach)
+            listener.attach()
+            part_ranks(inside)
         estimate = find_populations(feed, listener, peers, batches, rtol)
     found = estimate.found
     left += [Entry(name, describe(type(norm)), reason=NOT_CALLED) for name, norm in norms.items() if name not in found]

@@ -20,6 +20,7 @@ from .. import ops
 from ..family import FAMILY
 from ..masks import find_mask, may_be_masked
 from ..modules import batch, fused, state
+from ..modules.renorm import _Renorm
 from ..modules.sync import SyncBatchNorm, _Synchronized
 from ..ragged import is_ragged, open_rows
 from ..statistics import Moments
@@ -28,6 +29,7 @@ from .report import Entry, describe, is_ours
 
 BASES = (nn.modules.batchnorm._BatchNorm, batch._BatchNorm)
 FORWARDS = (nn.modules.batchnorm._BatchNorm.forward, nn.SyncBatchNorm.forward, state.Norm.forward, fused.Fused.forward)
+SYNCHRONIZED = (_Synchronized, nn.SyncBatchNorm)
 NOT_CALLED = "the model did not call it"
 
 
@@ -104,8 +106,8 @@ class Listener:
         """Put the norms into their mode and hear what comes."""
         for name, norm in self.norms.items():
             norm.training = self.by_batch
-            if self.by_batch and isinstance(norm, (_Synchronized, nn.SyncBatchNorm)):
-                make_alone(norm)
+            if self.by_batch and isinstance(norm, _Renorm):
+                make_plain(norm)
             self._handles.append(norm.register_forward_pre_hook(partial(self.hear, name), with_kwargs=True))
 
     def detach(self) -> None:
@@ -146,11 +148,26 @@ class Listener:
         self._heard = {}
 
 
-def make_alone(norm: Any) -> None:
-    """Let a synchronized norm take the batch of this rank: ranks may have unlike numbers of batches."""
-    if not isinstance(norm, _Synchronized):
-        norm.__class__ = SyncBatchNorm  # torch's refuses the CPU and cannot be told
-    norm.find_ranks = lambda: None
+def part_ranks(model: nn.Module) -> None:
+    """Let every synchronized norm take the batch of this rank, also those that are left: ranks may have unlike numbers
+    of batches."""
+    for norm in model.modules():
+        if isinstance(norm, _Synchronized):
+            norm.find_ranks = lambda: None  # type: ignore[method-assign] # until `keeping` ends
+        elif is_torchs_synchronized(norm) and norm.training:
+            norm.__class__ = SyncBatchNorm  # torch's refuses the CPU and cannot be told
+            vars(norm)["find_ranks"] = lambda: None
+
+
+def is_torchs_synchronized(module: nn.Module) -> bool:
+    """Whether it is torch's, with torch's forward."""
+    is_kind = isinstance(module, nn.SyncBatchNorm) and type(module).forward is nn.SyncBatchNorm.forward
+    return is_kind and "forward" not in vars(module)
+
+
+def make_plain(norm: Any) -> None:
+    """Let batch renormalization be batch norm: r and d are of averages that are about to be replaced."""
+    norm._is_warming_up = lambda: True
 
 
 def put(norm: Any, mean: Tensor, var: Tensor) -> None:
@@ -195,13 +212,14 @@ def find_input_moments(norm: Any, x: Any, mask: Tensor | None) -> Moments | None
 def keeping(model: nn.Module) -> Iterator[None]:
     """Norms, and what is written in the buffers of the whole model, are afterwards what they were before.
 
-    Of modules that keep running averages everything is put back. Of the others only what was written in place: a cache
-    that was replaced belongs together with attributes that nobody knows.
+    Of modules that keep running averages, and of synchronized norms, everything is put back. Of the others only what
+    was written in place: a cache that was replaced belongs together with attributes that nobody knows.
     """
     before = [
         (module, type(module), dict(vars(module)), dict(module._buffers))
         for module in model.modules()
-        if not isinstance(module, torch.jit.ScriptModule) and isinstance(module._buffers.get("running_mean"), Tensor)
+        if not isinstance(module, torch.jit.ScriptModule)
+        and (isinstance(module, SYNCHRONIZED) or isinstance(module._buffers.get("running_mean"), Tensor))
     ]
     buffers = [(t, t.detach().clone()) for t in model.buffers() if not t.is_inference()]
     try:

@@ -12,6 +12,7 @@ memory does not grow, and batches that resemble their neighbours do not look lik
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import SyncError
+from ..ranks import find_timeout
 from ..statistics import Moments
 
 KEPT = 32  # groups of batches for each layer; even
@@ -154,12 +156,16 @@ class Peers:
         """Every rank's content.
 
         Raises:
-            SyncError: another rank has failed.
+            SyncError: another rank has failed, is dead or does not come.
         """
         if self.world == 1:
             return [content]
         found: list[Any] = [None] * self.world
-        dist.all_gather_object(found, (fault, content), group=self.group)
+        start = time.monotonic()
+        try:
+            dist.all_gather_object(found, (fault, content), group=self.group)
+        except RuntimeError as error:
+            raise self.say_missing(time.monotonic() - start, error) from error
         failed = [rank for rank, (theirs, _) in enumerate(found) if theirs is not None]
         if failed and fault is None:
             raise SyncError(
@@ -168,6 +174,16 @@ class Peers:
                 ranks=self.name(failed),
             )
         return [theirs for _, theirs in found]
+
+    def say_missing(self, waited: float, error: RuntimeError) -> SyncError:
+        """What to raise where the ranks could not meet; nobody knows which of them are missing."""
+        timeout = find_timeout(dist.group.WORLD if self.group is None else self.group).total_seconds()
+        first = str(error).strip().partition("\n")[0]
+        return SyncError(
+            f"recalibrate: a rank did not come to the end of the pass within the timeout of {timeout:g} s of its "
+            f"process group, seen by rank {self.rank} after {waited:.1f} s ({first}); it died, was interrupted or has "
+            "much more data: look at its own error first, or raise the timeout; nothing was changed on this rank"
+        )
 
     def name(self, ranks: Sequence[int]) -> tuple[int, ...]:
         """Global ranks."""
