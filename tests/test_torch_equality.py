@@ -293,10 +293,14 @@ def test_a_subclass_may_take_other_axes(kind):
         assert own(3 if kind == "BatchNorm2d" else 2)(x).shape == x.shape
 
 
+@pytest.mark.parametrize("was_masked", [False, True])
 @pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
-def test_nested_tensors_go_to_torch(layout):
+def test_nested_tensors_go_to_torch(layout, was_masked):
     for kind in ("LayerNorm", "RMSNorm"):
         norm = getattr(anynorm, kind)(4)
+        if was_masked:
+            with anynorm.masked(torch.ones(2, 3)):
+                norm(torch.randn(2, 3, 4))
         nested = torch.nested.nested_tensor([torch.randn(2, 4), torch.randn(3, 4)], layout=layout)
         if kind == "RMSNorm" and layout == torch.strided:
             with pytest.raises(RuntimeError):  # torch has no such operation

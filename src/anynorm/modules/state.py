@@ -43,8 +43,8 @@ class Norm(nn.Module):
         raise NotImplementedError
 
     def find_mask(self, input: Tensor) -> Tensor | None:
-        """What `anynorm.masked` has for this input."""
-        if is_ragged(input):
+        """What `anynorm.masked` has for this input; nested tensors of either layout and packed ones have no padding."""
+        if is_ragged(input) or input.is_nested:
             return None
         channels = self.find_channel_axes(input)
         positions = [size for axis, size in enumerate(input.shape) if axis not in channels]
