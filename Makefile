@@ -63,6 +63,9 @@ env: $(READY) ## versions, and whether the compiled kernels are in use
 list: $(READY) ## the family
 	$(BIN)/anynorm list
 
+# Two workers with two threads each share the cores: a thread that waits must not spin.
+test faults: export OMP_WAIT_POLICY = passive
+
 test: check $(VENV)/.vowels ## lint, types, tests and doctests
 	$(BIN)/pytest -n 2 $(ARGS)
 	ANYNORM_KERNELS=0 $(BIN)/pytest -n 2 tests/test_family.py tests/test_accuracy.py tests/test_masks.py
