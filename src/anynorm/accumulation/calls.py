@@ -59,8 +59,7 @@ class Call:
         if moments.count == 1:
             raise ValueError(
                 f"{describe(layer)}: statistics need more than 1 value per channel in all micro-batches together, or "
-                f"every output is beta; got 1; {BATCH_OF_ONE} and take "
-                "mode='lockstep'"
+                f"every output is beta; got 1; {BATCH_OF_ONE} and take mode='lockstep'"
             )
         self.moments = moments
 

@@ -149,13 +149,12 @@ class Listener:
 
 
 def part_ranks(model: nn.Module) -> None:
-    """Let every synchronized norm take the batch of this rank, also those that are left: ranks may have unlike numbers
-    of batches."""
+    """Let every synchronized norm take the batch of this rank until `keeping` ends, also those that are left: ranks
+    may have unlike numbers of batches."""
     for norm in model.modules():
-        if isinstance(norm, _Synchronized):
-            norm.find_ranks = lambda: None  # type: ignore[method-assign] # until `keeping` ends
-        elif is_torchs_synchronized(norm) and norm.training:
+        if is_torchs_synchronized(norm) and norm.training:
             norm.__class__ = SyncBatchNorm  # torch's refuses the CPU and cannot be told
+        if isinstance(norm, _Synchronized):
             vars(norm)["find_ranks"] = lambda: None
 
 
