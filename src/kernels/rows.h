@@ -1,44 +1,24 @@
 // The walk along contiguous runs whose gamma and beta are constant: batch, instance and group norm, channels first.
-//
-// A pool is a number of runs: of batch norm one a sample, else one for each of its channels, and those follow one
-// another. Few large pools are cut into segments, to keep many threads busy.
 #pragma once
 
-#include "walk.h"
+#include "pools.h"
 
 namespace anynorm::ANYNORM_TARGET {
 
 template <class T>
-struct Rows {
-    const Call& call;
+struct Rows : Pools {
+    Statistics<T> found;
     const T* x = static_cast<const T*>(call.x);
     const T* residual = static_cast<const T*>(call.residual);
     const T* grad = static_cast<const T*>(call.grad);
     T* out = static_cast<T*>(call.out);
     T* gradient = static_cast<T*>(call.dresidual);
-    bool by_sample = call.pool_n || call.given;      // whether a pool has a run in each sample
-    int64_t pools = by_sample ? call.g : call.pools();
-    int64_t runs = by_sample ? call.n : call.k;  // of a pool
-    int64_t elements = runs * call.s;            // of a pool
-    int64_t pieces = divide_up(call.s, kSegment);
-    int64_t segments = runs * pieces;
-    bool whole = pools >= 16 || elements <= kSegment;  // whether a pool is one thread's
-    Statistics<T> found{call};
 
-    int64_t stride() const { return by_sample ? call.g * call.s : call.s; }
-    int64_t start(int64_t pool) const { return by_sample ? pool * call.s : pool * elements; }
-    int64_t channel(int64_t pool, int64_t run) const {
-        return by_sample ? pool : (pool % call.g) * call.k + run;
-    }
-    int64_t sample(int64_t pool, int64_t run) const { return by_sample ? run : pool / call.g; }
+    explicit Rows(const Call& call) : Pools{call, nullptr}, found(call) { extents = found.extents; }
+
     // Null where the extents say all.
     const float* weight(int64_t pool, int64_t run) const {
         return found.needs_weight() ? call.weight + sample(pool, run) * call.s : nullptr;
-    }
-    // Runs as long as all are, with their extents.
-    Runs cut(int64_t pool, int64_t run, const Runs& all, int64_t from = 0) const {
-        if (!found.extents) return all;
-        return {all.count, all.stride, all.length, found.extents + sample(pool, run), from, by_sample ? 1 : 0};
     }
     After<T> after(int64_t pool, int64_t run, int64_t at, int64_t from) const {
         const float* counted = weight(pool, run);
@@ -88,10 +68,6 @@ struct Rows {
         }
         return moments_in<double>(at, all, counted, weight_stride, shift);
     }
-    Runs all_runs(int64_t pool) const {
-        if (by_sample || found.extents) return cut(pool, 0, {runs, stride(), call.s});
-        return {1, 0, elements};  // they follow one another
-    }
 
     void find_whole(int64_t begin, int64_t end) {
         found.find(begin, end, [&](int64_t p) { return guess(p); }, [&](int64_t p, bool is_float, double shift) {
@@ -100,33 +76,18 @@ struct Rows {
     }
     void find_in_segments(int64_t pool, Sums* parts) {
         found.find(pool, pool + 1, [&](int64_t p) { return guess(p); }, [&](int64_t p, bool is_float, double shift) {
-            each_segment([&](int64_t j) {
-                const int64_t run = j / pieces, from = (j % pieces) * kSegment;
+            each_segment(p, [&](int64_t run, int64_t from, const Runs& all) {
                 const float* counted = weight(p, run);
-                parts[j] = moments(is_float, start(p) + run * stride() + from, cut(p, run, {1, 0, piece(from)}, from),
-                                   counted ? counted + from : nullptr, shift);
+                parts[segment(run, from)] = moments(is_float, start(p) + run * stride() + from, all,
+                                                    counted ? counted + from : nullptr, shift);
             });
             return total(parts);
         });
     }
-
-    int64_t piece(int64_t from) const { return least(kSegment, call.s - from); }
     Sums total(const Sums* parts) const {
         Sums sum;
         for (int64_t j = 0; j < segments; ++j) sum.add(parts[j]);
         return sum;
-    }
-    template <class Body>
-    void each_segment(Body body) const {
-        share(call, segments, elements / segments, [&](int64_t begin, int64_t end) {
-            for (int64_t j = begin; j < end; ++j) body(j);
-        });
-    }
-    // body(first run, where it begins, runs alike) over a pool: all of them where they share gamma and beta.
-    template <class Body>
-    void each_run(int64_t pool, Body body) const {
-        if (by_sample) return body(int64_t{0}, int64_t{0}, cut(pool, 0, {runs, stride(), call.s}));
-        for (int64_t j = 0; j < runs; ++j) body(j, int64_t{0}, cut(pool, j, {1, 0, call.s}));
     }
 
     // ---- forward ------------------------------------------------------------------------------------------------
@@ -156,11 +117,11 @@ struct Rows {
             Room<Sums> parts(segments);
             for (int64_t p = 0; p < pools; ++p) {
                 find_in_segments(p, parts.get());
-                if (out) each_segment_of(p, [&](int64_t j, int64_t from, const Runs& all) { apply(p, j, from, all); });
+                if (out) each_segment(p, [&](int64_t j, int64_t from, const Runs& all) { apply(p, j, from, all); });
             }
             return found.move_running();
         }
-        each_slab(1, [&](int64_t begin, int64_t end) {
+        each_slab(sizeof(T), [&](int64_t begin, int64_t end) {
             find_whole(begin, end);
             for (int64_t p = begin; out && p < end; ++p) {
                 each_run(p, [&](int64_t j, int64_t from, const Runs& all) { apply(p, j, from, all); });
@@ -185,38 +146,6 @@ struct Rows {
             each_piece([&](int64_t p, int64_t j, int64_t from, const Runs& all) {
                 apply_line(lines[p], p, j, from, (j * pools + p) * call.s + from, all);
             });
-        });
-    }
-
-    // body(begin, end) over slabs of pools whose `tensors` stay in a core's cache.
-    template <class Body>
-    void each_slab(int64_t tensors, Body body) const {
-        const int64_t size = most(1, kSlabBytes / (elements * static_cast<int64_t>(sizeof(T)) * tensors));
-        share(call, pools, elements, [&](int64_t begin, int64_t end) {
-            for (int64_t p = begin; p < end; p += size) body(p, least(end, p + size));
-        });
-    }
-    template <class Body>
-    void each_segment_of(int64_t pool, Body body) const {
-        each_segment([&](int64_t j) {
-            const int64_t from = (j % pieces) * kSegment;
-            body(j / pieces, from, cut(pool, j / pieces, {1, 0, piece(from)}, from));
-        });
-    }
-    // body(pool, run, from, runs) in the order of memory, where a pool has a run in each sample.
-    template <class Body>
-    void each_piece(Body body) const {
-        share(call, call.n * pools, call.s, [&](int64_t begin, int64_t end) {
-            int64_t pool = begin % pools, run = begin / pools;
-            for (int64_t i = begin; i < end; ++i) {
-                for (int64_t from = 0; from < call.s; from += kSegment) {
-                    body(pool, run, from, cut(pool, run, {1, 0, piece(from)}, from));
-                }
-                if (++pool == pools) {
-                    pool = 0;
-                    ++run;
-                }
-            }
         });
     }
 
@@ -276,7 +205,7 @@ struct Rows {
         const int64_t channels = by_sample ? 1 : runs;
         Room<Sums> sums(pools * channels, true);
         if (whole) {
-            each_slab(2, [&](int64_t begin, int64_t end) {
+            each_slab(2 * sizeof(T), [&](int64_t begin, int64_t end) {
                 for (int64_t p = begin; p < end; ++p) {
                     for (int64_t j = 0; j < channels; ++j) {
                         sums[p * channels + j] = grad_sums(p, j, 0, cut(p, j, {by_sample ? runs : 1, stride(), call.s}));
@@ -290,13 +219,13 @@ struct Rows {
         } else {
             Room<Sums> parts(segments);
             for (int64_t p = 0; p < pools; ++p) {
-                each_segment_of(p, [&](int64_t j, int64_t from, const Runs& all) {
-                    parts[j * pieces + from / kSegment] = grad_sums(p, j, from, all);
+                each_segment(p, [&](int64_t j, int64_t from, const Runs& all) {
+                    parts[segment(j, from)] = grad_sums(p, j, from, all);
                 });
                 for (int64_t j = 0; j < segments; ++j) sums[p * channels + (by_sample ? 0 : j / pieces)].add(parts[j]);
                 if (!out) continue;
                 const Slopes slopes = slopes_of(p, &sums[p * channels], channels);
-                each_segment_of(p, [&](int64_t j, int64_t from, const Runs& all) { write_dx(p, j, from, all, slopes); });
+                each_segment(p, [&](int64_t j, int64_t from, const Runs& all) { write_dx(p, j, from, all, slopes); });
             }
         }
         put_parameters(sums, channels);
