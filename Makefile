@@ -78,7 +78,11 @@ check: $(READY) ## lint and types
 faults: $(READY) ## what goes wrong on one of several ranks, five times each (5 minutes)
 	FAULTS=5 $(BIN)/pytest -n 2 tests/test_faults.py $(ARGS)
 
-sanitize: $(READY) ## the kernel tests under address, undefined-behaviour and thread sanitizers
+$(VENV)/.sanitize: constraints.txt | $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt nanobind
+	@touch $@
+
+sanitize: $(READY) $(VENV)/.sanitize ## the kernel tests under address, undefined-behaviour and thread sanitizers
 	bash tests/sanitize/run.sh $(BIN)/python
 
 accuracy: $(READY) ## measure the errors against float64 and write docs/accuracy.md

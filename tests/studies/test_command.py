@@ -47,7 +47,8 @@ def write_table(folder):
 
 
 def start(folder, *options):
-    """The command as a process group of its own, as a shell would start it."""
+    """The command as a process group of its own, as a shell would start it: it hears Ctrl-C, also where the tests run
+    in the background of a script, whose children do not."""
     return subprocess.Popen(
         [*COMMAND, *options],
         cwd=folder,
@@ -55,6 +56,7 @@ def start(folder, *options):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
