@@ -39,10 +39,8 @@ struct Columns : Panels<T> {
     void forward() {
         if (call.given) return forward_given();
         auto start = [&](const Panel& p) { guess(p); };
-        auto sum = [&](const Panel& p, int64_t row, int64_t row_count, double* first, double* second, int attempt) {
-            with_compute<T>(attempt <= kFloatMean, [&](auto zero) {
-                column_moments(x + at(p, row), tile(p, row_count), p.template table<decltype(zero)>(0), weight(p, row), first, second);
-            });
+        auto sum = [&](const Panel& p, int64_t row, int64_t row_count, double* first, double* second, int) {
+            column_moments(x + at(p, row), tile(p, row_count), p.mean, weight(p, row), first, second);
         };
         auto finish = [&](const Panel& p, int attempt) {
             const int next = judge(p, attempt);
@@ -80,7 +78,6 @@ struct Columns : Panels<T> {
             }
             for (int64_t i = 0; i < p.width; ++i) p.mean[i] /= static_cast<double>(most(1, found_rows));
         }
-        put_shifts(p, kIsNarrow<T>);
     }
     // The j-th of eight rows that count, spread over samples or over the one, or -1: where they are does not depend on
     // padding.
@@ -94,30 +91,16 @@ struct Columns : Panels<T> {
         }
         return -1;
     }
-    static void put_shifts(const Panel& p, bool is_float) {
-        with_compute<T>(is_float, [&](auto zero) {
-            using Compute = decltype(zero);
-            Compute* shift = p.template table<Compute>(0);
-            for (int64_t i = 0; i < p.width; ++i) p.mean[i] = shift[i] = static_cast<Compute>(p.mean[i]);
-        });
-    }
-
-    // Which attempt comes next, about the means that were found, or -1. Means that a float cannot hold go to doubles.
+    // Which attempt comes next, about the means that were found, or -1.
     int judge(const Panel& p, int attempt) {
-        bool is_good = true, is_small = true;
+        const double count = column_count(p);
+        bool is_good = true;
         for (int64_t i = 0; i < p.width; ++i) {
-            const double size = column_count(p), step = call.centred ? p.first[i] / size : 0;
-            is_good &= found.is_good(p.second[i] - p.first[i] * step, p.second[i], size, attempt);
-            is_small &= std::fabs(p.mean[i] + step) < 1e18;
+            is_good &= found.is_good(p.second[i] - p.first[i] * (p.first[i] / count), p.second[i], attempt);
         }
         if (is_good) return -1;
-        int next = attempt + 1;
-        if (attempt == kFloatGuess && !(is_small && call.centred)) next = kDoubleZero;
-        for (int64_t i = 0; i < p.width; ++i) {
-            p.mean[i] = next == kDoubleZero || !call.centred ? 0 : p.mean[i] + p.first[i] / column_count(p);
-        }
-        put_shifts(p, next == kFloatMean);
-        return next;
+        for (int64_t i = 0; i < p.width; ++i) p.mean[i] += p.first[i] / count;
+        return attempt + 1;
     }
     // Rows that count.
     double column_count(const Panel& p) {
@@ -191,24 +174,23 @@ struct Columns : Panels<T> {
         found.read();
         Room<Sums> channel_sums(samples * call.channels(), true);
         const bool needs_sums = !call.given || call.dgamma || call.dbeta || found.is_active();
-        auto start = [&](const Panel& p) { coefficients(p); };
+        auto start = [&](const Panel& p) {
+            coefficients(p);
+            each_column(p, [&](int64_t i, int64_t pool, int64_t) INLINE_LAMBDA { p.mean[i] = found.mean[pool]; });
+        };
         auto sum = [&](const Panel& p, int64_t row, int64_t row_count, double* first, double* second, int) {
             if (!needs_sums) return;
             const int64_t from = at(p, row);
             const Tile part = tile(p, row_count);
+            if (!found.is_active()) {
+                return column_grad_sums<double, false>(grad + from, x + from, part, p.mean, Lines<double>{}, TileAfter<T>{}, first, second);
+            }
             with_compute<T>(*p.is_float, [&](auto zero) {
-                const auto lines = p.template lines<decltype(zero)>();
                 using Compute = decltype(zero);
-                if constexpr (kHasPlain<Compute, T>) {
-                    if (!this->found.is_active()) {
-                        return column_grad_sums<Compute, false>(this->grad + from, this->x + from, part, lines, TileAfter<T>{}, first, second);
-                    }
-                }
-                column_grad_sums<Compute, true>(grad + from, x + from, part, lines, after(p, row), first, second);
+                column_grad_sums<Compute, true>(grad + from, x + from, part, p.mean, p.template lines<Compute>(), after(p, row), first, second);
             });
         };
         auto finish = [&](const Panel& p, int) {
-            about_means(p);
             each_column(p, [&](int64_t i, int64_t, int64_t c) {
                 channel_sums[p.sample * call.channels() + c].add({p.first[i], p.second[i]});
             });
@@ -218,16 +200,6 @@ struct Columns : Panels<T> {
         walk(start, sum, finish, [&](const Panel& p, int64_t row, int64_t n) { write_dx(p, row, n); });
         put_parameters(channel_sums);
     }
-    // Sums of g * (x - high) become those of g * (x - mean).
-    void about_means(const Panel& p) const {
-        with_compute<T>(*p.is_float, [&](auto zero) {
-            const auto* high = p.template table<decltype(zero)>(0);
-            each_column(p, [&](int64_t i, int64_t pool, int64_t) INLINE_LAMBDA {
-                p.second[i] += (static_cast<double>(high[i]) - found.mean[pool]) * p.first[i];
-            });
-        });
-    }
-
     // dx = g * a - c1 - (x - mean) * c2, for each column of a pool. Leaves c1 and c2 in the place of the sums.
     void slopes(const Panel& p) {
         bool fits = true;
@@ -243,7 +215,7 @@ struct Columns : Panels<T> {
                 p.first[i] = slope.c1;
                 p.second[i] = slope.c2;
             }
-            fits = fits && fits_float<T>(found.mean[pool], slope.c1, slope.c2);
+            fits = fits && fits_float<T>(found.mean[pool], slope.c1, slope.c2, slope.reach);
         }
         if (!fits && *p.is_float) put_lines(p, false);
         with_compute<T>(*p.is_float, [&](auto zero) {

@@ -10,7 +10,7 @@ namespace anynorm::ANYNORM_TARGET {
 template <class T>
 struct Elements {
     using P = Parameter<T>;
-    static constexpr int kPoolsAtOnce = 4, kFlushEvery = 8;  // times kPoolsAtOnce, in sums of floats
+    static constexpr int kPoolsAtOnce = 4;
 
     const Call& call;
     const T* x = static_cast<const T*>(call.x);
@@ -24,6 +24,7 @@ struct Elements {
     const P* gamma = table(call.gamma, own_gamma.get(), 1, true);
     const P* beta = table(call.beta, own_beta.get(), 0, false);
     Statistics<T> found{call};
+    double largest_gamma = 0;
 
     int64_t table_size(const void* parameter, bool is_needed) const {
         return (parameter && call.s > 1) || (!parameter && is_needed) ? period : 0;
@@ -44,16 +45,10 @@ struct Elements {
 
     // Of some pools; those that do not count have none.
     void moments(int64_t begin, int64_t end) {
-        found.find(begin, end, [&](int64_t p) { return guess(p); }, [&](int64_t p, bool is_float, double shift) {
-            Sums sums;
-            if (is_skipped(p)) return sums;
+        found.find(begin, end, [&](int64_t p) { return guess(p); }, [&](int64_t p, double shift) {
+            if (is_skipped(p)) return Sums();
             const T* run = x + p * length;
-            with_compute<T>(is_float, [&](auto zero) {
-                using Compute = decltype(zero);
-                sums = call.centred ? run_moments<Compute, false>(run, {1, 0, length}, shift, false, nullptr, 0)
-                                    : Sums{0, run_squares<Compute>(run, length)};
-            });
-            return sums;
+            return call.centred ? run_moments<false>(run, {1, 0, length}, shift, false, nullptr, 0) : Sums{0, run_squares(run, length)};
         });
     }
     double guess(int64_t pool) const {
@@ -92,11 +87,26 @@ struct Elements {
         found.move_running();
     }
 
+    // The largest size of a gamma, compared as whole numbers, which vectors can.
+    double find_largest_gamma() const {
+        uint32_t most_bits = 0;
+        if constexpr (kIsNarrow<T>) {
+            const auto* values = static_cast<const P*>(call.gamma);
+            if (!values) return 1;
+            for (int64_t c = 0; c < call.channels(); ++c) {
+                const uint32_t bits = bits_of<uint32_t>(values[c]) & 0x7fffffff;
+                most_bits = bits > most_bits ? bits : most_bits;
+            }
+        }
+        return bits_of<float>(most_bits);
+    }
+
     // Each chunk of samples adds up its own gradients; how many there are depends on the sizes alone.
     void backward() {
         found.read();
+        largest_gamma = find_largest_gamma();
         const bool parameters = call.dgamma || call.dbeta;
-        const int64_t samples = most(kPoolsAtOnce * kFlushEvery, divide_up(call.n, 16)), chunks = divide_up(call.n, samples);
+        const int64_t samples = most(8 * kPoolsAtOnce, divide_up(call.n, 16)), chunks = divide_up(call.n, samples);
         Room<double> partial(parameters ? chunks * 2 * period : 0, true);
         share(call, chunks, samples * period, [&](int64_t begin, int64_t end) {
             for (int64_t chunk = begin; chunk < end; ++chunk) {
@@ -108,37 +118,19 @@ struct Elements {
         if (parameters) put_parameters(partial, chunks);
     }
 
-    // The pools of one group in some samples: float where all their numbers allow it.
+    // The pools of one group in some samples.
     void one_group(int64_t g, int64_t first, int64_t last, double* sums) {
-        bool fits = true;
-        for (int64_t n = first; n < last; ++n) fits = fits && fits_float<T>(found.mean[n * call.g + g], found.rstd[n * call.g + g]);
-        with_compute<T>(fits, [&](auto zero) { walk_samples<decltype(zero)>(g, first, last, sums); });
-    }
-
-    template <class Compute>
-    void walk_samples(int64_t g, int64_t first, int64_t last, double* sums) {
-        Room<Compute> waiting(sums ? 2 * length : 0, true);
-        Compute* dgamma = sums ? waiting.get() : nullptr;
-        int64_t unflushed = 0;
         for (int64_t n = first; n < last;) {
             const int64_t pool = n * call.g + g;
             const bool four = n + kPoolsAtOnce <= last && count_all(pool);
             if (four) {
-                some_pools<Compute, kPoolsAtOnce>(pool, dgamma);
+                some_pools<kPoolsAtOnce>(pool, sums);
             } else if (!is_skipped(pool)) {
-                some_pools<Compute, 1>(pool, dgamma);
+                some_pools<1>(pool, sums);
             } else {
                 skip(pool);
             }
             n += four ? kPoolsAtOnce : 1;
-            if (sums && (++unflushed == kFlushEvery || n >= last)) {
-                unflushed = 0;
-                for (int64_t i = 0; i < length; ++i) {
-                    sums[i] += dgamma[i];
-                    sums[period + i] += dgamma[length + i];
-                    dgamma[i] = dgamma[length + i] = 0;
-                }
-            }
         }
     }
     // Whether none of the next pools is skipped.
@@ -153,30 +145,31 @@ struct Elements {
     }
 
     // R pools, one group's in neighbouring samples.
-    template <class Compute, int R>
-    void some_pools(int64_t pool, Compute* dgamma) {
+    template <int R>
+    void some_pools(int64_t pool, double* dgamma) {
         const int64_t at = pool * length, stride = call.g * length;
         const P *scale = gamma + offset(pool), *shift = beta ? beta + offset(pool) : nullptr;
-        Line<Compute> lines[R];
+        Line<double> lines[R];
         After<T> afters[R];
         Sums scaled[R];
+        bool fits = true;
         for (int r = 0; r < R; ++r) {
             const int64_t p = pool + r * call.g;
-            lines[r] = Line<Compute>(found.mean[p], found.rstd[p], 0);
+            lines[r] = Line<double>(found.mean[p], found.rstd[p], 0);
             afters[r] = after(p);
+            fits = fits && fits_float<T>(found.mean[p], found.rstd[p]);
         }
-        Compute* dbeta = dgamma + length;
-        auto sum = [&](auto active, auto parameters) {
-            run_grad_sums_table<Compute, R, active, parameters>(grad + at, x + at, length, stride, lines, scale, shift,
-                                                                afters, dgamma, dbeta, scaled);
+        const auto sum = [&](auto zero, auto active, auto parameters) {
+            run_grad_sums_table<decltype(zero), R, active, parameters>(grad + at, x + at, length, stride, lines, scale, shift,
+                                                                       afters, dgamma, dgamma + period, scaled);
         };
         using Yes = std::true_type;
         using No = std::false_type;
-        const bool is_active = call.is_active();
-        if constexpr (kHasPlain<Compute, T>) {
-            if (!is_active) dgamma ? sum(No{}, Yes{}) : sum(No{}, No{});
+        if (!call.is_active()) {
+            dgamma ? sum(0.0, No{}, Yes{}) : sum(0.0, No{}, No{});
+        } else {
+            with_compute<T>(fits, [&](auto zero) { dgamma ? sum(zero, Yes{}, Yes{}) : sum(zero, Yes{}, No{}); });
         }
-        if (is_active || !kHasPlain<Compute, T>) dgamma ? sum(Yes{}, Yes{}) : sum(Yes{}, No{});
         for (int r = 0; out && r < R; ++r) write_dx(pool + r * call.g, scaled[r]);
     }
 
@@ -186,7 +179,7 @@ struct Elements {
         const double mean = found.mean[pool], rstd = found.rstd[pool];
         scaled.second /= rstd;
         const Slopes slopes(call.centred, scaled, rstd, found.count(pool));
-        with_compute<T>(fits_float<T>(mean, rstd, slopes.c1, slopes.c2), [&](auto zero) {
+        with_compute<T>(fits_float<T>(mean, rstd, largest_gamma * rstd, slopes.c1, slopes.c2, slopes.reach), [&](auto zero) {
             using Compute = decltype(zero);
             const Line<Compute> line(mean, rstd, 0), slope(mean, slopes.c2, slopes.c1);
             const P *scale = gamma + offset(pool), *shift = beta ? beta + offset(pool) : nullptr;

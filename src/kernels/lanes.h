@@ -1,7 +1,7 @@
 // Vectors of doubles and of floats, and how each element type becomes one. The only place that knows element types.
 //
-// Sums are double: with them no square overflows and no mean costs a digit. What is written is computed in float from
-// coefficients that were found in double, because conversions, not memory, would be the limit otherwise.
+// Sums are double, and so is every product that enters one: with them no square overflows, no mean costs a digit, and values
+// that would round alike in float do not. What is written is computed in float from coefficients that were found in double.
 #pragma once
 
 #include <cstdint>
@@ -269,9 +269,19 @@ INLINE double add_lanes(Lanes v) {
     return pairs.p[0][0] + pairs.p[0][1];
 }
 
-// Both halves of a vector of floats, as doubles.
-INLINE Lanes low_half(Singles v) { return __builtin_convertvector(bits_of<Halves>(v).low, Lanes); }
-INLINE Lanes high_half(Singles v) { return __builtin_convertvector(bits_of<Halves>(v).high, Lanes); }
+// How many vectors of doubles hold a vector's values, each of them, and which of its lanes are in use.
+template <class Compute>
+constexpr int kParts = LanesOf<Compute>::width / W;
+INLINE Lanes part_of(Lanes v, int) { return v; }
+INLINE Lanes part_of(Singles v, int part) {
+    const Halves halves = bits_of<Halves>(v);
+    return __builtin_convertvector(part == 0 ? halves.low : halves.high, Lanes);
+}
+INLINE Full part_of(Full, int) { return {}; }
+INLINE Part part_of(Part some, int part) {
+    const int64_t n = some.n - part * W;
+    return {n < 0 ? 0 : n < W ? n : W};
+}
 
 // body(start, Full or Part, which of four accumulators) over [0, length), in vectors of `Width`. A long body is not
 // written out several times and has one accumulator, so that an element's place in the sum does not depend on the length.

@@ -92,7 +92,7 @@ struct Panels {
                 const int64_t from = (i % slabs) * slab;
                 const Panel p = make_panel(i / slabs, from, least(slab, width - from), room.get());
                 start(p);
-                for (int attempt = kIsNarrow<T> ? kFloatGuess : kDoubleZero; attempt >= 0;) {
+                for (int attempt = kGuess; attempt >= 0;) {
                     clear(p.first, 0, 2 * p.width);  // `second` follows `first`
                     for (int64_t t = 0; t < tiles; ++t) {
                         clear(partial.get(), 0, 2 * p.width);
@@ -114,7 +114,7 @@ struct Panels {
         auto panel = [&](int64_t sample) { return make_panel(sample, 0, width, room.get() + sample * room_size(width)); };
         for (int64_t n = 0; n < samples; ++n) {
             start(panel(n));
-            attempts[n] = kIsNarrow<T> ? kFloatGuess : kDoubleZero;
+            attempts[n] = kGuess;
         }
         for (bool is_done = false; !is_done;) {
             each_tile([&](int64_t n, int64_t t) {

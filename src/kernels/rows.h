@@ -55,30 +55,22 @@ struct Rows : Pools {
         return found_here ? sum / found_here : 0;
     }
 
-    template <class Compute>
-    Sums moments_in(int64_t at, const Runs& all, const float* counted, int64_t weight_stride, double shift) const {
+    Sums moments(int64_t at, const Runs& all, const float* counted, double shift) const {
         const bool restart = call.weight != nullptr;
-        if (counted) return run_moments<Compute, true>(x + at, all, shift, restart, counted, weight_stride);
-        return run_moments<Compute, false>(x + at, all, shift, restart, nullptr, 0);
-    }
-    Sums moments(bool is_float, int64_t at, const Runs& all, const float* counted, double shift) const {
-        const int64_t weight_stride = by_sample ? call.s : 0;
-        if constexpr (kIsNarrow<T>) {
-            if (is_float) return moments_in<float>(at, all, counted, weight_stride, shift);
-        }
-        return moments_in<double>(at, all, counted, weight_stride, shift);
+        if (counted) return run_moments<true>(x + at, all, shift, restart, counted, by_sample ? call.s : 0);
+        return run_moments<false>(x + at, all, shift, restart, nullptr, 0);
     }
 
     void find_whole(int64_t begin, int64_t end) {
-        found.find(begin, end, [&](int64_t p) { return guess(p); }, [&](int64_t p, bool is_float, double shift) {
-            return moments(is_float, start(p), all_runs(p), weight(p, 0), shift);
+        found.find(begin, end, [&](int64_t p) { return guess(p); }, [&](int64_t p, double shift) {
+            return moments(start(p), all_runs(p), weight(p, 0), shift);
         });
     }
     void find_in_segments(int64_t pool, Sums* parts) {
-        found.find(pool, pool + 1, [&](int64_t p) { return guess(p); }, [&](int64_t p, bool is_float, double shift) {
+        found.find(pool, pool + 1, [&](int64_t p) { return guess(p); }, [&](int64_t p, double shift) {
             each_segment(p, [&](int64_t run, int64_t from, const Runs& all) {
                 const float* counted = weight(p, run);
-                parts[segment(run, from)] = moments(is_float, start(p) + run * stride() + from, all,
+                parts[segment(run, from)] = moments(start(p) + run * stride() + from, all,
                                                     counted ? counted + from : nullptr, shift);
             });
             return total(parts);
@@ -155,31 +147,25 @@ struct Rows : Pools {
     Sums grad_sums(int64_t pool, int64_t run, int64_t from, const Runs& all) const {
         const int64_t c = channel(pool, run), at = start(pool) + run * stride() + from;
         const double mean = found.mean[pool], a = rstd(pool) * gamma_of<T>(call, c), b = beta_of<T>(call, c);
-        Sums sums;
-        with_compute<T>(fits_float<T>(mean, a, b), [&](auto zero) {
-            const Line<decltype(zero)> line(mean, a, b);
-            sums = grad_sums_about(line, pool, run, from, at, all);
-            sums.second += (static_cast<double>(line.high) - mean) * sums.first;
-        });
-        return sums;
-    }
-    template <class Compute>
-    INLINE Sums grad_sums_about(Line<Compute> line, int64_t pool, int64_t run, int64_t from, int64_t at, const Runs& all) const {
-        if constexpr (kHasPlain<Compute, T>) {
-            if (!found.is_active()) {
-                const auto nothing = [](int64_t) { return After<T>{}; };
-                return run_grad_sums<Compute, false>(grad + at, x + at, all, line, nothing, call.weight != nullptr);
-            }
+        const bool restart = call.weight != nullptr;
+        if (!found.is_active()) {
+            const auto nothing = [](int64_t) { return After<T>{}; };
+            return run_grad_sums<double, false>(grad + at, x + at, all, mean, Line<double>(), nothing, restart);
         }
         const auto after_of = [&](int64_t r) { return after(pool, run + r, at + r * all.stride, from); };
-        return run_grad_sums<Compute, true>(grad + at, x + at, all, line, after_of, call.weight != nullptr);
+        Sums sums;
+        with_compute<T>(fits_float<T>(mean, a, b), [&](auto zero) {
+            using Compute = decltype(zero);
+            sums = run_grad_sums<Compute, true>(grad + at, x + at, all, mean, Line<Compute>(mean, a, b), after_of, restart);
+        });
+        return sums;
     }
     double rstd(int64_t pool) const { return const_cast<Statistics<T>&>(found).rstd[pool]; }
 
     void write_dx(int64_t pool, int64_t run, int64_t from, const Runs& all, const Slopes& slopes) const {
         const int64_t c = channel(pool, run), at = start(pool) + run * stride() + from;
         const double mean = found.mean[pool], a = rstd(pool) * gamma_of<T>(call, c), b = beta_of<T>(call, c);
-        with_compute<T>(fits_float<T>(mean, a, b, slopes.c1, slopes.c2), [&](auto zero) {
+        with_compute<T>(fits_float<T>(mean, a, b, slopes.c1, slopes.c2, slopes.reach), [&](auto zero) {
             using Compute = decltype(zero);
             const Line<Compute> line(mean, a, b), slope(mean, slopes.c2, slopes.c1);
             if (call.given && !found.is_active()) return run_scale<Compute>(grad + at, out + at, all, a, call.past_caches);

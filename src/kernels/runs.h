@@ -44,30 +44,27 @@ struct After {
 };
 
 // first = sum(x[i] - shift), second = sum((x[i] - shift)^2), over positions that count
-template <class Compute, bool Weighted, class T>
-Sums run_moments(const T* x, const Runs& runs, double about, bool restart, const float* weight, int64_t weight_stride) {
-    using V = VectorOf<Compute>;
-    Accumulator<Compute> sums;
-    const V shift = V{} + static_cast<Compute>(about);
-    sums.sweep_runs(runs, restart, [&](int64_t r, int64_t i, auto some, int u) INLINE_LAMBDA {
-        V d = load_as<Compute>(x + r * runs.stride + i, some) - shift;
+template <bool Weighted, class T>
+Sums run_moments(const T* x, const Runs& runs, double shift, bool restart, const float* weight, int64_t weight_stride) {
+    Accumulator sums;
+    sums.template sweep_runs<double>(runs, restart, [&](int64_t r, int64_t i, auto some, int u) INLINE_LAMBDA {
+        Lanes d = load(x + r * runs.stride + i, some) - shift;
         if constexpr (Weighted) {
-            d = load_as<Compute>(weight + r * weight_stride + i, some) > 0 ? d : V{};
+            d = load(weight + r * weight_stride + i, some) > 0 ? d : Lanes{};
         } else {
             d = keep(d, some);
         }
-        sums.first[u] += d;
-        sums.second[u] += d * d;
+        sums.add(u, d, d);
     }, [&](int64_t r, int64_t size) INLINE_LAMBDA { pass_over(x + r * runs.stride, size, runs.length); });
     return sums.total();
 }
 
 // sum(x[i]^2)
-template <class Compute, class T>
+template <class T>
 double run_squares(const T* x, int64_t length) {
-    Accumulator<Compute> sums;
-    sums.sweep_runs({1, 0, length}, false, [&](int64_t, int64_t i, auto some, int u) INLINE_LAMBDA {
-        const auto v = load_as<Compute>(x + i, some);
+    Accumulator sums;
+    sums.template sweep_runs<double>({1, 0, length}, false, [&](int64_t, int64_t i, auto some, int u) INLINE_LAMBDA {
+        const Lanes v = load(x + i, some);
         sums.second[u] += v * v;
     }, [](int64_t, int64_t) {});
     return sums.total().second;
@@ -90,26 +87,32 @@ void run_apply(const T* x, T* y, const Runs& runs, Line<Compute> line, AfterOf a
     }
 }
 
-// first = sum(g[i]), second = sum(g[i] * (x[i] - high)), g before the activation; after_of(run) says what follows it
+// first = sum(g[i]), second = sum(g[i] * (x[i] - mean)), g before the activation; after_of(run) says what follows it. The
+// activation is computed as `line` is, the sums always in double.
 template <class Compute, bool Active, class T, class AfterOf>
-Sums run_grad_sums(const T* g, const T* x, const Runs& runs, Line<Compute> line, AfterOf after_of, bool restart) {
+Sums run_grad_sums(const T* g, const T* x, const Runs& runs, double mean, Line<Compute> line, AfterOf after_of, bool restart) {
     using V = VectorOf<Compute>;
-    Accumulator<Compute> sums;
+    Accumulator sums;
     if constexpr (Active) {
         for (int64_t r = 0; r < runs.count; ++r) {
             if (T* gradient = after_of(r).gradient) clear(gradient, runs.size(r), runs.length);
         }
     }
-    sums.template sweep_runs<Active>(runs, restart, [&](int64_t r, int64_t i, auto some, int u) INLINE_LAMBDA {
+    sums.template sweep_runs<Compute, Active>(runs, restart, [&](int64_t r, int64_t i, auto some, int u) INLINE_LAMBDA {
+        const T* here = x + r * runs.stride + i;
         V v = load_as<Compute>(g + r * runs.stride + i, some);
-        V d = load_as<Compute>(x + r * runs.stride + i, some) - line.high;
+        const float* counted = nullptr;
         if constexpr (Active) {
             const After<T> after = after_of(r);
-            v = after.template backward<V, Compute>(v, d * line.scale + line.shift, i, some);
-            if (after.weight) d = load_as<Compute>(after.weight + i, some) > 0 ? d : V{};
+            const V z = (load_as<Compute>(here, some) - line.high) * line.scale + line.shift;
+            v = after.template backward<V, Compute>(v, z, i, some);
+            if (after.weight) counted = after.weight + i;
         }
-        sums.first[u] += v;
-        sums.second[u] += v * d;
+        for (int p = 0; p < kParts<Compute>; ++p) {
+            Lanes d = load(here + p * W, part_of(some, p)) - mean;
+            if (counted) d = load(counted + p * W, part_of(some, p)) > 0 ? d : Lanes{};
+            sums.add(u + p, part_of(v, p), d);
+        }
     }, [&](int64_t r, int64_t size) INLINE_LAMBDA {
         pass_over(g + r * runs.stride, size, runs.length);
         pass_over(x + r * runs.stride, size, runs.length);

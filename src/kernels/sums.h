@@ -1,7 +1,7 @@
-// How long sums are taken: sums of floats that are added to sums of doubles, run by run.
+// How sums over runs are taken: in double, whatever x is.
 //
-// `Compute` is float, or double where x is double or the numbers are near a float's limits. Sums of floats are short: after
-// kBlock elements they are added to sums of doubles.
+// Sums of floats would be faster where x is in a cache, and right where roundings are random. Where data round alike (two
+// values, constants, few levels) thirty floats are enough to be off by a part in a million, and products leave a float's range.
 #pragma once
 
 #include "lanes.h"
@@ -49,69 +49,38 @@ template <class Compute>
 using VectorOf = typename LanesOf<Compute>::type;
 template <class Compute>
 constexpr int kWidth = LanesOf<Compute>::width;
-template <class Compute>
-constexpr int64_t kBlock = 128 * kWidth<Compute>;
-
-// The sum of a vector, as a double.
-template <class Compute>
-INLINE double add_vector(VectorOf<Compute> v) {
-    if constexpr (kWidth<Compute> == W) {
-        return add_lanes(v);
-    } else {
-        return add_lanes(low_half(v) + high_half(v));
-    }
-}
 
 // Two sums at once, in four vectors each so that additions do not wait for one another.
-template <class Compute>
 struct Accumulator {
-    VectorOf<Compute> first[4] = {}, second[4] = {};
-    Lanes wide[4] = {};
-    Sums done;            // of runs that were finished by themselves
-    int64_t waiting = 0;  // elements in the sums of floats
+    Lanes first[4] = {}, second[4] = {};
+    Sums done;  // of runs that were finished by themselves
 
-    INLINE void flush() {
-        waiting = 0;
-        const auto a = (first[0] + first[1]) + (first[2] + first[3]);
-        const auto b = (second[0] + second[1]) + (second[2] + second[3]);
-        if constexpr (kWidth<Compute> == W) {
-            wide[0] += a;
-            wide[2] += b;
-        } else {
-            wide[0] += low_half(a);
-            wide[1] += high_half(a);
-            wide[2] += low_half(b);
-            wide[3] += high_half(b);
-        }
-        for (int u = 0; u < 4; ++u) first[u] = second[u] = VectorOf<Compute>{};
+    INLINE void add(int u, Lanes v, Lanes factor) {
+        first[u] += v;
+        second[u] += v * factor;
     }
     INLINE Sums total() {
         finish();
         return done;
     }
     INLINE void finish() {
-        flush();
-        done.add({add_lanes(wide[0] + wide[1]), add_lanes(wide[2] + wide[3])});
-        for (int u = 0; u < 4; ++u) wide[u] = Lanes{};
+        done.add({add_lanes((first[0] + first[1]) + (first[2] + first[3])),
+                  add_lanes((second[0] + second[1]) + (second[2] + second[3]))});
+        for (int u = 0; u < 4; ++u) first[u] = second[u] = Lanes{};
     }
-    // body(start, Full or Part, which of four) over all runs. With `restart` each run's sums are finished by themselves, and
-    // each segment's of a long one: then neither padding nor how the work is shared changes a bit.
+    // body(run, start, Full or Part, which of four) over all runs. With `restart` each run's sums are finished by themselves,
+    // and each segment's of a long one: then neither padding nor how the work is shared changes a bit.
     // leave(run, its size) comes behind each.
-    template <bool Long = false, class Body, class Leave>
+    template <class Compute, bool Long = false, class Body, class Leave>
     INLINE void sweep_runs(const Runs& runs, bool restart, Body body, Leave leave) {
         for (int64_t r = 0; r < runs.count; ++r) {
             const int64_t length = runs.size(r);
-            for (int64_t from = 0; from < length; from += kBlock<Compute>) {
-                const int64_t left = length - from, size = left < kBlock<Compute> ? left : kBlock<Compute>;
-                sweep<kWidth<Compute>, Long>(size, [&](int64_t i, auto some, int u) INLINE_LAMBDA {
+            for (int64_t from = 0; from < length; from += kSegment) {
+                const int64_t left = length - from;
+                sweep<kWidth<Compute>, Long>(left < kSegment ? left : kSegment, [&](int64_t i, auto some, int u) INLINE_LAMBDA {
                     body(r, from + i, some, u);
                 });
-                waiting += size;
-                if (restart && (size == left || (from + size) % kSegment == 0)) {
-                    finish();
-                } else if (waiting >= kBlock<Compute>) {
-                    flush();
-                }
+                if (restart) finish();
             }
             leave(r, length);
         }

@@ -20,49 +20,45 @@ void run_apply_table(const T* x, T* y, int64_t length, Line<Compute> line, const
 }
 
 // Of R pools at once, `stride` apart: first = sum(gamma[i] * g[i]), second = sum(gamma[i] * g[i] * xhat[i]); and for the
-// parameters dbeta[i] += g[i], dgamma[i] += g[i] * xhat[i], in sums that the caller flushes.
+// parameters dbeta[i] += g[i], dgamma[i] += g[i] * xhat[i]. xhat = (x - high) * scale of a pool's line. The activation is
+// computed in Compute, the sums always in double.
 template <class Compute, int R, bool Active, bool Parameters, class T, class P>
-void run_grad_sums_table(const T* g, const T* x, int64_t length, int64_t stride, const Line<Compute>* lines,
-                         const P* gamma, const P* beta, const After<T>* after, Compute* dgamma, Compute* dbeta,
-                         Sums* found) {
+void run_grad_sums_table(const T* g, const T* x, int64_t length, int64_t stride, const Line<double>* lines, const P* gamma,
+                         const P* beta, const After<T>* after, double* dgamma, double* dbeta, Sums* found) {
     using V = VectorOf<Compute>;
-    constexpr int64_t block = 32 * kWidth<Compute>;
-    for (int r = 0; r < R; ++r) found[r] = {};
-    for (int64_t from = 0; from < length; from += block) {
-        const int64_t end = length - from < block ? length : from + block;
-        V first[R] = {}, second[R] = {}, high[R], by[R], shift[R];
+    constexpr int parts = kParts<Compute>;
+    Lanes first[R] = {}, second[R] = {};
+    const auto body = [&](int64_t i, auto some) INLINE_LAMBDA {
+        Lanes by_beta[parts] = {}, by_gamma[parts] = {};
         for (int r = 0; r < R; ++r) {
-            high[r] = V{} + lines[r].high;
-            by[r] = V{} + lines[r].scale;
-            shift[r] = V{} + lines[r].shift;
-        }
-        const auto body = [&](int64_t i, auto some) INLINE_LAMBDA {
-            const V scale = load_as<Compute>(gamma + i, some);
-            V by_beta{}, by_gamma{};
-            for (int r = 0; r < R; ++r) {
-                V v = in_register(load_as<Compute>(g + r * stride + i, some));
-                const V xhat = (load_as<Compute>(x + r * stride + i, some) - high[r]) * by[r] + shift[r];
-                if constexpr (Active) {
-                    V z = xhat * scale;
-                    if (beta) z += load_as<Compute>(beta + i, some);
-                    v = after[r].template backward<V, Compute>(v, z, i, some);
-                }
-                by_beta += v;
-                by_gamma += v * xhat;
-                const V scaled = keep(v * scale, some);
+            const T* here = x + r * stride + i;
+            V v = in_register(load_as<Compute>(g + r * stride + i, some));
+            if constexpr (Active) {
+                const Line<Compute> line(lines[r].high, lines[r].scale, 0);
+                V z = ((load_as<Compute>(here, some) - line.high) * line.scale + line.shift) * load_as<Compute>(gamma + i, some);
+                if (beta) z += load_as<Compute>(beta + i, some);
+                v = after[r].template backward<V, Compute>(v, z, i, some);
+            }
+            for (int p = 0; p < parts; ++p) {
+                const auto in = part_of(some, p);
+                const Lanes wide = part_of(v, p), xhat = (load(here + p * W, in) - lines[r].high) * lines[r].scale;
+                by_beta[p] += wide;
+                by_gamma[p] += wide * xhat;
+                const Lanes scaled = keep(wide * load(gamma + i + p * W, in), in);
                 first[r] += scaled;
                 second[r] += scaled * xhat;
             }
-            if constexpr (Parameters) {
-                store(dbeta + i, load_as<Compute>(dbeta + i, some) + by_beta, some);
-                store(dgamma + i, load_as<Compute>(dgamma + i, some) + by_gamma, some);
-            }
-        };
-        int64_t i = from;
-        for (; i + kWidth<Compute> <= end; i += kWidth<Compute>) body(i, Full{});
-        if (i < end) body(i, Part{end - i});
-        for (int r = 0; r < R; ++r) found[r].add({add_vector<Compute>(first[r]), add_vector<Compute>(second[r])});
-    }
+        }
+        for (int p = 0; Parameters && p < parts; ++p) {
+            const auto in = part_of(some, p);
+            store(dbeta + i + p * W, load(dbeta + i + p * W, in) + by_beta[p], in);
+            store(dgamma + i + p * W, load(dgamma + i + p * W, in) + by_gamma[p], in);
+        }
+    };
+    int64_t i = 0;
+    for (; i + kWidth<Compute> <= length; i += kWidth<Compute>) body(i, Full{});
+    if (i < length) body(i, Part{length - i});
+    for (int r = 0; r < R; ++r) found[r] = {add_lanes(first[r]), add_lanes(second[r])};
 }
 
 // dx[i] = g[i] * gamma[i] * rstd - ((x[i] - high) * slope + constant), g before the activation
@@ -80,7 +76,7 @@ void run_dx_table(const T* g, const T* x, T* dx, int64_t length, Line<Compute> l
             if (beta) z += load_as<Compute>(beta + i, some);
             before = after.template backward<V, Compute>(before, z, i, some);
         }
-        put(dx + i, before * scale * line.scale - (centred * slopes.scale + slopes.shift), some, past_caches);
+        put(dx + i, before * (scale * line.scale) - (centred * slopes.scale + slopes.shift), some, past_caches);
     });
 }
 

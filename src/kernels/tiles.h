@@ -1,7 +1,7 @@
 // Every loop down a tile of columns: `rows` rows of `width` elements, `stride` apart. The scalar formula stands above each.
 //
-// Coefficients are tables, one value a column. Several rows are taken for one load of them, and sums stay in registers for
-// kSumRows rows before they are added to sums of doubles.
+// Coefficients are tables, one value a column. Several rows are taken for one load of them, and sums, which are double, stay
+// in registers for kSumRows rows.
 #pragma once
 
 #include "walk.h"
@@ -17,21 +17,6 @@ struct Tile {
 // Rows are read side by side where they are short or near; else memory delivers less well than in order.
 constexpr int kSumRows = 32, kApplyRows = 4;
 constexpr int64_t kWide = 128;  // elements
-
-// Adds vectors of Compute to sums of doubles.
-template <class Compute, class Some>
-INLINE void add_to(double* sums, VectorOf<Compute> v, Some some) {
-    if constexpr (kWidth<Compute> == W) {
-        store(sums, load(sums, some) + v, some);
-    } else if constexpr (std::is_same_v<Some, Full>) {
-        store(sums, load(sums, Full{}) + low_half(v), Full{});
-        store(sums + W, load(sums + W, Full{}) + high_half(v), Full{});
-    } else {
-        const Part low{some.n < W ? some.n : W}, high{some.n < W ? 0 : some.n - W};
-        store(sums, load(sums, low) + low_half(v), low);
-        store(sums + W, load(sums + W, high) + high_half(v), high);
-    }
-}
 
 // body(column, Full or Part, how many vectors as a constant) over [0, width).
 template <int Width, bool Long = false, class Body>
@@ -49,44 +34,27 @@ INLINE void sweep_columns(int64_t width, Body body) {
 }
 
 // Two sums a column over a tile: prepare(column, Full or Part, vectors as a constant) loads what columns have in common,
-// add(that, row, column, Full or Part, vectors, sums, more sums) adds one row's. For kSumRows rows sums of Compute stay in
-// registers, or where rows are long and far, so that memory is read in order, in a table.
+// add(that, row, column, Full or Part, vectors, sums, more sums) adds one row's. Sums stay in registers for kSumRows rows, or
+// where rows are long and far, so that memory is read nearly in order, for two; rows are added one by one either way.
 template <class Compute, bool Long, class Prepare, class Add>
 INLINE void sum_columns(const Tile& tile, double* first, double* second, Prepare prepare, Add add) {
-    using V = VectorOf<Compute>;
-    constexpr int width = kWidth<Compute>;
-    if (tile.width <= kWide || tile.is_near) {
-        for (int64_t row = 0; row < tile.rows; row += kSumRows) {
-            const int64_t end = row + kSumRows < tile.rows ? row + kSumRows : tile.rows;
-            sweep_columns<width, Long>(tile.width, [&](int64_t i, auto some, auto vectors) INLINE_LAMBDA {
-                V one[vectors] = {}, two[vectors] = {};
-                const auto known = prepare(i, some, vectors);
-                for (int64_t r = row; r < end; ++r) add(known, r, i, some, vectors, one, two);
-                for (int u = 0; u < vectors; ++u) {
-                    add_to<Compute>(first + i + u * width, one[u], some);
-                    add_to<Compute>(second + i + u * width, two[u], some);
-                }
-            });
-        }
-        return;
-    }
-    Room<Compute> room(2 * tile.width, true);
-    Compute *ones = room.get(), *twos = ones + tile.width;
-    for (int64_t row = 0; row < tile.rows; ++row) {
-        sweep<width, Long>(tile.width, [&](int64_t i, auto some, int) INLINE_LAMBDA {
-            V one[1] = {load_as<Compute>(ones + i, some)}, two[1] = {load_as<Compute>(twos + i, some)};
-            constexpr std::integral_constant<int, 1> single;
-            add(prepare(i, some, single), row, i, some, single, one, two);
-            store(ones + i, one[0], some);
-            store(twos + i, two[0], some);
-        });
-        if ((row + 1) % kSumRows == 0 || row + 1 == tile.rows) {
-            for (int64_t i = 0; i < tile.width; ++i) {
-                first[i] += ones[i];
-                second[i] += twos[i];
-                ones[i] = twos[i] = 0;
+    constexpr int parts = kParts<Compute>;
+    const int64_t step = tile.width > kWide && !tile.is_near ? 2 : kSumRows;
+    for (int64_t row = 0; row < tile.rows; row += step) {
+        const int64_t end = row + step < tile.rows ? row + step : tile.rows;
+        sweep_columns<kWidth<Compute>, Long>(tile.width, [&](int64_t i, auto some, auto vectors) INLINE_LAMBDA {
+            Lanes one[vectors * parts], two[vectors * parts];
+            for (int u = 0; u < vectors * parts; ++u) {
+                one[u] = load(first + i + u * W, part_of(some, u));
+                two[u] = load(second + i + u * W, part_of(some, u));
             }
-        }
+            const auto known = prepare(i, some, vectors);
+            for (int64_t r = row; r < end; ++r) add(known, r, i, some, vectors, one, two);
+            for (int u = 0; u < vectors * parts; ++u) {
+                store(first + i + u * W, one[u], part_of(some, u));
+                store(second + i + u * W, two[u], part_of(some, u));
+            }
+        });
     }
 }
 
@@ -106,19 +74,17 @@ INLINE auto loader(const Compute* table) {
 
 // first[i] += sum over rows of x[r][i] - shift[i], second[i] += sum over rows of (x[r][i] - shift[i])^2, over rows that
 // count
-template <class Compute, class T>
-void column_moments(const T* x, const Tile& tile, const Compute* shift, const float* weight, double* first,
-                    double* second) {
-    constexpr int width = kWidth<Compute>;
+template <class T>
+void column_moments(const T* x, const Tile& tile, const double* shift, const float* weight, double* first, double* second) {
     const auto add = [&](const auto& about, int64_t r, int64_t i, auto some, auto vectors, auto* sum, auto* squares) INLINE_LAMBDA {
         if (weight && !(weight[r] > 0)) return;
         for (int u = 0; u < vectors; ++u) {
-            const auto d = load_as<Compute>(x + r * tile.stride + i + u * width, some) - about.v[u];
+            const Lanes d = load(x + r * tile.stride + i + u * W, some) - about.v[u];
             sum[u] += d;
             squares[u] += d * d;
         }
     };
-    sum_columns<Compute, false>(tile, first, second, loader(shift), add);
+    sum_columns<double, false>(tile, first, second, loader(shift), add);
 }
 
 // What follows a tile's norm; `at` is an element's place in the tile.
@@ -185,27 +151,36 @@ void column_apply(const T* x, T* y, const Tile& tile, const Lines<Compute>& line
     });
 }
 
-// first[i] += sum over rows of g[r][i], second[i] += sum over rows of g[r][i] * (x[r][i] - high[i]), g before the activation
+// first[i] += sum over rows of g[r][i], second[i] += sum over rows of g[r][i] * (x[r][i] - mean[i]), g before the activation,
+// which is computed as `lines` are, and the sums always in double
 template <class Compute, bool Active, class T>
-void column_grad_sums(const T* g, const T* x, const Tile& tile, const Lines<Compute>& lines, const TileAfter<T>& after,
-                      double* first, double* second) {
+void column_grad_sums(const T* g, const T* x, const Tile& tile, const double* mean, const Lines<Compute>& lines,
+                      const TileAfter<T>& after, double* first, double* second) {
     using V = VectorOf<Compute>;
-    constexpr int width = kWidth<Compute>;
-    const auto add = [&](const auto& high, int64_t r, int64_t i, auto some, auto vectors, auto* sum, auto* products) INLINE_LAMBDA {
+    constexpr int width = kWidth<Compute>, parts = kParts<Compute>;
+    const auto add = [&](const auto& about, int64_t r, int64_t i, auto some, auto vectors, auto* sum, auto* products) INLINE_LAMBDA {
         for (int u = 0; u < vectors; ++u) {
             const int64_t column = i + u * width, at = r * tile.stride + column;
             V v = load_as<Compute>(g + at, some);
-            const V d = load_as<Compute>(x + at, some) - high.v[u];
             if constexpr (Active) {
+                const V high = load_as<Compute>(lines.high + column, some);
                 const V scale = load_as<Compute>(lines.scale + column, some), shift = load_as<Compute>(lines.shift + column, some);
-                v = after.template backward<V, Compute>(v, d * scale + shift, r, at, some);
+                v = after.template backward<V, Compute>(v, (load_as<Compute>(x + at, some) - high) * scale + shift, r, at, some);
                 if (after.weight && !(after.weight[r] > 0)) continue;
             }
-            sum[u] += v;
-            products[u] += v * d;
+            for (int p = 0; p < parts; ++p) {
+                const Lanes d = load(x + at + p * W, part_of(some, p)) - about.v[u * parts + p];
+                sum[u * parts + p] += part_of(v, p);
+                products[u * parts + p] += part_of(v, p) * d;
+            }
         }
     };
-    sum_columns<Compute, Active>(tile, first, second, loader<Compute>(lines.high), add);
+    const auto prepare = [mean](int64_t i, auto some, auto vectors) INLINE_LAMBDA {
+        Loaded<double, vectors * parts> loaded;
+        for (int u = 0; u < vectors * parts; ++u) loaded.v[u] = load(mean + i + u * W, part_of(some, u));
+        return loaded;
+    };
+    sum_columns<Compute, Active>(tile, first, second, prepare, add);
 }
 
 // dx[r][i] = g[r][i] * scale[i] - ((x[r][i] - high[i]) * slope[i] + constant[i]), 0 in rows that do not count; g before the

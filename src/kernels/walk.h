@@ -71,9 +71,9 @@ void share(const Call& call, int64_t total, int64_t elements_each, Body body, bo
     run_tasks(call.threads, divide_up(total, step), run, &context, backwards);
 }
 
-// How sums are taken: in float about a guess, in float about the mean that gave, in double about 0, in double about the
-// mean that gave. The first that is good enough is the last; sums of doubles round as they go and are always taken twice.
-enum Attempt : int { kFloatGuess = 0, kFloatMean = 1, kDoubleZero = 2, kDoubleMean = 3 };
+// What sums are taken about: first a guess, then, where too little was left of the squares, the mean that gave. Doubles have
+// no wider type and are always summed twice.
+enum Attempt : int { kGuess = 0, kMean = 1 };
 
 // What is written is computed in float where x is narrow and every coefficient is far from a float's limits.
 INLINE bool is_tame(double coefficient) {
@@ -167,7 +167,7 @@ struct Statistics {
     bool is_active() const { return call.is_active() || needs_weight(); }
 
     // Mean, m2 and rstd of pools from their sums about shifts. False where a pool's sums cannot be trusted: too little was
-    // left of the squares, or they came near a float's limits.
+    // left of the squares.
     bool finish(int64_t begin, int64_t end, const Raw& raw, int attempt) {
         int64_t wrong = 0;
         if (call.weight) {
@@ -187,13 +187,11 @@ struct Statistics {
         if (call.centred) mean[p] = shift + step;
         m2[p] = deviations < 0 ? 0 : deviations;
         rstd[p] = 1 / std::sqrt(m2[p] * share + call.eps);
-        return !is_good(deviations, second, size, attempt);
+        return !is_good(deviations, second, attempt);
     }
-    INLINE bool is_good(double deviations, double squares, double size, int attempt) const {
-        if (attempt == kDoubleMean) return true;
-        if (attempt == kDoubleZero) return kIsNarrow<T> && (!call.centred || deviations >= 1e-6 * squares);
-        const bool in_range = squares < 1e34 && (squares >= 1e-30 * size || call.eps >= 1e-20);
-        return in_range && (!call.centred || squares == 0 || squares <= 4 * deviations);
+    // The shift may be ten standard deviations off: that costs two of sixteen digits.
+    INLINE bool is_good(double deviations, double squares, int attempt) const {
+        return attempt == kMean || !call.centred || (kIsNarrow<T> && deviations >= 0.01 * squares);
     }
     void put(int64_t pool, double deviations) {
         m2[pool] = deviations;
@@ -201,39 +199,25 @@ struct Statistics {
         rstd[pool] = 1 / std::sqrt(deviations / (size > 0 ? size : 1) + call.eps);
     }
 
-    // Moments of some pools by guess_of(pool) and sums_of(pool, is_float, shift): of all of them at once, then again and
-    // alone where that was not good enough.
+    // Moments of some pools by guess_of(pool) and sums_of(pool, shift): of all of them at once, then again and alone where
+    // that was not good enough.
     template <class GuessOf, class SumsOf>
     void find(int64_t begin, int64_t end, GuessOf guess_of, SumsOf sums_of) {
-        if constexpr (kIsNarrow<T>) {
-            Raw raw(end - begin);
-            for (int64_t p = begin; p < end; ++p) {
-                const float shift = static_cast<float>(guess_of(p));
-                raw.put(p - begin, sums_of(p, true, shift), shift);
-            }
-            if (finish(begin, end, raw, kFloatGuess)) return;
-            for (int64_t p = begin; p < end; ++p) {
-                const int64_t i = p - begin;
-                if (!is_good(raw.second[i] - raw.first[i] * (raw.first[i] / most_count(p)), raw.second[i], most_count(p), kFloatGuess)) {
-                    find_again(p, sums_of);
-                }
-            }
-        } else {
-            for (int64_t p = begin; p < end; ++p) find_again(p, sums_of);
+        Raw raw(end - begin);
+        for (int64_t p = begin; p < end; ++p) {
+            const double shift = kIsNarrow<T> ? guess_of(p) : 0;
+            raw.put(p - begin, sums_of(p, shift), shift);
+        }
+        if (finish(begin, end, raw, kGuess)) return;
+        for (int64_t p = begin; p < end; ++p) {
+            const int64_t i = p - begin;
+            if (is_good(raw.second[i] - raw.first[i] * (raw.first[i] / most_count(p)), raw.second[i], kGuess)) continue;
+            Raw again(1);
+            again.put(0, sums_of(p, mean[p]), mean[p]);
+            finish(p, p + 1, again, kMean);
         }
     }
     double most_count(int64_t pool) { return count(pool) > 0 ? count(pool) : 1; }
-    template <class SumsOf>
-    void find_again(int64_t pool, SumsOf sums_of) {
-        for (int attempt = kIsNarrow<T> ? kFloatMean : kDoubleZero; attempt <= kDoubleMean; ++attempt) {
-            double about = attempt == kDoubleZero || !call.centred ? 0 : mean[pool];
-            if (attempt == kFloatMean) about = static_cast<float>(about);
-            if (attempt == kFloatMean && !(call.centred && std::fabs(about) < 1e18)) continue;
-            Raw raw(1);
-            raw.put(0, sums_of(pool, attempt == kFloatMean, about), about);
-            if (finish(pool, pool + 1, raw, attempt)) return;
-        }
-    }
 
     // From what a forward kept, or what is given.
     void read() {
@@ -296,11 +280,13 @@ INLINE void put_gradients(const Call& call, int64_t channel, double dgamma, doub
 // dx = a * g - c1 - (x - mean) * c2, from the pool's sums of gamma * g and gamma * g * (x - mean)
 struct Slopes {
     double c1 = 0, c2 = 0;
+    double reach = 0;  // c2 / rstd: (x - mean) * c2 leaves no float's range where it is far from a float's limits
     Slopes() = default;
     INLINE Slopes(bool centred, const Sums& scaled, double rstd, double count) {
         if (!(count > 0)) return;
         c1 = centred ? rstd * (scaled.first / count) : 0;
-        c2 = rstd * rstd * (rstd * (scaled.second / count));
+        reach = rstd * (rstd * (scaled.second / count));
+        c2 = rstd * reach;
     }
 };
 
