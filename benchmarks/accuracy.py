@@ -20,8 +20,20 @@ import torch.nn as nn
 import anynorm
 from anynorm import reference
 
+from . import hard_data
+
 RATIOS = (0.0, 1.0, 1e2, 1e4, 1e6)
 PROMISE = 1e-6
+HARD = """## Data that round alike
+
+Roundings of random data cancel in a sum; those of two values, of few levels or of a geometric row do not. Below is the
+worst over batch, instance, group, layer and RMS norm, contiguous, channels_last and (N, C), runs of 16 to 50,003
+positions, and four families of gradients: of y and the running variance / of all gradients. A gradient of gamma or beta
+is measured here by the sum of the sizes of its terms: that is what a sum of rounded terms can keep, and what holds
+behind an activation and under torch.compile too. Where nothing follows the norm its terms are exact and it is rounded
+once. Sums in the kernels are double for this; `python -m benchmarks.builds OTHER.so` times two builds against each
+other, and so says what it costs.
+"""
 PAGE = Path(__file__).parents[1] / "docs" / "accuracy.md"
 
 
@@ -215,6 +227,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     broken: list[str] = []
     grid, rest = "\n".join(table(broken)), "\n".join(specials())
+    hard = "\n".join(hard_data.table(anynorm, nn, broken))
     verdict = "is broken" if broken else "is kept"
     PAGE.write_text(
         f"""# Accuracy
@@ -225,6 +238,9 @@ the input. Errors are relative to the largest value of the result or the largest
 is larger; float32 itself resolves 6e-8. The promise, at most 1e-6 in every cell of anynorm's, {verdict} in this run.
 
 {grid}
+
+{HARD}
+{hard}
 
 ## Inputs that have broken other norms
 
