@@ -63,7 +63,7 @@ class AnyNorm(Norm):
     Args:
         pattern: axes of the input ``->`` axes that keep statistics of their own. Every name is one axis,
             but ``s`` (zero or more), ``d`` (as many as its size has) and ``n`` beside ``d`` (the rest). Several names
-            in parentheses split one axis.
+            in parentheses split one axis. No other letter has a meaning.
         affine: the axes weight and bias vary over, "" for none; their sizes must be given.
         centred: subtract the mean; False gives root-mean-square norms.
         eps: in units of x squared.

@@ -43,7 +43,7 @@ class _Renorm(batch._BatchNorm):
         """From 0 at `start` to 1 at `end`."""
         if end <= start:
             return (self.batches >= start).to(self.start_share)
-        return ((self.batches - start) / (end - start)).clamp(0, 1).to(self.start_share)
+        return ((self.batches.to(self.start_share) - start) / (end - start)).clamp(0, 1)
 
     def _compute(
         self, input: Any, mean: Tensor | None, var: Tensor | None, from_batch: bool, momentum: Any, options: Any
@@ -90,8 +90,18 @@ class _Renorm(batch._BatchNorm):
         counted = super()._count(input, options)
         momentum = find_momentum(self.momentum, self.num_batches_tracked)
         self.batches.add_(counted)
-        self.start_share.mul_(1 - momentum * counted)
+        # A number times a bool or whole tensor is float32, or what the default dtype is.
+        self.start_share.mul_(1 - momentum * (counted.to(self.start_share) if isinstance(counted, Tensor) else counted))
         return counted
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """torch's, but that the share of the start stays as wide as it was: in half precision it would stop to move."""
+        share = self.start_share
+        super()._apply(fn, recurse)
+        if self.start_share.dtype != share.dtype:
+            moved = self.start_share
+            self.start_share = moved.to(share.dtype) if share.is_meta else share.to(moved.device)
+        return self
 
     def reset_running_stats(self) -> None:
         """Mean 0, variance 1, no batch counted, and the schedule at its begin."""
