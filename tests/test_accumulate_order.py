@@ -1,4 +1,4 @@
-"""`anynorm.accumulate(mode="sweep")` where an earlier norm reads what a later one reads: equal to the one large batch."""
+"""`anynorm.accumulate(mode="sweep")` where an earlier norm reads what a later one reads: equal to the large batch."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence
 
+from .counting import is_counted, mark_counted
 from .packing import Lengths, find_flip, pack, pack_all, unpack, unpack_all
 from .recurrent_norms import LayerRows, RowNorm, SequenceRows, StepRows, check_options
 from .state import record_call
@@ -35,16 +36,21 @@ class Cell:
     norm_ih: RowNorm
     norm_hh: RowNorm | None
     norm_cell: RowNorm | None
+    moves: bool  # whether this call moves running averages in training
 
     def from_input(self, rows: Tensor, sizes: list[int]) -> Tensor:
         """norm(weight_ih x) with beta bias_ih, for the rows of all steps."""
-        return self.norm_ih.over_steps(F.linear(rows, self.weight_ih), self.bias_ih, sizes)
+        return self.norm_ih.over_steps(F.linear(rows, self.weight_ih), self.bias_ih, sizes, self.moves)
 
     def from_hidden(self, h: Tensor, step: int) -> Tensor:
         """norm(weight_hh h) with beta bias_hh, for the rows of one step."""
         if self.norm_hh is None:
             return F.linear(h, self.weight_hh, self.bias_hh)
-        return self.norm_hh(F.linear(h, self.weight_hh), self.bias_hh, step)
+        return self.norm_hh(F.linear(h, self.weight_hh), self.bias_hh, step, self.moves)
+
+    def from_cell(self, c: Tensor, step: int) -> Tensor:
+        """norm(c), for the rows of one step."""
+        return c if self.norm_cell is None else self.norm_cell(c, step=step, moves=self.moves)
 
 
 class Recurrent(nn.RNNBase):
@@ -176,6 +182,8 @@ class Recurrent(nn.RNNBase):
             norm.check_sizes(f"{type(self).__name__}.{name}", sizes)
         flip = find_flip(batch_sizes).to(rows.device) if self.bidirectional else None
         rows, state = self._run_layers(rows, sizes, flip, tuple(hx) if self.has_cell else (hx,))
+        if self.training and is_counted(self):
+            mark_counted(self)
         hidden: Any = state if self.has_cell else state[0]
         return PackedSequence(rows, batch_sizes, order, back), self.permute_hidden(
             hidden,
@@ -203,7 +211,7 @@ class Recurrent(nn.RNNBase):
         """The parameters and norms of one direction of one layer; what it does not have is None."""
         names = "weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr", "norm_ih", "norm_hh", "norm_cell"
         found: list[Any] = [getattr(self, f"{name}_{tail}", None) for name in names]
-        return Cell(*found)
+        return Cell(*found, moves=is_counted(self))
 
     def _walk(self, cell: Cell, rows: Tensor, sizes: list[int], state: State) -> tuple[Tensor, State]:
         """One direction of one layer: h at every step, and each sequence's state at its end."""
