@@ -18,6 +18,7 @@ from torch.nn import Parameter
 from ..errors import UserError
 from ..functional import batch_norm, layer_norm
 from ..sources import find_momentum
+from .packing import split_steps
 from .recent import recall
 from .state import Norm
 
@@ -98,8 +99,8 @@ class LayerRows(RowNorm):
         if len(self.parts) == 1:
             return layer_norm(input, self.parts, self.weight, beta, self.eps)
         betas = [None] * len(self.parts) if beta is None else beta.split(self.parts)
-        pieces = zip(input.split(self.parts, -1), self.weight.split(self.parts), betas)
-        return torch.cat([layer_norm(x, x.shape[-1:], w, b, self.eps) for x, w, b in pieces], -1)
+        pieces = zip(self.parts, input.split(self.parts, -1), self.weight.split(self.parts), betas)
+        return torch.cat([layer_norm(x, (size,), w, b, self.eps) for size, x, w, b in pieces], -1)
 
 
 class _BatchRows(RowNorm):
@@ -224,7 +225,7 @@ class StepRows(_BatchRows):
 
     def over_steps(self, input: Tensor, bias: Tensor | None, sizes: list[int], moves: bool) -> Tensor:
         """Normalize step by step."""
-        return torch.cat([self(rows, bias, step, moves) for step, rows in enumerate(input.split(sizes))])
+        return torch.cat([self(rows, bias, step, moves) for step, rows in enumerate(split_steps(input, sizes))])
 
     def check_sizes(self, name: str, sizes: list[int]) -> None:
         """Refuse a batch of one sequence in training, and with ``on_single="error"`` a step of one."""
