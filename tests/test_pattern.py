@@ -136,3 +136,24 @@ def test_repr_and_pickle():
     assert "g=2, k=3" in repr(norm)
     x = torch.randn(4, 6, 5)
     assert torch.equal(pickle.loads(pickle.dumps(norm))(x), norm(x))
+
+
+@pytest.mark.parametrize("letter", ["b", "m", "c", "g", "k", "l", "x"])
+@pytest.mark.parametrize("pattern", ["n _ t -> n _", "_ t -> _", "n _ t -> _", "(_ u) t -> _", "n (_ u) t -> n _"])
+def test_no_letter_but_n_s_and_d_has_a_meaning(pattern, letter):
+    """Defect: an axis called b was taken for ghost batches, and the running averages were wrong in silence."""
+    x = torch.randn(*(6, 3, 4)[-len(pattern.split("->")[0].replace("(_ u)", "_").split()) :])
+    found = []
+    for name in ("q", letter):
+        norm = AnyNorm(pattern.replace("_", name), track_running_stats=True, **{name: 3})
+        y = norm(x.clone().requires_grad_())
+        found.append([y.detach(), norm.running_mean, norm.running_var, norm.eval()(x)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_running_averages_over_samples_whatever_the_next_axis_is_called():
+    x = torch.randn(5, 3, 4)
+    norm = AnyNorm("n b t -> n b", track_running_stats=True, b=3)
+    norm(x)
+    torch.testing.assert_close(norm.running_mean, 0.1 * x.mean((0, 2)))
+    torch.testing.assert_close(norm.running_var, 0.9 + 0.1 * x.var(2).mean(0))

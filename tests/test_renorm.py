@@ -12,11 +12,9 @@ import pytest
 import torch
 import torch.nn as nn
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 import anynorm
 from anynorm import functional
-from anynorm.modules.renorm import RECENT
 from specimens import assert_close, lay_out, wide
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -215,79 +213,6 @@ def test_padding_does_not_count(form):
     batch(x, mask=mask)
     torch.testing.assert_close(norm.running_var, batch.running_var)
     assert norm.num_batches_tracked == 10_001
-
-
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpointing_computes_the_same_r_and_d_again(reentrant):
-    """The averages have moved meanwhile, here by two micro-batches; gradients equal those without checkpointing."""
-    norm, twin = make(momentum=0.5), make(momentum=0.5)
-    twin.load_state_dict(norm.state_dict())
-    xs = [torch.randn(5, 6, 3, 2) + 3 + i for i in range(2)]
-    found = []
-    for layer, run in ((norm, lambda x: checkpoint(norm, x, use_reentrant=reentrant)), (twin, twin)):
-        leaves = [x.clone().requires_grad_() for x in xs]
-        sum(run(leaf).pow(3).sum() for leaf in leaves).backward()
-        found.append([*(leaf.grad for leaf in leaves), layer.weight.grad, *layer.buffers()])
-    for mine, its in zip(*found, strict=True):
-        torch.testing.assert_close(mine, its, rtol=1e-5, atol=1e-4)
-
-
-def run_checkpointed(norm: nn.Module, xs: list[Tensor], reentrant: bool, checkpointed: bool = True) -> list[Tensor]:
-    """dx of every call, and dgamma, from one backward behind all calls."""
-    leaves = [x.clone().requires_grad_() for x in xs]
-    calls = (checkpoint(norm, leaf, use_reentrant=reentrant) if checkpointed else norm(leaf) for leaf in leaves)
-    sum(y.float().pow(3).sum() for y in calls).backward()
-    return [*(leaf.grad for leaf in leaves), norm.weight.grad]
-
-
-@pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_checkpointing_more_calls_than_are_kept_is_an_error(dtype, reentrant):
-    """Defect: the 9th call from the end got another one's r and d. 8 calls equal those without checkpointing."""
-    norm = make("BatchRenorm1d", dtype=dtype, momentum=0.5)
-    norm.label = "body.1"
-    xs = [(torch.randn(7, 6, 5) * (1 + i / 3) + 3 + i / 4).to(dtype) for i in range(12)]
-    for _ in range(2):  # the second time with calls from the step before
-        twin = copy.deepcopy(norm)
-        for mine, its in zip(
-            run_checkpointed(norm, xs[:8], reentrant), run_checkpointed(twin, xs[:8], reentrant, False), strict=True
-        ):
-            torch.testing.assert_close(mine, its, rtol=0, atol=16 * torch.finfo(dtype).eps * float(its.abs().max()))
-        norm.weight.grad = None
-    with pytest.raises(
-        RuntimeError, match=r"^body\.1 = BatchRenorm1d\(6, .*: activation checkpointing needs r and d of.*"
-    ):
-        run_checkpointed(norm, xs, reentrant)
-
-
-@pytest.mark.parametrize("start", range(0, 24, 3))
-def test_checkpointing_while_the_warm_up_ends(start):
-    """Calls that are batch norm for certain are not kept; gradients equal those without checkpointing."""
-    norm = make("BatchRenorm1d", trained=False, warmup=(16, 16, 16))
-    xs = [torch.randn(7, 6, 5) * (1 + i / 3) + i for i in range(8)]
-    norm(xs[0])
-    norm.batches.fill_(40), norm(xs[1])  # kept, and of no use
-    norm.batches.fill_(start)
-    twin = copy.deepcopy(norm)
-    RECENT[twin] = RECENT[norm].copy()
-    pairs = zip(run_checkpointed(norm, xs, False), run_checkpointed(twin, xs, False, False), strict=True)
-    for mine, its in pairs:
-        torch.testing.assert_close(mine, its)
-
-
-def test_checkpointing_a_batch_that_overflows_is_no_error():
-    """NaN is what it is: a scaler of gradients skips the step."""
-    norm, x = make("BatchRenorm1d"), torch.randn(7, 6, 5)
-    x[0, 2] = float("inf")
-    *_, dx, _ = run_checkpointed(norm, [torch.randn(7, 6, 5), x], False)
-    assert dx[:, 2].isnan().all() and dx[:, 3].isfinite().all()
-
-
-def test_what_is_kept_for_checkpointing_holds_no_graph():
-    """Invariant: the memory of a step is free when the step is."""
-    norm, x = make("BatchRenorm1d"), torch.randn(7, 6, 5, requires_grad=True)
-    norm(x * 2)
-    assert not any(t.requires_grad for call in RECENT[norm] for t in call if isinstance(t, Tensor))
 
 
 def test_what_does_not_count_does_not_move_the_schedule():

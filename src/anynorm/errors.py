@@ -208,8 +208,5 @@ def check_state(state: dict[str, Any], prefix: str) -> Iterator[str]:
             "cancels: estimate the statistics again from data"
         )
     counter = state.get(prefix + "num_batches_tracked")
-    if not has_values(counter):
-        return
-    if counter.numel() != 1 or counter.is_complex() or not 0 <= float(counter) == float(counter) // 1:
-        got = counter.tolist()
-        yield f"{prefix}num_batches_tracked must be a whole number of 0 or more; got {got}; round it or set it to 0"
+    if has_values(counter) and (counter.numel() != 1 or counter.is_complex()):
+        yield f"{prefix}num_batches_tracked must be one whole number; got {counter.tolist()}; set it to 0"

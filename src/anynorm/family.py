@@ -33,6 +33,7 @@ class Scheme:
         function: the function in ``anynorm.functional``; none where a layer must remember more than tensors.
         variant_of: the norm whose constructor, state and evaluation this one shares, where it has no class of its own
             in torch.nn.
+        ghosts: the axis of ghost batches, each of which moves the running averages in its turn; "" for none.
     """
 
     name: str
@@ -43,10 +44,11 @@ class Scheme:
     classes: tuple[str, ...]
     function: str
     variant_of: str = ""
+    ghosts: str = ""
 
     def pool(self, x: Tensor, sizes: Sizes = ()) -> Pooling:
         """The pattern, worked out for x."""
-        return find_pooling(self.pattern, self.affine, self.centred, x.dim(), sizes)
+        return find_pooling(self.pattern, self.affine, self.centred, x.dim(), sizes, self.ghosts)
 
     @property
     def fused(self) -> tuple[str, ...]:
@@ -62,7 +64,7 @@ FAMILY: dict[str, Scheme] = {
         Scheme("batch",    "n c s -> c",           True,   ("batch", "running"), "c",
                ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d"), "batch_norm"),
         Scheme("ghost",    "(b m) c s -> b c",     True,   ("batch", "running"), "c",
-               ("GhostBatchNorm1d", "GhostBatchNorm2d", "GhostBatchNorm3d"), "ghost_batch_norm", "batch"),
+               ("GhostBatchNorm1d", "GhostBatchNorm2d", "GhostBatchNorm3d"), "ghost_batch_norm", "batch", "b"),
         Scheme("renorm",   "n c s -> c",           True,   ("renorm", "running"), "c",
                ("BatchRenorm1d", "BatchRenorm2d", "BatchRenorm3d"), "batch_renorm", "batch"),
         Scheme("sync",     "n c s -> c",           True,   ("ranks", "running"), "c",

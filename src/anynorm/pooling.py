@@ -149,8 +149,12 @@ def find_axes(
 
 
 @remember
-def find_pooling(pattern: str, affine: str, centred: bool, ndim: int, sizes: Sizes = ()) -> Pooling:
-    """Work out what `pattern` and `affine` mean for a tensor with `ndim` axes; see `find_axes`."""
+def find_pooling(pattern: str, affine: str, centred: bool, ndim: int, sizes: Sizes = (), ghosts: str = "") -> Pooling:
+    """Work out what `pattern` and `affine` mean for a tensor with `ndim` axes; see `find_axes`.
+
+    Args:
+        ghosts: the axis of ghost batches, "" for none. No letter says it: in a user's pattern b may be anything.
+    """
     where, splits = find_axes(pattern, ndim, sizes)
     for name in affine.split():
         if name not in where:
@@ -161,8 +165,7 @@ def find_pooling(pattern: str, affine: str, centred: bool, ndim: int, sizes: Siz
     pooled = tuple(a for name in where if name not in right for a in where[name])
     varied = tuple(sorted(a for name in affine.split() for a in where[name]))
     samples = where["n"] if "n" in right else ()
-    ghosts = where["b"] if "b" in right else ()
-    return Pooling(splits, pooled, varied, samples, centred, ghosts)
+    return Pooling(splits, pooled, varied, samples, centred, where[ghosts] if ghosts else ())
 
 
 def find_widths(left: list[tuple[str, ...]], known: dict, ndim: int, pattern: str) -> list[int]:

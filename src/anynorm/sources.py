@@ -32,7 +32,7 @@ def find_momentum(momentum: float | None, counter: Tensor | None) -> float | Ten
     """
     if momentum is not None:
         return momentum
-    return 0.0 if counter is None else (counter + 1).to(find_wide_dtype(counter)).reciprocal()
+    return 0.0 if counter is None else (counter.to(find_wide_dtype(counter)) + 1).reciprocal()
 
 
 def update_running(
@@ -50,10 +50,12 @@ def update_running(
     do not enter it, and a batch of which nothing counts changes nothing.
 
     Args:
-        momentum: weight of the new value, from 0 to 1; a tensor for a cumulative average.
+        momentum: weight of the new value, from 0 to 1; a tensor, of any dtype, for a cumulative average.
         ghosts: axes of the moments that are ghost batches; each moves the averages in its turn.
     """
     assert moments.mean is not None
+    if isinstance(momentum, Tensor):
+        momentum = momentum.to(find_wide_dtype(running_mean))
     if ghosts:
         follow_ghosts(running_mean, running_var, moments, momentum)
         return
@@ -83,7 +85,6 @@ def follow_ghosts(running_mean: Tensor, running_var: Tensor, moments: Moments, m
     counts = (count > 0).reshape(ghosts, -1)[:, :1].to(wide)
     total = counts.sum()
     if isinstance(momentum, Tensor):  # a cumulative average: all later batches weigh as the first does
-        momentum = momentum.to(wide)
         share = counts * momentum / (1 - momentum + total * momentum)
         left = 1 - share.sum()
     else:

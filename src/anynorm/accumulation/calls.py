@@ -18,7 +18,7 @@ from ..functional.merged import merged_batch_norm
 from ..masks import describe
 from ..merged import Exchange
 from ..modules.parts import TOGETHER
-from ..ragged import is_ragged, open_rows
+from ..ragged import close_rows, is_ragged, open_rows
 from ..statistics import Moments
 from .refuse import check_layer, differ, find_inner_gradient
 
@@ -205,7 +205,7 @@ class Pass:
         self.calls, self.names, self.kind, self.special, self.is_first = calls, names, kind, special, is_first
         self.place = 0
         self.is_in_loss = True
-        self.input: Tensor | None = None  # of the special call
+        self.input: Tensor | None = None  # of the special call, its own view
 
     def __enter__(self) -> Pass:
         self.token = TOGETHER.set(self)
@@ -219,12 +219,16 @@ class Pass:
         if torch._C._current_graph_task_id() != -1:  # Activation checkpointing computes it again, out of order.
             exchange: Known = Known(self.find_only(layer))
         else:
-            exchange = self.enter(layer, input)
+            exchange, input = self.enter(layer, input)
         how = (None, None, layer.weight, layer.bias, 0.0, layer.eps, Outside(exchange, self))
         return merged_batch_norm(input, *how, **options)
 
-    def enter(self, layer: Any, input: Any) -> Known:
-        """The next call, which must be the one that other micro-batches have here."""
+    def enter(self, layer: Any, input: Any) -> tuple[Known, Any]:
+        """The next call, which must be the one that other micro-batches have here, and its input.
+
+        The special call gets a view of its own, so that a backward down to it meets only calls behind it: what else
+        reads the same tensor may be a call whose sums are not known yet.
+        """
         check_layer(layer, self.names)
         place, self.place = self.place, self.place + 1
         name = self.names[layer]
@@ -237,9 +241,9 @@ class Pass:
         call = self.calls[place]
         call.needs_gradient |= data.requires_grad and torch.is_grad_enabled()
         if self.special is not None and self.special[0] == place:
-            self.input = data
-            return self.special[1]
-        return self.kind(call)
+            self.input = data.view_as(data)
+            return self.special[1], close_rows(self.input, input) if is_ragged(input) else self.input
+        return self.kind(call), input
 
     def leave_loss(self) -> None:
         """The loss has returned; whether no call is missing."""

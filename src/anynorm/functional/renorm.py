@@ -101,10 +101,10 @@ def renormalize(
     bias: Tensor | None,
     momentum: float | Tensor,
     eps: float,
-    find: Callable[[Moments], tuple[Tensor, Tensor] | None],
+    find: Callable[[Moments], tuple[Tensor, Tensor]],
     **options: Any,
 ) -> Any:
-    """`batch_renorm` in training with r and d that `find` finds from the batch's moments; None for batch norm."""
+    """`batch_renorm` in training with r and d that `find` finds from the batch's moments."""
     rows = ragged.open_rows("batch_renorm", input) if ragged.is_ragged(input) else input
     check_floating("batch_renorm", rows)
     check_batch_norm(rows, True, eps, running_mean=running_mean, running_var=running_var)
@@ -117,9 +117,8 @@ def renormalize(
         mask = find_mask("batch_renorm", input, (1,), options.get("mask"), options.get("lengths"))
         with torch.no_grad():
             found = find(ops.find_moments(rows, pooling, mask))
-        if found is not None:
-            dtype = rows.dtype if rows.dtype == torch.float64 else torch.float32
-            weight, bias = join(found[0].to(dtype), found[1].to(dtype), weight, bias)
+        dtype = rows.dtype if rows.dtype == torch.float64 else torch.float32
+        weight, bias = join(found[0].to(dtype), found[1].to(dtype), weight, bias)
     return batch_norm(input, running_mean, running_var, weight, bias, True, momentum, eps, **options)
 
 

@@ -170,7 +170,7 @@ def normalize_ghosts(
     def gather(t: Tensor) -> Tensor:  # The kernels walk no axis of channels between two that are pooled.
         return t.unflatten(0, (ghosts, -1)).transpose(1, 2).flatten(2)
 
-    pooling = find_pooling("b c s -> b c", "c", True, 3)
+    pooling = find_pooling("b c s -> b c", "c", True, 3, (), "b")
     x, residual, mask = gather(x), *(None if t is None else gather(t) for t in (residual, mask))
     y = normalize_with_running("ghost_batch_norm", x, pooling, *how, residual, mask)
     return y.unflatten(2, (-1, *positions)).transpose(1, 2).flatten(0, 1)

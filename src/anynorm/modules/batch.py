@@ -23,6 +23,7 @@ from ..ragged import close_rows, is_ragged, open_residual, open_rows
 from ..sources import find_momentum
 from .counting import Guard, count_batch, is_counted, mark_counted
 from .parts import find_together
+from .recent import recall
 from .state import Norm
 
 
@@ -133,8 +134,8 @@ class _BatchNorm(_Running):
                 f"{type(self).__name__}({self.num_features}): on_single='running' needs running averages; got "
                 "track_running_stats=False; choose 'skip' or 'error'"
             )
-        given = (self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
-        return functional.batch_norm(input, *given, **options)
+        mean, var = recall(self, (self.running_mean, self.running_var))
+        return functional.batch_norm(input, mean, var, self.weight, self.bias, False, 0.0, self.eps, **options)
 
 
 def finish_alone(

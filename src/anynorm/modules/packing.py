@@ -65,17 +65,16 @@ def unpack(packed: PackedSequence, batch_first: bool, steps: int) -> Tensor:
     return padded if back is None else padded.index_select(0 if batch_first else 1, back)
 
 
-def pack_all(input: Tensor, batch_first: bool) -> PackedSequence:
-    """The rows of a batch whose every position counts."""
-    by_step = input.transpose(0, 1) if batch_first else input
-    steps, batch = by_step.shape[:2]
-    return PackedSequence(by_step.flatten(0, 1), torch.full((steps,), batch, device="cpu"))
+def split_steps(rows: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
+    """The rows of each step. Steps of one size are cut without it, so that a traced graph takes other batches."""
+    if sizes[0] is sizes[-1] or sizes[0] == sizes[-1]:
+        return rows.unflatten(0, (len(sizes), -1)).unbind(0)
+    return rows.split(sizes)
 
 
-def unpack_all(packed: PackedSequence, batch_first: bool) -> Tensor:
-    """What `pack_all` packed."""
-    by_step = packed.data.unflatten(0, (packed.batch_sizes.numel(), -1))
-    return by_step.transpose(0, 1) if batch_first else by_step
+def find_flip_of_all(rows: Tensor, steps: int) -> Tensor:
+    """`find_flip` where every sequence has all steps, for any number of rows in a graph."""
+    return torch.arange(rows.shape[0], device=rows.device).unflatten(0, (steps, -1)).flip(0).flatten()
 
 
 def find_flip(batch_sizes: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from ..errors import PatternError, check_floating, check_more_than_one
 from ..functional.batch import normalize_with_running
 from ..pooling import Sizes, find_axes, find_pooling, parse
 from ..sources import find_momentum
+from .counting import is_counted, mark_counted
 from .state import Norm
 
 
@@ -63,7 +64,7 @@ class AnyNorm(Norm):
     Args:
         pattern: axes of the input ``->`` axes that keep statistics of their own. Every name is one axis,
             but ``s`` (zero or more), ``d`` (as many as its size has) and ``n`` beside ``d`` (the rest). Several names
-            in parentheses split one axis.
+            in parentheses split one axis. No other letter has a meaning.
         affine: the axes weight and bias vary over, "" for none; their sizes must be given.
         centred: subtract the mean; False gives root-mean-square norms.
         eps: in units of x squared.
@@ -185,13 +186,15 @@ class AnyNorm(Norm):
         if from_batch:
             count = pooling.count(pooling.open(input))
             check_more_than_one("AnyNorm", count, "mean", input, "pool more axes or samples")
-        running = (self.running_mean, self.running_var)
+        moves = from_batch and self.running_mean is not None and is_counted(self)
+        running = (self.running_mean, self.running_var) if moves or not from_batch else (None, None)
         momentum = find_momentum(self.momentum, self.num_batches_tracked)
         y = normalize_with_running(
             "AnyNorm", input, pooling, running, self.weight, self.bias, from_batch, momentum, self.eps
         )
-        if from_batch and self.num_batches_tracked is not None:
+        if moves and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
+            mark_counted(self)
         return y
 
     def extra_repr(self) -> str:

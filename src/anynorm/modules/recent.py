@@ -1,43 +1,100 @@
-"""What did the last calls of a layer start from? Activation checkpointing computes them again, when that has moved."""
+"""What did a call read the first time? Activation checkpointing computes it again, when running averages have moved.
+
+A call is found by what computes it again, not by its input: two calls may have one batch. Each stretch of a forward
+that is checkpointed is a region, an object that is the same in forward and in backward: what torch's checkpoint without
+reentry calls a frame, and with all others the context of an autograd function. In a region a layer's calls come again
+in the order in which they came first.
+"""
 
 from __future__ import annotations
 
-from collections import deque
-from math import inf
+import sys
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 
-from ..statistics import Moments
+from ..masks import describe
 
-# For each layer the mean of each call's batch, and what the call started from.
-RECENT: WeakKeyDictionary[nn.Module, deque[Any]] = WeakKeyDictionary()
-KEPT = 8
-
-
-def keep_call(recent: deque[Any], moments: Moments, start: Any) -> Any:
-    """Keep a copy of what this call starts from, and return it."""
-    assert moments.mean is not None
-    kept = start and tuple(t.clone() if isinstance(t, Tensor) else t for t in start)
-    recent.append((moments.mean.detach().flatten().clone(), kept))
-    return kept
+# For each region what each layer's calls in it read, as long as the graph lives; and how many of them came again.
+READ: WeakKeyDictionary[Any, WeakKeyDictionary[nn.Module, list[Any]]] = WeakKeyDictionary()
+AGAIN: WeakKeyDictionary[Any, tuple[Any, WeakKeyDictionary[nn.Module, int]]] = WeakKeyDictionary()
 
 
-def find_call(recent: deque[Any], moments: Moments, eps: float) -> Any:
-    """The latest of the calls that had this batch; None where none of them had it.
+def recall(layer: nn.Module, now: Any) -> Any:
+    """`now`, what a call in training reads; where the call is computed again, what it read the first time.
 
-    The mean of a batch that is computed again may differ by rounding. Where it is NaN or Inf it says nothing.
+    Costs a walk over the stack, some microseconds, and within a region a copy of what is read.
+
+    Args:
+        layer: whose call it is.
+        now: a tuple of tensors and numbers, or None.
+
+    Raises:
+        RuntimeError: a forward within backward that nobody knows.
     """
-    assert moments.mean is not None
-    mean, std = moments.mean.flatten(), (moments.var.flatten() + eps).sqrt()
-    allowed = 1e-3 * std + 1e-5 * mean.abs()
-    best, least = None, 1.0
-    for call in recent:
-        off = torch.where(allowed.isfinite(), (mean - call[0].to(mean)).abs() / allowed, 0.0)
-        distance = float(off.nan_to_num(nan=inf).amax())
-        if distance <= least:
-            best, least = call, distance
-    return best
+    if torch.compiler.is_compiling():
+        return now
+    inside, again, run = find_regions()
+    if again is not None:
+        found = find_first(layer, again, run)
+    elif torch._C._current_graph_task_id() != -1:
+        raise find_stranger(layer)
+    else:
+        found = now and tuple(t.detach().clone() if isinstance(t, Tensor) else t for t in now) if inside else now
+    for region in inside:
+        READ.setdefault(region, WeakKeyDictionary()).setdefault(layer, []).append(found)
+    return found
+
+
+def find_first(layer: nn.Module, region: Any, run: Any) -> Any:
+    """What the call read that comes next in this recomputation of a region."""
+    known = AGAIN.get(region)
+    if known is None or known[0] != run:
+        AGAIN[region] = known = run, WeakKeyDictionary()
+    place = known[1].get(layer, 0)
+    known[1][layer] = place + 1
+    calls = READ[region].get(layer, ()) if region in READ else ()
+    if place >= len(calls):
+        raise find_stranger(layer)
+    return calls[place]
+
+
+def find_stranger(layer: nn.Module) -> RuntimeError:
+    """A forward within backward whose first run was not seen: the averages have moved, and nobody knows from where."""
+    return RuntimeError(
+        f"{describe(layer)}: a call within backward must read the running averages of the call that it computes again; "
+        "got one that was not seen in forward; checkpoint with torch.utils.checkpoint, or leave this layer out of it"
+    )
+
+
+def find_regions() -> tuple[list[Any], Any, Any]:
+    """The regions that this call lies in for the first time, the one that is computed again, and which time that is.
+
+    Regions are taken from the stack, from the innermost on: what lies outside a recomputation was seen by it.
+    """
+    inside: list[Any] = []
+    frame: Any = sys._getframe(2)
+    while frame is not None:
+        name = frame.f_code.co_name
+        if name == "checkpoint" or name == "unpack_hook":
+            if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
+                known = frame.f_locals
+                if name == "unpack_hook":
+                    return inside, known.get("frame"), (torch._C._current_graph_task_id(), id(frame))
+                started = getattr(known.get("gen"), "gi_frame", None)
+                region = None if started is None else started.f_locals.get("new_frame")
+                if region is not None:
+                    inside.append(region)
+        elif name == "forward" or name == "backward":
+            first = frame.f_code.co_varnames[:1]
+            region = None if first in ((), ("self",)) else frame.f_locals.get(first[0])
+            if isinstance(region, BackwardCFunction):
+                if name == "backward":
+                    return inside, region, (torch._C._current_graph_task_id(), id(frame))
+                inside.append(region)
+        frame = frame.f_back
+    return inside, None, None

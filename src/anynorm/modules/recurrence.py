@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence
 
-from .packing import Lengths, find_flip, pack, pack_all, unpack, unpack_all
+from .counting import is_counted, mark_counted
+from .packing import Lengths, find_flip, find_flip_of_all, pack, split_steps, unpack
 from .recurrent_norms import LayerRows, RowNorm, SequenceRows, StepRows, check_options
 from .state import record_call
 
@@ -35,16 +36,21 @@ class Cell:
     norm_ih: RowNorm
     norm_hh: RowNorm | None
     norm_cell: RowNorm | None
+    moves: bool  # whether this call moves running averages in training
 
     def from_input(self, rows: Tensor, sizes: list[int]) -> Tensor:
         """norm(weight_ih x) with beta bias_ih, for the rows of all steps."""
-        return self.norm_ih.over_steps(F.linear(rows, self.weight_ih), self.bias_ih, sizes)
+        return self.norm_ih.over_steps(F.linear(rows, self.weight_ih), self.bias_ih, sizes, self.moves)
 
     def from_hidden(self, h: Tensor, step: int) -> Tensor:
         """norm(weight_hh h) with beta bias_hh, for the rows of one step."""
         if self.norm_hh is None:
             return F.linear(h, self.weight_hh, self.bias_hh)
-        return self.norm_hh(F.linear(h, self.weight_hh), self.bias_hh, step)
+        return self.norm_hh(F.linear(h, self.weight_hh), self.bias_hh, step, self.moves)
+
+    def from_cell(self, c: Tensor, step: int) -> Tensor:
+        """norm(c), for the rows of one step."""
+        return c if self.norm_cell is None else self.norm_cell(c, step=step, moves=self.moves)
 
 
 class Recurrent(nn.RNNBase):
@@ -143,8 +149,7 @@ class Recurrent(nn.RNNBase):
             return self._forward_rows(input, hx)
         self._check_axes(input)
         if input.dim() == 3:
-            output, state = self._forward_rows(pack_all(input, self.batch_first), hx)
-            return unpack_all(output, self.batch_first), state
+            return self._forward_all(input, hx)
         axis = 0 if self.batch_first else 1
         output, state = self.forward(input.unsqueeze(axis), each(hx, lambda s: s.unsqueeze(1)))
         return output.squeeze(axis), each(state, lambda s: s.squeeze(1))
@@ -165,22 +170,38 @@ class Recurrent(nn.RNNBase):
     def _forward_rows(self, packed: PackedSequence, hx: Any) -> tuple[PackedSequence, Any]:
         """`forward` for rows, with norms."""
         rows, batch_sizes, order, back = packed
+        self.check_input(rows, batch_sizes)
+        flip = find_flip(batch_sizes).to(rows.device) if self.bidirectional else None
+        rows, state = self._run(
+            rows, batch_sizes.tolist(), self.permute_hidden(hx, order) if hx is not None else hx, flip
+        )
+        return PackedSequence(rows, batch_sizes, order, back), self.permute_hidden(state, back)
+
+    def _forward_all(self, input: Tensor, hx: Any) -> tuple[Tensor, Any]:
+        """`forward` where every position counts. No size is read from a tensor, so a graph takes any batch."""
+        self.check_input(input, None)
+        if hx is not None:
+            self.check_forward_args(input, hx, None)
+        by_step = input.transpose(0, 1) if self.batch_first else input
+        sizes = [by_step.shape[1]] * len(by_step)
+        rows = by_step.flatten(0, 1)
+        flip = find_flip_of_all(rows, len(sizes)) if self.bidirectional else None
+        rows, state = self._run(rows, sizes, hx, flip)
+        by_step = rows.unflatten(0, (len(sizes), -1))
+        return by_step.transpose(0, 1) if self.batch_first else by_step, state
+
+    def _run(self, rows: Tensor, sizes: list[int], hx: Any, flip: Tensor | None) -> tuple[Tensor, Any]:
+        """Rows and last states, from first states in the order of rows."""
         if hx is None:
-            count, batch = self.num_layers * len(self._suffixes), int(batch_sizes[0])
-            h = rows.new_zeros(count, batch, self.proj_size or self.hidden_size)
-            hx = (h, rows.new_zeros(count, batch, self.hidden_size)) if self.has_cell else h
-        self.check_forward_args(rows, hx, batch_sizes)
-        hx = self.permute_hidden(hx, order)
-        sizes = batch_sizes.tolist()
+            count = self.num_layers * len(self._suffixes)
+            h = rows.new_zeros(count, sizes[0], self.proj_size or self.hidden_size)
+            hx = (h, rows.new_zeros(count, sizes[0], self.hidden_size)) if self.has_cell else h
         for name, norm in self._name_norms():
             norm.check_sizes(f"{type(self).__name__}.{name}", sizes)
-        flip = find_flip(batch_sizes).to(rows.device) if self.bidirectional else None
         rows, state = self._run_layers(rows, sizes, flip, tuple(hx) if self.has_cell else (hx,))
-        hidden: Any = state if self.has_cell else state[0]
-        return PackedSequence(rows, batch_sizes, order, back), self.permute_hidden(
-            hidden,
-            back,
-        )
+        if self.training and is_counted(self):
+            mark_counted(self)
+        return rows, state if self.has_cell else state[0]
 
     def _run_layers(self, rows: Tensor, sizes: list[int], flip: Tensor | None, start: State) -> tuple[Tensor, State]:
         """All layers and directions; `start` and what is returned have them on axis 0, as torch's states."""
@@ -203,15 +224,16 @@ class Recurrent(nn.RNNBase):
         """The parameters and norms of one direction of one layer; what it does not have is None."""
         names = "weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr", "norm_ih", "norm_hh", "norm_cell"
         found: list[Any] = [getattr(self, f"{name}_{tail}", None) for name in names]
-        return Cell(*found)
+        return Cell(*found, is_counted(self))
 
     def _walk(self, cell: Cell, rows: Tensor, sizes: list[int], state: State) -> tuple[Tensor, State]:
         """One direction of one layer: h at every step, and each sequence's state at its end."""
         outputs, ended = [], []
-        for step, x in enumerate(cell.from_input(rows, sizes).split(sizes)):
-            if len(x) < len(state[0]):
-                ended.append(tuple(s[len(x) :] for s in state))
-                state = tuple(s[: len(x)] for s in state)
+        for step, x in enumerate(split_steps(cell.from_input(rows, sizes), sizes)):
+            size = sizes[step]
+            if step and size is not sizes[step - 1] and size < sizes[step - 1]:
+                ended.append(tuple(s[size:] for s in state))
+                state = tuple(s[:size] for s in state)
             state = self._step(cell, x, state, step)
             outputs.append(state[0])
         ended.append(state)

@@ -69,8 +69,7 @@ class LSTM(Recurrent, nn.LSTM):
         h, c = state
         i, f, g, o = (x + cell.from_hidden(h, step)).chunk(4, -1)
         c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-        told = c if cell.norm_cell is None else cell.norm_cell(c, step=step)
-        h = o.sigmoid() * told.tanh()
+        h = o.sigmoid() * cell.from_cell(c, step).tanh()
         if cell.weight_hr is not None:
             h = F.linear(h, cell.weight_hr)
         return h, c

@@ -18,6 +18,8 @@ from torch.nn import Parameter
 from ..errors import UserError
 from ..functional import batch_norm, layer_norm
 from ..sources import find_momentum
+from .packing import split_steps
+from .recent import recall
 from .state import Norm
 
 NORMS = ("layer", "batch-per-step", "batch-sequence")
@@ -56,19 +58,20 @@ class RowNorm(Norm):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def forward(self, input: Tensor, bias: Tensor | None = None, step: int = 0) -> Tensor:
+    def forward(self, input: Tensor, bias: Tensor | None = None, step: int = 0, moves: bool = True) -> Tensor:
         """Normalize the rows of one step, or of all where steps do not matter.
 
         Args:
             input: (rows, features).
             bias: (features,), beta, where the norm has none of its own.
             step: which step of their sequences the rows are.
+            moves: whether the batch moves running averages in training.
         """
         raise NotImplementedError
 
-    def over_steps(self, input: Tensor, bias: Tensor | None, sizes: list[int]) -> Tensor:
+    def over_steps(self, input: Tensor, bias: Tensor | None, sizes: list[int], moves: bool) -> Tensor:
         """Normalize the rows of all steps, ``sizes[t]`` of each, at once where the norm allows it."""
-        return self(input, bias)
+        return self(input, bias, moves=moves)
 
     def check_sizes(self, name: str, sizes: list[int]) -> None:
         """Whether statistics can be taken from batches of these sizes; called before anything is changed."""
@@ -90,14 +93,14 @@ class LayerRows(RowNorm):
         self.parts = parts
         self.reset_parameters()
 
-    def forward(self, input: Tensor, bias: Tensor | None = None, step: int = 0) -> Tensor:
+    def forward(self, input: Tensor, bias: Tensor | None = None, step: int = 0, moves: bool = True) -> Tensor:
         """Normalize each part of each row."""
         beta = self.bias if bias is None else bias
         if len(self.parts) == 1:
             return layer_norm(input, self.parts, self.weight, beta, self.eps)
         betas = [None] * len(self.parts) if beta is None else beta.split(self.parts)
-        pieces = zip(input.split(self.parts, -1), self.weight.split(self.parts), betas)
-        return torch.cat([layer_norm(x, x.shape[-1:], w, b, self.eps) for x, w, b in pieces], -1)
+        pieces = zip(self.parts, input.split(self.parts, -1), self.weight.split(self.parts), betas)
+        return torch.cat([layer_norm(x, (size,), w, b, self.eps) for size, x, w, b in pieces], -1)
 
 
 class _BatchRows(RowNorm):
@@ -141,8 +144,12 @@ class _BatchRows(RowNorm):
         self.running_var.fill_(1)
         self.counter.zero_()
 
-    def from_batch(self, input: Tensor, beta: Tensor | None, running: tuple[Tensor, Tensor], counter: Tensor) -> Tensor:
+    def from_batch(
+        self, input: Tensor, beta: Tensor | None, running: tuple[Tensor, Tensor], counter: Tensor, moves: bool
+    ) -> Tensor:
         """Normalize by the rows' own statistics, which move `running`."""
+        if not moves:
+            return batch_norm(input, None, None, self.weight, beta, True, 0.0, self.eps)
         momentum = find_momentum(self.momentum, counter)
         y = batch_norm(input, *running, self.weight, beta, True, momentum, self.eps)
         counter.add_(1)
@@ -156,12 +163,12 @@ class _BatchRows(RowNorm):
 class SequenceRows(_BatchRows):
     """Batch norm over all rows, whatever their step."""
 
-    def forward(self, input: Tensor, bias: Tensor | None = None, step: int = 0) -> Tensor:
+    def forward(self, input: Tensor, bias: Tensor | None = None, step: int = 0, moves: bool = True) -> Tensor:
         """Normalize rows by their statistics in training, by the running averages in evaluation."""
         beta = self.bias if bias is None else bias
         running = self.running_mean, self.running_var
         if self.training:
-            return self.from_batch(input, beta, running, self.counter)
+            return self.from_batch(input, beta, running, self.counter, moves)
         return self.from_running(input, beta, running)
 
     def check_sizes(self, name: str, sizes: list[int]) -> None:
@@ -200,15 +207,15 @@ class StepRows(_BatchRows):
         super().__init__(features, bias, eps, momentum, (max_steps,), **options)
         self.max_steps, self.on_single = max_steps, on_single
 
-    def forward(self, input: Tensor, bias: Tensor | None = None, step: int = 0) -> Tensor:
+    def forward(self, input: Tensor, bias: Tensor | None = None, step: int = 0, moves: bool = True) -> Tensor:
         """Normalize the rows of a step by their statistics in training, by that step's averages in evaluation."""
         beta = self.bias if bias is None else bias
         if self.training and input.shape[0] != 1:
             slot = min(step, self.max_steps - 1)
-            return self.from_batch(
-                input, beta, (self.running_mean[slot], self.running_var[slot]), self.num_batches_per_step[slot]
-            )
-        return self.from_running(input, beta, self.find_running(step))
+            running = self.running_mean[slot], self.running_var[slot]
+            return self.from_batch(input, beta, running, self.num_batches_per_step[slot], moves)
+        found = self.find_running(step)
+        return self.from_running(input, beta, recall(self, found) if self.training else found)
 
     def find_running(self, step: int) -> tuple[Tensor, Tensor]:
         """The averages of a step, or of the last step that has any. Steps are seen in order, without gaps."""
@@ -216,9 +223,9 @@ class StepRows(_BatchRows):
         slot = (seen - 1).clamp(0, step).view(1)
         return self.running_mean.index_select(0, slot)[0], self.running_var.index_select(0, slot)[0]
 
-    def over_steps(self, input: Tensor, bias: Tensor | None, sizes: list[int]) -> Tensor:
+    def over_steps(self, input: Tensor, bias: Tensor | None, sizes: list[int], moves: bool) -> Tensor:
         """Normalize step by step."""
-        return torch.cat([self(rows, bias, step) for step, rows in enumerate(input.split(sizes))])
+        return torch.cat([self(rows, bias, step, moves) for step, rows in enumerate(split_steps(input, sizes))])
 
     def check_sizes(self, name: str, sizes: list[int]) -> None:
         """Refuse a batch of one sequence in training, and with ``on_single="error"`` a step of one."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -13,12 +12,11 @@ from torch import Tensor
 from .. import functional
 from ..errors import has_values
 from ..functional.renorm import check_limits, renormalize
-from ..masks import describe
 from ..sources import correct, find_momentum
 from ..statistics import Moments
 from ..watch import has_memory
 from . import batch
-from .recent import KEPT, RECENT, find_call, keep_call
+from .recent import recall
 from .small_batch import show_options
 
 Warmup = tuple[int, int, int] | Callable[[Tensor], tuple[Any, Any]]
@@ -43,55 +41,47 @@ class _Renorm(batch._BatchNorm):
         """From 0 at `start` to 1 at `end`."""
         if end <= start:
             return (self.batches >= start).to(self.start_share)
-        return ((self.batches - start) / (end - start)).clamp(0, 1).to(self.start_share)
+        return ((self.batches.to(self.start_share) - start) / (end - start)).clamp(0, 1)
 
     def _compute(
         self, input: Any, mean: Tensor | None, var: Tensor | None, from_batch: bool, momentum: Any, options: Any
     ) -> Any:
         given = (mean, var, self.weight, self.bias)
-        if not self.training or self._is_warming_up():
+        start = self._find_start() if self.training else None
+        if start is None:
             return functional.batch_norm(input, *given, from_batch, momentum, self.eps, **options)
-        return renormalize(input, *given, momentum, self.eps, self._correct, **options)
+
+        def find(moments: Moments) -> tuple[Tensor, Tensor]:
+            return correct(moments, *start)
+
+        return renormalize(input, *given, momentum, self.eps, find, **options)
 
     def _is_warming_up(self) -> bool:
-        """Whether this call, and one that computes it again, certainly is batch norm."""
-        return not callable(self.warmup) and has_memory(self.batches) and int(self.batches) + KEPT <= self.warmup[0]
+        """Whether the next batch certainly is batch norm."""
+        return not callable(self.warmup) and has_memory(self.batches) and int(self.batches) < self.warmup[0]
 
-    def _correct(self, moments: Moments) -> tuple[Tensor, Tensor] | None:
-        """r and d from the averages before this batch; None for batch norm."""
-        start = self._find_start(moments)
-        return None if start is None else correct(moments, *start)
-
-    def _find_start(self, moments: Moments) -> Any:
-        """What r and d are found from, None for batch norm: where activation checkpointing computes a call again that
-        has moved, and the call is found by the mean of its batch."""
-        now = (self.running_mean, self.running_var, self.eps, self.find_limits(), self.start_share)
-        if self.running_mean is None or not has_memory(self.running_mean):
-            return now
-        left = -1 if callable(self.warmup) else self.warmup[0] - int(self.batches)  # batches that still are batch norm
-        recent = RECENT.setdefault(self, deque(maxlen=KEPT))
-        if torch._C._current_graph_task_id() == -1:
-            return keep_call(recent, moments, None if left > 0 else now)
-        if left > 0:
-            return None
-        call = find_call(recent, moments, self.eps)
-        if call is not None:
-            return call[1]
-        if left < 0 and recent:
-            raise RuntimeError(
-                f"{describe(self)}: activation checkpointing needs r and d of the same call, and those of the last "
-                f"{KEPT} are kept; got a batch that none of them had; it was called more than {KEPT} times before "
-                "backward; checkpoint without it, or call backward more often"
-            )
-        return now if left < 0 else None  # The call before the first that is kept; see `_is_warming_up`.
+    def _find_start(self) -> Any:
+        """What r and d are found from, None for batch norm."""
+        now = self.running_mean, self.running_var, self.eps, self.find_limits(), self.start_share
+        return recall(self, None if self._is_warming_up() else now)
 
     def _count(self, input: Any, options: Any) -> Any:
         """What batch norm counts; the schedule and the share of the start go on with it."""
         counted = super()._count(input, options)
         momentum = find_momentum(self.momentum, self.num_batches_tracked)
         self.batches.add_(counted)
-        self.start_share.mul_(1 - momentum * counted)
+        # A number times a bool or whole tensor is float32, or what the default dtype is.
+        self.start_share.mul_(1 - momentum * (counted.to(self.start_share) if isinstance(counted, Tensor) else counted))
         return counted
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """torch's, but that the share of the start stays as wide as it was: in half precision it would stop to move."""
+        share = self.start_share
+        super()._apply(fn, recurse)
+        if self.start_share.dtype != share.dtype:
+            moved = self.start_share
+            self.start_share = moved.to(share.dtype) if share.is_meta else share.to(moved.device)
+        return self
 
     def reset_running_stats(self) -> None:
         """Mean 0, variance 1, no batch counted, and the schedule at its begin."""

@@ -11,6 +11,7 @@ from torch.fx import Proxy
 from ..errors import check_state
 from ..masks import find_current, may_be_masked
 from ..ragged import is_ragged
+from .checkpoints import repair_state
 
 
 class Norm(nn.Module):
@@ -64,6 +65,7 @@ class Norm(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        state_dict = repair_state(state_dict, prefix)
         wrong = list(check_state(state_dict, prefix))
         error_msgs += wrong  # load_state_dict raises them together.
         if not wrong:
