@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from fuzz.drive import drive
@@ -20,7 +22,8 @@ def has_batch_norm(net: Net) -> bool:
 
 
 def test_accumulate():
-    drive(check_accumulate, nets(dims=(0, 1, 2)).filter(has_batch_norm))
+    """Averages of instance norms are not promised (docs/accumulate.md): there are none."""
+    drive(check_accumulate, nets().filter(has_batch_norm).map(lambda net: replace(net, affine=False)))
 
 
 def has_a_norm(net: Net) -> bool:
