@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: batchsize ddp faults masked sanitize help setup compare vowels try speed bench explain env list test check accuracy format clean
+.PHONY: batchsize ddp faults fuzz masked sanitize help setup compare vowels try speed bench explain env list test check accuracy format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -64,7 +64,7 @@ list: $(READY) ## the family
 	$(BIN)/anynorm list
 
 # Two workers with two threads each share the cores: a thread that waits must not spin.
-test faults: export OMP_WAIT_POLICY = passive
+test faults fuzz: export OMP_WAIT_POLICY = passive
 
 test: check $(VENV)/.vowels ## lint, types, tests and doctests
 	$(BIN)/pytest -n 2 $(ARGS)
@@ -77,6 +77,13 @@ check: $(READY) ## lint and types
 
 faults: $(READY) ## what goes wrong on one of several ranks, five times each (5 minutes)
 	FAULTS=5 $(BIN)/pytest -n 2 tests/test_faults.py $(ARGS)
+
+# Some 25 tests side by side, each for its share of the time. What is found is printed as a script; SEED repeats a run.
+fuzz: export FUZZ_SEED := $(or $(SEED),$(shell date +%s))
+fuzz: export FUZZ_SECONDS = 50
+fuzz: export FUZZ_ROUNDS = 0
+fuzz: $(READY) ## random calls and models against NumPy float64 (10 minutes; SEED=17)
+	$(BIN)/pytest -n 2 --dist worksteal tests/fuzz $(ARGS)
 
 $(VENV)/.sanitize: constraints.txt | $(READY)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt nanobind
