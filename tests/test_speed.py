@@ -65,6 +65,24 @@ def test_time_is_kept_within_limits():
     assert len(rounds.seconds["cheap"]) == 7
 
 
+def test_the_longest_time_is_kept_whatever_a_call_takes():
+    """A slow call is not called once more to estimate it, and the fewest rounds need not be complete."""
+    start, calls = time.perf_counter(), {name: lambda: time.sleep(0.1) for name in "ab"}
+    rounds = time_in_turn(calls, seconds=60.0, fewest=50, longest=0.35)
+    assert len(rounds.seconds["a"]) == 2
+    assert time.perf_counter() - start < 3.0  # six calls and a busy machine
+    start = time.perf_counter()
+    rounds = time_in_turn(calls, seconds=60.0, longest=4.0)
+    assert 2 < len(rounds.seconds["a"]) < 20
+    assert time.perf_counter() - start < 5.0
+
+
+def test_what_is_left_of_the_time_is_shared():
+    end = time.perf_counter() + 10.0
+    assert 4.0 < speed.find_share(end, 0.2, 0.4) <= 5.0
+    assert speed.find_share(end - 60.0, 0.2, 0.4) == 0.0
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_a_case_is_the_same_layer_in_both_libraries(mode):
     """Equals torch: parameters, running averages and results are the same, so the same work is timed."""
@@ -107,6 +125,8 @@ def test_speed_prints_layers_and_steps(monkeypatch):
     for text in ("batch 6x4x2x2, last", "layer 8x16", "geometric mean", "worst", "slower by more than 5 %"):
         assert text in printed.stdout
     for text in (
+        "This takes about 0 seconds",
+        "the median over rounds",
         "2x3x32x32",
         "small: 2 norms, 1 of them fused",
         "accelerate, fuse=True",

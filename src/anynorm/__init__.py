@@ -48,9 +48,12 @@ from .modules.sample import GroupNorm, LayerNorm, RMSNorm
 from .modules.small_batch import GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d
 from .modules.sync import SyncBatchNorm
 from .ops import exact
+from .surgery import exact_types
 from .surgery.accelerate import accelerate
 from .surgery.recalibrate import recalibrate
 from .surgery.sync import sync
+
+exact_types.listen()
 
 __version__ = "0.1.0"
 

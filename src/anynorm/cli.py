@@ -67,7 +67,7 @@ def try_model(
 @app.command("speed")
 def show_speed(
     seconds: Annotated[
-        float, typer.Option("--seconds", min=0.1, max=3600, help="How long to measure, setting up not counted.")
+        float, typer.Option("--seconds", min=0.1, max=3600, help="How long it takes, setting up included.")
     ] = 70.0,
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, help="CPU threads; 1 is steadier on a busy machine.")
@@ -105,7 +105,7 @@ def compare_norms(
         str, typer.Option("--data", metavar="mnist|digits|PATH.npz", help="What to learn; a file holds x and y.")
     ] = "mnist",
     model: Annotated[
-        str, typer.Option("--model", help="cnn, mlp or your own as module:factory, with commas between.")
+        str, typer.Option("--model", help="cnn, mlp or your own as module:factory or file.py:factory; commas between.")
     ] = "cnn,mlp",
     norms: Annotated[str, typer.Option("--norms", help="Which norms to compare.")] = (
         "none,batch,layer,instance,group,rms"

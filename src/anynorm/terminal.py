@@ -9,8 +9,11 @@ WIDEST = 100  # longer lines of text are hard to read
 
 
 def open_console(record: bool = False) -> Console:
-    """Return a console on the present standard output; piped, it is plain text of 80 columns."""
-    console = Console(highlight=False, record=record)
+    """Return a console on the present standard output; piped, it is plain text of 80 columns.
+
+    No text is markup: a model may be called ``[bold]`` or ``net:train:``, and rich would print neither as it is.
+    """
+    console = Console(highlight=False, markup=False, emoji=False, record=record)
     console.width = min(console.width, WIDEST)
     return console
 
@@ -32,4 +35,4 @@ def heading(console: Console, text: str) -> None:
 def say(console: Console, *sentences: str) -> None:
     """Print each sentence on a line of its own."""
     for sentence in sentences:
-        console.print(sentence, markup=False)
+        console.print(sentence)

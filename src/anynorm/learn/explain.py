@@ -48,7 +48,7 @@ def print_explanation(
     explain_modes(console)
     explain_family(console)
     if out is not None:
-        console.print(f"\nThe same as a picture: {out}", markup=False)
+        console.print(f"\nThe same as a picture: {out}")
 
 
 def number(value: float, digits: int = 3) -> str:

@@ -76,7 +76,7 @@ def explain_mine(console: Console, spec: str, layer: str | None, out: Path | Non
         from anynorm.learn.picture import draw_layer
 
         draw_layer(out, seen, f"{target.name}: {seen.name or type(seen.norm).__name__}", pool_names(seen)[:4])
-        console.print(f"\nThe same as a picture: {out}", markup=False)
+        console.print(f"\nThe same as a picture: {out}")
 
 
 def watch(target: Target, layer: str | None) -> Seen:

@@ -210,7 +210,9 @@ def draw_layer(out: Path, seen: Any, title: str, names: list[str]) -> None:
     from matplotlib import pyplot
 
     figure = new_figure(10, 1.2 + 1.7 * len(names))
-    figure.suptitle(f"{title} ({type(seen.norm).__name__})", fontsize=13, fontweight="bold", color=DARK)
+    # A name may hold a $, which matplotlib takes for mathematics.
+    heading = f"{title} ({type(seen.norm).__name__})"
+    figure.suptitle(heading, fontsize=13, fontweight="bold", color=DARK, parse_math=False)
     panels = figure.subplots(len(names), 2, squeeze=False, sharex="col")
     for side, (what, values) in enumerate((("before (x)", seen.x), ("after (y), in training", seen.y))):
         shared = _pool_values(seen, values)

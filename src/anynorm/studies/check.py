@@ -8,7 +8,7 @@ from torch import nn
 from anynorm.errors import UserError
 
 from .data import Data
-from .models import BUILT_IN, NotForThisData, build, describe
+from .models import BUILT_IN, NotBuilt, NotForThisData, build, describe
 from .norms import NORMS, CannotNormalize
 from .plan import Cell, Study
 from .train import parse_batch
@@ -19,39 +19,69 @@ def find_impossible(study: Study, data: Data) -> dict[Cell, str]:
     reasons: dict[Cell, str] = {}
     for model in study.models:
         faults: dict[Cell, str] = {}
+        use = Use()
         for norm in study.norms:
-            for batch, fault in try_norm(study, data, model, norm).items():
+            for batch, fault in try_norm(study, data, model, norm, use).items():
                 faults[model, batch, norm] = fault
         if model not in BUILT_IN:
             # With no norm at all only the network itself can be at fault.
-            plain = try_norm(study, data, model, "none")
+            plain = try_norm(study, data, model, "none", use)
             if plain:
                 raise UserError(
                     f"compare --model: {model!r} {next(iter(plain.values()))}; try it on one batch by hand."
                 )
+            check_use(model, use, len(study.norms))
         reasons |= faults
     return reasons
 
 
-def try_norm(study: Study, data: Data, model: str, norm: str) -> dict[str, str]:
+class Use:
+    """What networks did with `norm`: how many modules it made, and how many of those a forward pass ran."""
+
+    def __init__(self) -> None:
+        self.made = self.run = 0
+
+    def watch(self, module: nn.Module) -> nn.Module:
+        """Count a module that was made, and its calls."""
+        self.made += 1
+        module.register_forward_hook(self.count)
+        return module
+
+    def count(self, *_: object) -> None:
+        """Count a call."""
+        self.run += 1
+
+
+def check_use(model: str, use: Use, norms: int) -> None:
+    """Raise where a network is the same under every norm: a leader among equals would be a lie."""
+    if norms < 2 or use.run:
+        return
+    what = "never calls norm" if not use.made else "calls norm, but its network never runs what norm returned"
+    raise UserError(
+        f"compare --model: {model!r} {what}, so every norm would train the same network; put norm(num_features, dims) "
+        "where the network normalizes."
+    )
+
+
+def try_norm(study: Study, data: Data, model: str, norm: str, use: Use) -> dict[str, str]:
     """What goes wrong, by batch size, when the network is built with a norm and trained on one batch's forward pass."""
     faults = {}
     for batch in study.batches:
         fault = None
         for size in parse_batch(batch):
-            fault = fault or try_batch(data, model, norm, size)
+            fault = fault or try_batch(data, model, norm, size, use)
         if fault:
             faults[batch] = fault
     return faults
 
 
-def try_batch(data: Data, model: str, norm: str, size: int) -> str | None:
+def try_batch(data: Data, model: str, norm: str, size: int, use: Use) -> str | None:
     """Why this network cannot take a batch of this size; None where it can."""
     asked: list[int] = []
 
     def factory(num_features: int, dims: int) -> nn.Module:
         asked.append(dims)
-        return NORMS[norm](num_features, dims)
+        return use.watch(NORMS[norm](num_features, dims))
 
     x = torch.from_numpy(data.train_x[:size])
     torch.manual_seed(0)
@@ -66,6 +96,8 @@ def try_batch(data: Data, model: str, norm: str, size: int) -> str | None:
             output = network(x)
     except (CannotNormalize, NotForThisData) as problem:
         return str(problem)
+    except NotBuilt as problem:
+        return f"cannot be built with norm {norm} ({problem})"
     # The network and its factory may be the user's, which may raise anything.
     except Exception as problem:
         return f"fails on a batch of shape {tuple(x.shape)} with norm {norm} ({describe(problem)})"

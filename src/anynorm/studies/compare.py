@@ -14,6 +14,7 @@ import numpy as np
 from rich.console import Console
 
 from anynorm.errors import UserError
+from anynorm.terminal import open_console
 
 from .data import Data, load_data
 from .journal import REPORT, RESULTS, Journal, set_aside, write_atomically
@@ -39,7 +40,7 @@ def compare(options: Options, *, started: float | None = None, console: Console 
         Exit code: 0, 1 where not one full run could be finished, 130 where Ctrl-C ended it.
     """
     started = time.monotonic() if started is None else started
-    console = console or Console()
+    console = console or open_console()
     budget = 60 * options.minutes
     journal, workers = None, Workers()
     try:
@@ -59,7 +60,7 @@ def compare(options: Options, *, started: float | None = None, console: Console 
                 code = 130
             workers.stop()
             screen.show(0, 0, "writing the report", [])
-            findings = Findings(study, journal.find, context["data_sizes"])
+            findings = Findings(study, journal.find, context["data_sizes"], context["guessing"])
             choices = choose_all(findings)
             facts = {"options": describe_options(options), "seconds": time.monotonic() - started, **context}
             write_results(options, journal, findings, choices, facts)
@@ -116,6 +117,7 @@ def prepare(options: Options, data: Data) -> tuple[Study, dict[str, Any]]:
         "configuration": hashlib.sha256(json.dumps(identity).encode()).hexdigest(),
         "data": data.fingerprint,
         "data_sizes": [len(data.train_x), len(data.validation_x), len(data.test_x)],
+        "guessing": 100 * float(np.bincount(data.test_y).max()) / len(data.test_y),
         "sample_shape": list(data.sample_shape),
         "classes": data.classes,
         "models": identity["models"],

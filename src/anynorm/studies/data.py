@@ -136,6 +136,12 @@ def check_samples(source: str, x: np.ndarray) -> np.ndarray:
 
 def check_labels(source: str, y: np.ndarray, samples: int) -> np.ndarray:
     """Labels as 0 .. classes - 1, where they are one whole number for each sample and each class can be split."""
+    numbers = y.dtype.kind == "f" and bool(np.all(np.isfinite(y))) and y.size > 0
+    if numbers and len(y) == samples and np.any(y != np.round(y)):
+        raise UserError(
+            f"compare --data: only classification is compared, by cross-entropy and accuracy; y of {source!r} holds "
+            f"fractions, as targets of a regression do; cut them into classes, as with numpy.digitize."
+        )
     if y.ndim != 1 or len(y) != samples:
         raise UserError(
             f"compare --data: y must be one label for each sample; {source!r} has x of length {samples:,} and y of "
@@ -151,6 +157,12 @@ def check_labels(source: str, y: np.ndarray, samples: int) -> np.ndarray:
         raise UserError(
             f"compare --data: y must hold at least 2 classes; {source!r} holds only {classes[0]:g}; "
             f"check which column was saved as y."
+        )
+    if counts.min() < 3 and len(classes) > len(y) / 3:
+        raise UserError(
+            f"compare --data: only classification is compared, with 3 samples of every class at least; y of {source!r} "
+            f"holds {len(classes):,} different values in {len(y):,} samples, as targets of a regression do; cut them "
+            f"into classes, as with numpy.digitize."
         )
     if counts.min() < 3:
         rare = classes[counts.argmin()]

@@ -17,6 +17,8 @@ CONFIDENCE = 0.95
 WORKING_SHARE = 0.75
 # A difference of less, in points, is no reason to prefer a norm.
 NEGLIGIBLE = 1.0
+# A leader has learned something where its interval lies above guessing by this many standard errors of the test set.
+ABOVE_GUESSING = 3.0
 
 Seeds = Mapping[int, float]
 
@@ -76,10 +78,11 @@ class Findings:
         study: what was asked.
         find: gives the record of a run, or None while it is unfinished.
         sizes: numbers of training, validation and test samples.
+        guessing: test accuracy, in percent, of always answering with the most frequent class.
     """
 
-    def __init__(self, study: Study, find: Find, sizes: Sequence[int]) -> None:
-        self.study, self.find = study, find
+    def __init__(self, study: Study, find: Find, sizes: Sequence[int], guessing: float = 0.0) -> None:
+        self.study, self.find, self.guessing = study, find, guessing
         _, self.validation_samples, self.test_samples = sizes
         self.rates: dict[Cell, float | None] = {cell: study.find_rate(cell, find) for cell in study.cells}
         self.finals: dict[Cell, dict[int, dict[str, Any]]] = {}
@@ -111,6 +114,12 @@ class Findings:
     def compare(self, first: Cell, second: Cell) -> Interval | None:
         """Test accuracy of the first cell less that of the second, in points."""
         return compare_pair(self.values(first), self.values(second), self.test_samples)
+
+    def has_learned(self, cell: Cell) -> bool:
+        """Whether a cell's accuracy is clearly better than guessing; a single seed is judged nowhere."""
+        interval, share = self.interval(cell), self.guessing / 100
+        error = 100 * (share * (1 - share) / self.test_samples) ** 0.5
+        return interval is None or interval.low is None or interval.low > self.guessing + ABOVE_GUESSING * error
 
     def norms(self, model: str, batch: str) -> list[str]:
         """Norms with at least one final run here."""
@@ -170,7 +179,8 @@ class Choice:
     `leader` has the best mean validation accuracy over the seeds that all norms here have; `differences` are the
     leader's test accuracies less the other norm's. Chosen on one set and judged on another, the leader is not
     flattered by the choice. `missing` norms have no full run yet, though they can exist here; `proven` norms are
-    clearly better than none.
+    clearly better than none. `learned` says whether the leader is clearly better than guessing, `same` that all norms
+    gave the same numbers.
     """
 
     model: str
@@ -180,9 +190,16 @@ class Choice:
     seeds: int
     missing: tuple[str, ...]
     proven: tuple[str, ...] = ()
+    learned: bool = True
+    same: bool = False
 
     @property
     def judged(self) -> bool:
+        """Whether every norm that can exist here was compared with a leader that learned, over two seeds or more."""
+        return self.compared and self.learned and not self.same
+
+    @property
+    def compared(self) -> bool:
         """Whether every norm that can exist here has been compared with the leader over two seeds or more."""
         return not self.missing and bool(self.differences) and not self.with_verdict("not judged")
 
@@ -228,7 +245,12 @@ def choose(findings: Findings, model: str, batch: str) -> Choice | None:
     missing = [norm for norm in possible if norm not in cells and (model, batch, norm) not in findings.failures]
     gains = {norm: findings.compare(cell, cells["none"]) for norm, cell in cells.items() if "none" in cells}
     proven = [norm for norm, gain in gains.items() if gain is not None and gain.verdict == "higher"]
-    return Choice(model, batch, leader, differences, len(common), tuple(missing), tuple(proven))
+    tests = [findings.values(cell) for cell in cells.values()]
+    same = len(cells) > 1 and all(found == some[0] for some in (tests, [*validation.values()]) for found in some)
+    return Choice(
+        model, batch, leader, differences, len(common), tuple(missing), tuple(proven),
+        findings.has_learned(cells[leader]), same,
+    )  # fmt: skip
 
 
 def choose_all(findings: Findings) -> list[Choice]:

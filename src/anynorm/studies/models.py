@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import inspect
 import json
 import re
@@ -14,13 +13,15 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import nn
 
 from anynorm.errors import UserError
+from anynorm.factory import import_from, split_spec
 
-from .norms import NORMS, NormFactory, check_dims
+from .norms import NORMS, CannotNormalize, NormFactory, check_dims
 
 BUILT_IN = ("cnn", "mlp")
 
@@ -32,6 +33,15 @@ class Model:
     name: str
     fingerprint: str
     about: str
+
+
+SIGNATURE = inspect.Signature(
+    [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("num_features", "dims")]
+)
+
+
+class NotBuilt(Exception):
+    """A user's factory that gives no network; the message is the reason."""
 
 
 class NotForThisData(Exception):
@@ -75,8 +85,7 @@ def find_model(name: str, sample_shape: tuple[int, ...], classes: int) -> Model:
         builder = cnn if name == "cnn" else mlp
         digest = hashlib.sha256(inspect.getsource(builder).encode()).hexdigest()
         return Model(name, digest, (builder.__doc__ or "").strip())
-    factory = find_factory(name)
-    module = sys.modules[name.partition(":")[0]]
+    factory, module = find_factory(name)
     # Built before the sources are listed, because a factory may import as well.
     network = describe_network(name, sample_shape, classes)
     whole = json.dumps([name, drop_addresses(repr(factory)), network, find_sources(module)])
@@ -128,22 +137,24 @@ def drop_addresses(text: str) -> str:
     return re.sub(r" at 0x[0-9a-fA-F]+", "", text)
 
 
-def find_factory(name: str) -> Callable[[NormFactory], nn.Module]:
-    """The callable that `module:factory` names, with modules of the working directory importable."""
-    module_name, colon, attribute = name.partition(":")
-    if not (colon and module_name and attribute):
+def find_factory(name: str) -> tuple[Callable[[NormFactory], nn.Module], ModuleType]:
+    """The callable that `module:factory` or `file.py:factory` names, and the module that holds it."""
+    parts = split_spec(name)
+    if parts is None:
         raise UserError(
-            f"compare --model: takes {', '.join(BUILT_IN)} or module:factory, as in net:make; got {name!r}."
+            f"compare --model: takes {', '.join(BUILT_IN)}, module:factory or file.py:factory, as in net:make; "
+            f"got {name!r}."
         )
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+    module_name, attribute = parts
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:  # a factory may import from there when it is called
         sys.path.insert(0, str(Path.cwd()))
     try:
-        module = importlib.import_module(module_name)
+        module = import_from(module_name)
     # A user's module may raise anything while it is imported, even SystemExit.
     except (Exception, SystemExit) as problem:
         raise UserError(
             f"compare --model: module {module_name!r} does not import ({describe(problem)}); "
-            f"run from the directory that holds it, and give its name without .py."
+            f"run from the directory that holds it, or give the path of its file."
         ) from problem
     factory = getattr(module, attribute, None)
     if not callable(factory):
@@ -152,32 +163,56 @@ def find_factory(name: str) -> Callable[[NormFactory], nn.Module]:
             f"compare --model: {name!r} must name a function that takes norm(num_features, dims) and returns a "
             f"network; {module_name} {what}; check the name after the colon."
         )
-    return factory
+    return factory, module
 
 
-def build(name: str, norm: NormFactory, sample_shape: tuple[int, ...], classes: int) -> nn.Module:
+def build(name: str, make_norm: NormFactory, sample_shape: tuple[int, ...], classes: int) -> nn.Module:
     """The network with this norm.
 
     Args:
-        name: `cnn`, `mlp` or `module:factory`.
-        norm: called with (num_features, dims) wherever the network normalizes.
+        name: `cnn`, `mlp`, `module:factory` or `file.py:factory`.
+        make_norm: called with (num_features, dims) wherever the network normalizes.
         sample_shape: shape of one sample; classes: outputs wanted. The user's own factory knows both.
+
+    Raises:
+        NotBuilt: the user's factory raised or returned something else.
     """
 
-    def checked(num_features: int, dims: int) -> nn.Module:
-        check_dims(dims)
-        return norm(num_features, dims)
+    def norm(*arguments: Any, **named: Any) -> nn.Module:
+        num_features, dims = check_call(arguments, named)
+        return make_norm(num_features, dims)
 
     if name in BUILT_IN:
-        return (cnn if name == "cnn" else mlp)(checked, sample_shape, classes)
-    network = find_factory(name)(checked)
+        return (cnn if name == "cnn" else mlp)(norm, sample_shape, classes)
+    factory, _ = find_factory(name)
+    try:
+        network = factory(norm)
+    except CannotNormalize:
+        raise
+    except Exception as problem:  # the user's code may raise anything
+        raise NotBuilt(describe(problem)) from problem
     if not isinstance(network, nn.Module):
-        raise TypeError(f"it returned a {type(network).__name__}, not a torch.nn.Module")
+        raise NotBuilt(f"it returned a {type(network).__name__}, not a torch.nn.Module")
     return network
+
+
+def check_call(arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[int, int]:
+    """What a factory passed to `norm`, where it passed both."""
+    try:
+        bound = SIGNATURE.bind(*arguments, **named)
+    except TypeError:
+        given = ", ".join([*map(repr, arguments), *(f"{name}={value!r}" for name, value in named.items())])
+        raise TypeError(
+            "norm takes (num_features, dims), and dims counts the spatial axes: 0 for (N, C), 1 for (N, C, L), 2 for "
+            f"(N, C, H, W); it was called as norm({given})"
+        ) from None
+    num_features, dims = bound.args
+    check_dims(dims)
+    return num_features, dims
 
 
 def describe(problem: BaseException) -> str:
     """An exception on one line: its type and the first line of what it says."""
     lines = str(problem).strip().splitlines()
     text = lines[0].rstrip(".") if lines else ""
-    return f"{type(problem).__name__}: {text}"[:200] if text else type(problem).__name__
+    return f"{type(problem).__name__}: {text}"[:300] if text else type(problem).__name__

@@ -106,7 +106,8 @@ def write_tables(findings: Findings, choices: Sequence[Choice]) -> str:
     key = (
         "▲ green: leads on validation. ▼ tinted: clearly worse than the leader, its 95 % interval of paired "
         "differences lies below 0. Unmarked: no clear difference, or not judged. ± is half of the 95 % interval "
-        "over seeds; lr is the chosen learning rate; an empty cell was not finished."
+        "over seeds, wide where that is more than what was learned; lr is the chosen learning rate; an empty cell was "
+        "not finished."
     )
     small = "".join(f'<p class="note">{escape(note)}</p>\n' for note in [key, *notes])
     return f'<section id="table"><div class="tables">{"".join(tables)}</div>\n{small}</section>\n'

@@ -80,6 +80,11 @@ def say_cell(findings: Findings, cell: tuple[str, str, str], choice: Choice | No
     if interval is None:
         return Text("failed" if cell in findings.failures else "")
     half = "" if interval.high is None else f" ± {interval.high - interval.mean:.1f}"
+    # A margin wider than what was learned is no answer.
+    if interval.high is not None and interval.high - interval.mean > max(
+        interval.mean - findings.guessing, LEAST_MARGIN
+    ):
+        half = " (wide)"
     text = f"{interval.mean:.1f}{half}"
     if choice is None:
         return Text(text)
@@ -90,6 +95,7 @@ def say_cell(findings: Findings, cell: tuple[str, str, str], choice: Choice | No
     return Text(text)
 
 
+LEAST_MARGIN = 10.0  # points; a narrower margin is printed, also at guessing
 KEY = "▲ leads on validation   ▼ clearly worse than the leader   unmarked: no clear difference, or not judged"
 
 
@@ -99,7 +105,13 @@ def print_tables(console: Console, findings: Findings, choices: Sequence[Choice]
     for model in study.models:
         if any(cell[0] == model for cell in study.cells):
             console.print(tabulate(findings, model, choices))
-    console.print(Text(f"{KEY}; ± half of the 95 % interval over seeds; empty: not finished", style="dim"))
+    console.print(
+        Text(
+            f"{KEY}; ± half of the 95 % interval over seeds; wide: that half is larger than what was learned; "
+            "empty: not finished",
+            style="dim",
+        )
+    )
     for reason, cells in group_reasons(study.impossible).items():
         console.print(Text(f"n/a, {cells}: {reason}.", style="dim"), soft_wrap=True)
     for reason, cells in group_reasons(findings.failures).items():

@@ -49,6 +49,16 @@ def say_verdict(findings: Findings, choices: Sequence[Choice]) -> str:
         return "Only one norm was run, so there is nothing to compare."
     judged = [choice for choice in choices if choice.judged]
     if not judged:
+        if any(choice.same for choice in choices):
+            return (
+                "Nothing can be recommended: every norm gave exactly the same numbers; see that the network runs what "
+                "norm returns."
+            )
+        if any(choice.compared and not choice.learned for choice in choices):
+            return (
+                f"Nothing can be said: no network is clearly better than guessing ({findings.guessing:.1f} %), so a "
+                "lead is chance; give more images, seeds or rates, or see whether x tells anything about y."
+            )
         if findings.study.seeds == 1:
             return "Nothing can be recommended from one seed: without an interval a lead may be chance; use --seeds 5."
         return (
@@ -79,7 +89,11 @@ def say_unjudged(findings: Findings, choices: Sequence[Choice]) -> str:
     ]
     if not left_out or not judged:
         return ""
-    return f"Not judged yet, because not every norm has two seeds: {join(left_out)}; the same command goes on."
+    unlearned = [f"{c.model} at {say_batch(c.batch)}" for c in choices if c.compared and not c.judged]
+    waiting = [place for place in left_out if place not in unlearned]
+    parts = [f"Not judged yet, because not every norm has two seeds: {join(waiting)}; the same command goes on."]
+    learned = f"Nothing can be said where no network is clearly better than guessing: {join(unlearned)}."
+    return " ".join([*(parts if waiting else []), *([learned] if unlearned else [])])
 
 
 def say_model_verdict(findings: Findings, model: str, choices: Sequence[Choice]) -> str:
@@ -91,6 +105,9 @@ def say_model_verdict(findings: Findings, model: str, choices: Sequence[Choice])
     common, answers = find_common(choices), cover(choices)
     if "none" in common and not any(choice.proven for choice in choices):
         return f"for the {model}, no norm was clearly better than none {where}"
+    if not any(choice.with_verdict("higher") or choice.proven for choice in choices):
+        norms = list(dict.fromkeys(norm for c in choices for norm in (c.leader, *c.differences)))
+        return f"for the {model}, there is no clear difference between {join([name_norm(n) for n in norms])} {where}"
     if len(answers) == 1:
         best = next(iter(answers))
         # None that is common is beaten somewhere, so it is worse than the answer.
@@ -125,6 +142,13 @@ def say_choice(findings: Findings, choice: Choice) -> str:
         return f"{where}: only {name} has finished runs ({reached})."
     if not any(difference.low is not None for difference in choice.differences.values()):
         return f"{where}: {name} was ahead ({reached}); not judged, no interval."
+    if choice.same:
+        return f"{where}: every norm gave exactly the same numbers ({reached}), so none leads."
+    if not choice.learned:
+        return (
+            f"{where}: nothing can be said; {name} was ahead ({reached}), which is not clearly better than guessing "
+            f"({findings.guessing:.1f} %)."
+        )
     text = f"{where}: {name} leads ({reached})"
     if choice.equals:
         text += f"; no clear difference to {join([name_norm(norm) for norm in choice.equals], 'or')}"

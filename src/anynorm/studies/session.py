@@ -75,12 +75,13 @@ class Session:
         if not due:
             return
         self.refreshed = elapsed
-        findings = Findings(study, self.journal.find, self.journal.context["data_sizes"])
+        context = self.journal.context
+        findings = Findings(study, self.journal.find, context["data_sizes"], context["guessing"])
         lines = say_first(findings, choose_all(findings)) if len(study.norms) > 1 else []
         self.screen.first = lines
         if first and lines:
             self.screen.say(
-                f"First recommendation after {elapsed:.0f} s; short runs are of one seed, without interval:"
+                f"First look after {elapsed:.0f} s: who is ahead; short runs are of one seed and decide nothing:"
             )
             for line in lines:
                 self.screen.say(f"  {line}")

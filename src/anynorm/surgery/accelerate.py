@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 import torch
@@ -10,11 +11,15 @@ import torch.nn as nn
 from ..modules.fused import Fused
 from ..modules.state import Norm
 from ..modules.sync import SyncBatchNorm
-from .fuse import fuse_graph
+from .exact_types import NOTE
+from .fuse import fuse_graph, tell_unfused
 from .report import FUSED, PAIRS, UNDO_FIRST, Entry, Report, describe, is_ours
+from .rewrite import build
 from .sequential import Place, find_fused, find_places, fuse_place, is_norm, take_apart
-from .trace import Traces, build, copy_sharing, is_hooked, trace
+from .trace import Traces, copy_sharing, is_hooked, trace
 
+NAMED_NORM = re.compile("norm(?!al(?!i[sz])|ous)", re.IGNORECASE)  # LlamaRMSNorm, Normalize; no NormalDistribution
+UNKNOWN = "no norm of torch.nn; where it computes what one of those computes, put that one in its place first"
 BASES = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 
 
@@ -30,14 +35,16 @@ def accelerate(model: nn.Module, undo: bool = False, fuse: bool = False) -> Repo
 
     Returns:
         A report of what changed, and of what was left and why: subclasses of torch's norms with code of their own,
-        norms whose `forward` was replaced on the object, SyncBatchNorm, which `sync` turns into ours and back, and
-        norms of nn.TransformerEncoderLayer, whose fast path in evaluation reads their weights and never calls them.
-        With `fuse` also the norms that an activation follows and that were not fused.
+        norms whose `forward` was replaced on the object, SyncBatchNorm, which `sync` turns into ours and back, norms
+        of nn.TransformerEncoderLayer, whose fast path in evaluation reads their weights and never calls them, and
+        modules that call themselves norms and are none of torch's (LlamaRMSNorm). With `fuse` also the norms that were
+        not fused.
 
         ``report.model`` is the model to go on with. Norm and activation side by side in a Sequential are fused in
         place; the activation's place takes nn.Identity. Norm, sum and activation, and functional activations, need a
-        graph: where torch.fx can trace the model and finds some, ``report.model`` is a GraphModule with the model's
-        parameters, buffers, names and attributes, and the model itself keeps them apart. Else it is the model.
+        graph: where torch.fx can trace the model and finds some, ``report.model`` is a copy whose `forward` is that
+        graph: an instance of the model's class, with its methods, attributes and names, on the same parameters and
+        buffers; the model itself keeps them apart. Else it is the model.
 
     Raises:
         TypeError: `model` is not a module.
@@ -45,19 +52,22 @@ def accelerate(model: nn.Module, undo: bool = False, fuse: bool = False) -> Repo
 
     Note:
         Tools that look for torch's exact types (torch.ao.quantization's fuse_modules and convert, and
-        torch.fx.experimental.optimization.fuse) or read source (torch.jit.script) want ``undo=True`` first.
+        torch.fx.experimental.optimization.fuse) or read source (torch.jit.script) want ``undo=True`` first; Opacus and
+        captum are told of ours, whichever is imported first.
         Instance and layer norm return channels_last where their input is; torch's return contiguous, so a ``view``
         behind them may have to become ``reshape``. What fusing changes beside: docs/fused.md.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.ReLU())
-        >>> print(anynorm.accelerate(model))
+        >>> print(anynorm.accelerate(model))  # doctest: +ELLIPSIS
         1 norms changed, 0 left
           1 x torch.nn.BatchNorm1d -> anynorm.BatchNorm1d
-        >>> print(anynorm.accelerate(model, fuse=True))
+          tools that look for torch's exact types: Opacus and captum are told of ours; ... want undo=True first
+        >>> print(anynorm.accelerate(model, fuse=True))  # doctest: +ELLIPSIS
         1 norms changed, 1 fused, 0 left
           1 x anynorm.BatchNorm1d -> anynorm.BatchNormAct1d
           1 x anynorm.BatchNorm1d, relu -> anynorm.BatchNormAct1d in model
+          tools ...
         >>> print(anynorm.accelerate(model, undo=True).changed[0].became)
         torch.nn.BatchNorm1d
     """
@@ -83,6 +93,7 @@ def accelerate(model: nn.Module, undo: bool = False, fuse: bool = False) -> Repo
         tell_fused(model, places, report)
         report.model = make_model(model, swaps, places, traces, report)
     swap(model, swaps, places)  # Last: whatever can fail has been done.
+    report.note = NOTE if report.changed else ""
     return report
 
 
@@ -111,12 +122,16 @@ def make_model(
             report.left.append(Entry("", describe(type(model)), reason=reason))
         return model
     for name, module in model.named_modules():
-        if is_hooked(module) and any(norm.startswith(f"{name}.") for norm in norms):
+        inside = {norm for norm in norms if norm.startswith(f"{name}.")}
+        if is_hooked(module) and inside:
             reason = "not fused beyond Sequentials: it has hooks, so it stays a call of its own in a graph"
             report.left.append(Entry(name, describe(type(module)), reason=reason))
+            norms -= inside
     twin, graph = copy_sharing(model), traces.graphs[0]
     swap(twin, swaps, places)
-    return build(twin, graph) if fuse_graph(twin, graph, report) else model
+    fused = fuse_graph(twin, graph, report)
+    tell_unfused(twin, graph, norms, report)
+    return build(twin, graph, fused) if fused else model
 
 
 def tell_fused(model: nn.Module, places: list[Place], report: Report) -> None:
@@ -151,6 +166,8 @@ def find_swaps(model: nn.Module, undo: bool, report: Report) -> dict[str, type[n
         if scripted and isinstance(module, torch.jit.ScriptModule):
             report.left.append(Entry(name, describe(kind), reason="it is compiled by torch.jit.script"))
         if not isinstance(module, BASES) or kind in others or (is_ours(kind) and not undo):
+            if not undo and is_unknown_norm(module):
+                report.left.append(Entry(name, describe(kind), reason=UNKNOWN))
             continue
         reason = "" if undo and kind in pairs else find_reason(module, bypassed)
         if reason:
@@ -159,6 +176,18 @@ def find_swaps(model: nn.Module, undo: bool, report: Report) -> dict[str, type[n
             swaps[name] = pairs[kind]
             report.changed.append(Entry(name, describe(kind), became=describe(pairs[kind])))
     return swaps
+
+
+def is_unknown_norm(module: nn.Module) -> bool:
+    """Whether a module calls itself a norm and is none that is known; a container, which holds norms, is none."""
+    kind = type(module)
+    if not NAMED_NORM.search(kind.__name__) or kind.__module__.partition(".")[0] in ("torch", "anynorm"):
+        return False
+    own = any(True for _ in (*module.parameters(recurse=False), *module.buffers(recurse=False)))
+    inside = [child for child in module.modules() if child is not module]
+    if any(isinstance(child, (*BASES, Norm)) or NAMED_NORM.search(type(child).__name__) for child in inside):
+        return False
+    return own or not inside
 
 
 def find_bypassed(model: nn.Module) -> dict[int, str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +39,9 @@ NEW |= {name.lower() for name in nn.modules.activation.__all__} - {"multiheadatt
 NEW_MODULES = {kind.__module__ for kind in (nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.LayerNorm, nn.ReLU, nn.MaxPool2d)}
 
 
+NO_ACTIVATION = "not fused: no activation follows that can be fused"
+
+
 @dataclass(frozen=True)
 class Chain:
     """A norm's call, perhaps a sum with a residual, and the activation behind it."""
@@ -49,8 +52,8 @@ class Chain:
     activation: fx.Node
 
 
-def fuse_graph(model: nn.Module, graph: fx.Graph, report: Report) -> bool:
-    """Fuse what can be fused, in the graph and in the model's modules; whether there was any.
+def fuse_graph(model: nn.Module, graph: fx.Graph, report: Report) -> list[str]:
+    """Fuse what can be fused, in the graph and in the model's modules; the names of the norms that were.
 
     Args:
         model: a copy, whose norms are ours.
@@ -59,7 +62,7 @@ def fuse_graph(model: nn.Module, graph: fx.Graph, report: Report) -> bool:
     modules = dict(model.named_modules())
     counts = count_places(model)
     left = {entry.name for entry in report.left}
-    fused = False
+    fused: list[str] = []
     for node in list(graph.nodes):
         activation, reason = read_node(node, modules)
         if not activation and not reason:
@@ -70,7 +73,7 @@ def fuse_graph(model: nn.Module, graph: fx.Graph, report: Report) -> bool:
             entry = fuse_chain(free[0], activation, graph, modules)
             report.fused.append(entry)
             report.left = [other for other in report.left if other.name != entry.name]
-            fused = True
+            fused.append(entry.name)
             continue
         for chain, obstacle in chains:
             name = str(chain.norm.target)
@@ -79,6 +82,28 @@ def fuse_graph(model: nn.Module, graph: fx.Graph, report: Report) -> bool:
                 called = describe(type(modules[str(node.target)])) if node.op == "call_module" else name_call(node)
                 report.left.append(leave(name, modules[name], called, obstacle))
     return fused
+
+
+def tell_unfused(model: nn.Module, graph: fx.Graph, norms: Collection[str], report: Report) -> None:
+    """Report the norms that are neither fused nor left for another reason: what follows them is no activation."""
+    modules = dict(model.named_modules())
+    told = {entry.name for entry in (*report.fused, *report.left)}
+    for node in graph.nodes:
+        name = str(node.target)
+        if node.op != "call_module" or name not in norms or name in told:
+            continue
+        told.add(name)
+        followers = [kind for user in node.users if (kind := find_own_module(user, name)) is not None]
+        only = f"only {list_activations()} can be fused"
+        reason = f"not fused with {describe(followers[0])}: {only}" if followers else NO_ACTIVATION
+        report.left.append(Entry(name, describe(type(modules[name])), reason=reason))
+
+
+def find_own_module(node: fx.Node, norm: str) -> type[nn.Module] | None:
+    """The class of the user's module that a node behind a norm belongs to, where that module does not hold the norm."""
+    name, kind = next(reversed(node.meta.get("nn_module_stack", {}).values()), ("", nn.Module))
+    outside = name and not norm.startswith(f"{name}.") and kind.__module__.partition(".")[0] not in ("torch", "anynorm")
+    return kind if outside else None
 
 
 def read_node(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[str, str]:

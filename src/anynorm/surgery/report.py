@@ -58,12 +58,14 @@ class Report:
         left: the norms that were left, or left unfused, and why.
         fused: the norms that took over what followed them.
         model: the model to go on with: the given one, or with ``fuse=True`` a new one on the same parameters.
+        note: what other tools must know, in a sentence.
     """
 
     changed: list[Entry] = field(default_factory=list)
     left: list[Entry] = field(default_factory=list)
     fused: list[Entry] = field(default_factory=list)
     model: nn.Module = field(default_factory=nn.Module, repr=False, compare=False)
+    note: str = ""
 
     def __str__(self) -> str:
         kinds = Counter(f"{entry.kind} -> {entry.became}" for entry in self.changed)
@@ -77,6 +79,7 @@ class Report:
             reasons.setdefault((entry.kind, entry.reason), []).append(entry.name or "the model")
         for (kind, reason), (name, *more) in reasons.items():
             lines.append(f"  left {name}{f' and {len(more)} more' if more else ''} ({kind}): {reason}")
+        lines += [f"  {self.note}"] if self.note else []
         return "\n".join(lines)
 
 

@@ -18,6 +18,7 @@ from torch import fx
 from ..activations import ACTIVATIONS, list_activations
 from ..modules.fused import Fused
 from .report import FUSED, PAIRS, UNDO_FIRST, Entry, Report, describe, is_ours
+from .rewrite import Rewritten
 from .trace import is_hooked
 
 KEPT_AS = "replaced"  # the attribute of nn.Identity that holds the activation
@@ -182,7 +183,7 @@ def find_fused(model: nn.Module, report: Report) -> list[Place]:
         sequential, first, second = pairs.get(name, ("", "", ""))
         behind = model.get_submodule(join(sequential, second))
         # A graph calls what it called when it was made: there only an nn.Identity that was called as the activation.
-        called = not isinstance(model, fx.GraphModule) or KEPT_AS in vars(behind)
+        called = not isinstance(model, fx.GraphModule | Rewritten) or KEPT_AS in vars(behind)
         if type(behind) is nn.Identity and called and type(norm) in FUSED.values() and counts[id(norm)] == 1:
             places.append(Place(sequential, first, second, norm.activation))
         else:

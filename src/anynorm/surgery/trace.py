@@ -121,17 +121,6 @@ def trace_mode(model: nn.Module) -> tuple[fx.Graph, str]:
     return graph, reason
 
 
-def build(model: nn.Module, graph: fx.Graph) -> fx.GraphModule:
-    """A module that runs the graph on all of the model's tensors, modules and attributes.
-
-    `GraphModule` itself keeps only what the graph names, in the order of use; optimizers count parameters in order.
-    """
-    module = fx.GraphModule(model, graph, class_name=type(model).__name__)
-    own = vars(module).keys() - vars(nn.Module()).keys()
-    module.__dict__.update((name, value) for name, value in vars(model).items() if name not in own)
-    return module
-
-
 def copy_sharing(model: nn.Module) -> nn.Module:
     """A copy whose modules are its own and whose parameters, buffers and hooks are the model's."""
     modules = list(model.modules())

@@ -20,6 +20,7 @@ class Finding:
         change: largest change as a share of the largest output; None where it could not be tried.
         held: the same with the statistics of the norms held at their first values; None where not tried.
         kinds: classes of the norms whose statistics depend on what was changed.
+        own: those among them whose statistics cannot be held, for their code is not known.
         note: why it could not be tried, or how the outputs were compared.
         tolerance: changes up to here are rounding.
     """
@@ -28,6 +29,7 @@ class Finding:
     change: float | None
     held: float | None = None
     kinds: tuple[str, ...] = ()
+    own: tuple[str, ...] = ()
     note: str = ""
     tolerance: float = 0.0
 
@@ -85,11 +87,11 @@ class Bench:
         with HeldStatistics(self.model, across) as held:
             first = self.outputs(call, training)
             if not held.kinds:
-                return Finding(training, moved, moved, (), note, self.tolerance)
+                return Finding(training, moved, moved, note=note, tolerance=self.tolerance)
             held.replay()
             one, other, _ = select(first, self.outputs(changed, training))
         rest = largest_difference(one, other).relative
-        return Finding(training, moved, rest, held.kinds, note, self.tolerance)
+        return Finding(training, moved, rest, held.kinds, held.own, note, self.tolerance)
 
 
 def find_batch_dependence(model: nn.Module, call: Call) -> list[Finding]:

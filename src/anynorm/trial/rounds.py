@@ -12,6 +12,7 @@ CHUNK = 5e-4  # seconds: cheaper calls are timed many at once, or the clock woul
 CHEAP = 5e-3  # seconds: a cheaper call runs once untimed first, because its predecessor emptied the caches
 PAUSE = 0.01  # seconds until threads of another runtime, which wait for work by spinning, have gone to sleep
 LONGEST = 12.0  # seconds after which the fewest rounds need not be complete
+SLOW = 0.5  # of the time there is: a first call that takes more is not called once more to estimate it
 
 Call = Callable[[], object]
 
@@ -48,21 +49,30 @@ def find_quartiles(values: list[float]) -> tuple[float, float]:
 
 
 def time_in_turn(
-    calls: Mapping[str, Call], seconds: float, fewest: int = 5, most: int = 100, apart: Collection[str] = ()
+    calls: Mapping[str, Call],
+    seconds: float,
+    fewest: int = 5,
+    most: int = 100,
+    apart: Collection[str] = (),
+    longest: float | None = None,
 ) -> Rounds:
     """Time calls in turn, in another order every round.
 
     Args:
         calls: by name; each is called twice first, to allocate, compile and estimate.
         seconds: how long to go on, at least `fewest` rounds (two, where those take too long), at most `most`.
+        longest: seconds for everything, the first calls included, unless two rounds take longer.
         apart: names of calls with a thread pool of their own, kept from the others by a pause.
     """
-    counts = {name: _find_count(call) for name, call in calls.items()}
+    began = time.perf_counter()
+    slow = math.inf if longest is None else SLOW * longest / len(calls) / 2
+    counts = {name: _find_count(call, slow) for name, call in calls.items()}
     names = list(calls)
     found: dict[str, list[float]] = {name: [] for name in names}
     start, before = time.perf_counter(), names[-1]
+    end = start + max(LONGEST, seconds) if longest is None else began + longest
     with _no_collector():
-        while _goes_on(len(found[names[0]]), time.perf_counter() - start, seconds, (fewest, most)):
+        while _goes_on(len(found[names[0]]), start, seconds, (fewest, most), end):
             for name in _find_order(names, len(found[names[0]])):
                 if (name in apart) != (before in apart):
                     time.sleep(PAUSE)
@@ -78,17 +88,21 @@ def _find_order(names: list[str], turn: int) -> list[str]:
     return order if turn // len(names) % 2 == 0 else order[::-1]
 
 
-def _goes_on(rounds: int, spent: float, seconds: float, limits: tuple[int, int]) -> bool:
-    """Return whether to time another round."""
+def _goes_on(rounds: int, start: float, seconds: float, limits: tuple[int, int], end: float) -> bool:
+    """Return whether to time another round: up to `end` for the fewest, and `seconds` from `start` for the others."""
     fewest, most = limits
+    now = time.perf_counter()
     if rounds < fewest:
-        return rounds < 2 or spent < max(LONGEST, seconds)
-    return spent < seconds and rounds < most
+        return rounds < 2 or now + (now - start) / rounds < end
+    return now - start < seconds and now < end and rounds < most
 
 
-def _find_count(call: Call) -> int:
+def _find_count(call: Call, slow: float) -> int:
     """Return how many calls make a chunk that the clock can time; 0 for a call that needs no untimed one first."""
+    start = time.perf_counter()
     call()
+    if time.perf_counter() - start > slow:
+        return 0
     start = time.perf_counter()
     call()
     spent = time.perf_counter() - start

@@ -57,6 +57,20 @@ def _print_parts(console: Console, target: Target, norms: dict[str, nn.Module], 
     """Measure and print part after part."""
     after, report = _accelerate(target.model)
     _print_norms(console, norms, report)
+    if report.changed:
+        _print_change(console, target, after, seconds)
+    with console.status("replacing the other samples"):
+        across = find_batch_dependence(target.model, target.call)
+    _print_findings(console, "Does a sample's output depend on the other samples of its batch?", across, "samples")
+    with console.status("appending padding"):
+        padding = find_padding_dependence(target.model, target.call)
+    if padding:
+        _print_findings(console, "Does it depend on padding appended to its sequence?", padding, "padding")
+    _print_advice(console, report)
+
+
+def _print_change(console: Console, target: Target, after: nn.Module, seconds: float) -> None:
+    """Time both models and compare their outputs; where nothing was replaced noise alone would decide."""
     with console.status("measuring speed"):
         try:
             timing = time_steps(copy.deepcopy(target.model), copy.deepcopy(after), target.call, seconds)
@@ -66,14 +80,6 @@ def _print_parts(console: Console, target: Target, norms: dict[str, nn.Module], 
     with console.status("comparing outputs"):
         accuracies = [compare_outputs(target.model, after, target.call, mode) for mode in (False, True)]
     _print_accuracies(console, accuracies)
-    with console.status("replacing the other samples"):
-        across = find_batch_dependence(target.model, target.call)
-    _print_findings(console, "Does a sample's output depend on the other samples of its batch?", across, "samples")
-    with console.status("appending padding"):
-        padding = find_padding_dependence(target.model, target.call)
-    if padding:
-        _print_findings(console, "Does it depend on padding appended to its sequence?", padding, "padding")
-    _print_advice(console, report)
 
 
 def _accelerate(model: nn.Module) -> tuple[nn.Module, Any]:
@@ -102,7 +108,7 @@ def _line(console: Console, text: str, indent: int = 2, style: str | None = None
     """Print a sentence, its further lines as far in as its first."""
     space = " " * indent
     for line in textwrap.wrap(text, console.width, initial_indent=space, subsequent_indent=space):
-        console.print(line, style=style, markup=False)
+        console.print(line, style=style)
 
 
 def _print_norms(console: Console, norms: dict[str, nn.Module], report: Any) -> None:
@@ -170,7 +176,7 @@ def _print_findings(console: Console, question: str, findings: list[Finding], to
 def _print_advice(console: Console, report: Any) -> None:
     """Print the line to paste."""
     if not report.changed:
-        console.print("\nNothing was replaced, so there is nothing to paste.")
+        console.print("\nNothing was replaced, so there is nothing to time, to compare or to paste.")
         return
     _heading(console, "To use it, after the model is built")
-    console.print("  import anynorm; anynorm.accelerate(model)", style="bold", markup=False)
+    console.print("  import anynorm; anynorm.accelerate(model)", style="bold")

@@ -1,8 +1,9 @@
-"""`anynorm speed`: a dozen layers and two whole training steps, on this machine, in under two minutes."""
+"""`anynorm speed`: a dozen layers and two whole training steps, on this machine, in the time that it says."""
 
 import copy
 import dataclasses
 import statistics
+import time
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -58,7 +59,7 @@ class Step:
 
         with keep_random_state():
             calls = {name: lambda model=self.forms[name]: step(model) for name in names}
-            return time_in_turn(calls, seconds, fewest=4)
+            return time_in_turn(calls, 0.8 * seconds, fewest=4, longest=seconds)
 
 
 def print_speed(
@@ -70,7 +71,7 @@ def print_speed(
     """Measure and print layers, then training steps, then the steps once more after `anynorm.tune_allocator()`.
 
     Args:
-        seconds: how long to measure; setting up takes some seconds more.
+        seconds: how long it takes, setting up included; longer only where two rounds of the steps do not fit in.
         threads: CPU threads; where None, as many as torch is set to.
         images: how many, and their side in pixels, for the training steps.
         console: where to print; where None, standard output.
@@ -79,17 +80,35 @@ def print_speed(
     usual = torch.get_num_threads()
     torch.set_num_threads(threads or usual)
     try:
+        end = time.perf_counter() + seconds
         say(console, f"{torch.get_num_threads()} CPU threads, torch {torch.__version__}; above 1 anynorm is faster")
+        say(
+            console,
+            f"This takes about {seconds:.0f} seconds (--seconds), unless a training step takes several of them.",
+        )
         _print_cases(console, CASES, FOR_CASES * seconds)
         count, side = images
         steps = [_make_step(name, make, torch.randn(count, 3, side, side)) for name, make in MODELS.items()]
         heading(console, f"A training step (forward and backward), {count}x3x{side}x{side}")
-        found = [step.time(list(step.forms), FOR_MODEL * seconds) for step in steps]
-        for step, rounds in zip(steps, found):
-            _print_step(console, step, rounds)
-        _print_tuned(console, steps, found, FOR_TUNED * seconds)
+        say(console, "speed: the median over rounds of torch.nn's time over the form's")
+        found = []
+        for index, step in enumerate(steps):
+            waiting = FOR_MODEL * (len(steps) - index) + FOR_TUNED * len(steps)
+            found.append(step.time(list(step.forms), find_share(end, FOR_MODEL, waiting)))
+            _print_step(console, step, found[-1])
+        _print_tuned(console, steps, found, end)
     finally:
         torch.set_num_threads(usual)
+
+
+def find_share(end: float, share: float, waiting: float) -> float:
+    """Return a part's seconds out of those that are left; what came before may have taken more or less than its own.
+
+    Args:
+        end: by time.perf_counter().
+        share, waiting: of the whole time: this part's, and that of all parts that are still to come, this one too.
+    """
+    return max(0.0, (end - time.perf_counter()) * share / waiting)
 
 
 def _print_cases(console: Console, cases: Sequence[Case], seconds: float) -> None:
@@ -121,7 +140,7 @@ def _time_case(case: Case, mode: str, seconds: float) -> Rounds:
         module = case.make(library).train(mode != "evaluation")
         calls[name] = make_call(module, module.parameters(), mode, x, g)
     with torch.set_grad_enabled(needs_grad(mode)):
-        return time_in_turn(calls, seconds)
+        return time_in_turn(calls, 0.8 * seconds, longest=seconds)
 
 
 def _make_step(name: str, make: Callable[[], nn.Module], images: Tensor) -> Step:
@@ -149,7 +168,7 @@ def _print_step(console: Console, step: Step, rounds: Rounds) -> None:
         say(console, "The machine was busy: the same step took very different times. Repeat, perhaps with --threads 1.")
 
 
-def _print_tuned(console: Console, steps: Sequence[Step], before: Sequence[Rounds], seconds: float) -> None:
+def _print_tuned(console: Console, steps: Sequence[Step], before: Sequence[Rounds], end: float) -> None:
     """Tune the allocator, print the first and the last form once more, and what came before over it."""
     heading(console, "After anynorm.tune_allocator(keep_large=True)")
     with warnings.catch_warnings():
@@ -158,10 +177,10 @@ def _print_tuned(console: Console, steps: Sequence[Step], before: Sequence[Round
     say(console, f"{report}.")
     if not report:
         return
-    for step, earlier in zip(steps, before):
+    for index, (step, earlier) in enumerate(zip(steps, before)):
         names = list(step.forms)
         chosen = [names[0], names[-1]]
-        rounds = step.time(chosen, seconds)
+        rounds = step.time(chosen, find_share(end, FOR_TUNED, FOR_TUNED * (len(steps) - index)))
         table = plain_table(step.name, "step", "half of the steps", "speed over before")
         for name in chosen:
             gain = f"{earlier.median(name) / rounds.median(name):.2f}"

@@ -3,13 +3,8 @@
 import contextlib
 import copy
 import dataclasses
-import importlib
-import importlib.util
 import random
-import sys
 from collections.abc import Iterator
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -19,6 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
 from anynorm.errors import UserError
+from anynorm.factory import import_from, split_spec
 from anynorm.trial.call import Call, in_one_line
 from anynorm.trial.example import as_call, find_example
 from anynorm.zoo import ZOO
@@ -113,11 +109,12 @@ def _make(spec: str) -> Any:
 
 def _find_factory(spec: str) -> Any:
     """Return the object that module:name stands for."""
-    where, colon, name = spec.rpartition(":")
-    if not colon or not where or not name:
+    parts = split_spec(spec)
+    if parts is None:
         raise UserError(f"{spec!r} is neither a built-in model ({', '.join(ZOO)}) nor of the form module:factory.")
+    where, name = parts
     try:
-        found: Any = _import(where)
+        found: Any = import_from(where)
     except (Exception, SystemExit) as problem:
         hint = "; run it in the folder that holds that file" if isinstance(problem, ImportError) else ""
         raise UserError(f"{spec}: importing {where} raised {in_one_line(problem)}{hint}") from problem
@@ -128,33 +125,6 @@ def _find_factory(spec: str) -> Any:
             raise UserError(f"{spec}: {where} has no attribute {part!r}{choice}.")
         found = getattr(found, part)
     return found
-
-
-def _import(where: str) -> ModuleType:
-    """Import a dotted module as `python` would in this folder, or a file given by its path."""
-    if where.endswith(".py") and Path(where).is_file():
-        plan = importlib.util.spec_from_file_location(Path(where).stem, where)
-        if plan is None or plan.loader is None:
-            raise ImportError(f"{where} is not a Python file")
-        module = importlib.util.module_from_spec(plan)
-        # Registered first, as an ordinary import does: dataclasses and pickle look their module up by name.
-        sys.modules.setdefault(plan.name, module)
-        with _on_path(str(Path(where).resolve().parent)):
-            plan.loader.exec_module(module)
-        return module
-    with _on_path(str(Path.cwd())):
-        return importlib.import_module(where)
-
-
-@contextlib.contextmanager
-def _on_path(folder: str) -> Iterator[None]:
-    """Let imports look in a folder first, for the length of a block."""
-    sys.path.insert(0, folder)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(ValueError):
-            sys.path.remove(folder)
 
 
 def _copy(spec: str, model: nn.Module) -> nn.Module:

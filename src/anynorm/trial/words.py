@@ -3,13 +3,21 @@
 from anynorm.trial.dependence import Finding
 from anynorm.trial.timing import Timing
 
+UNLIKE = 0.02  # from here on a reader who divides the medians finds another ratio
+_OTHER_RATIO = (
+    "the two medians above, each of its own column, have the ratio {:.2f}: the machine's speed changed between pairs, "
+    "within a pair it did not"
+)
+
 
 def describe_speed(timing: Timing) -> list[tuple[str, str]]:
     """Return (label, text) lines: the two medians, then the ratio with its spread and the verdict."""
     from statistics import median
 
     low, high = timing.middle_half
-    spread = f"{timing.ratio:.2f} times the speed (half of the pairs: {low:.2f} to {high:.2f})"
+    spread = f"{timing.ratio:.2f} times the speed, the median over pairs (half of them: {low:.2f} to {high:.2f})"
+    medians = median(timing.before), median(timing.after)
+    apart = abs(medians[0] / medians[1] / timing.ratio - 1) > UNLIKE
     surely_above, surely_below = timing.interval
     if surely_above > 1.0:
         verdict = "faster, on this model and machine"
@@ -20,9 +28,9 @@ def describe_speed(timing: Timing) -> list[tuple[str, str]]:
     if timing.is_noisy:
         verdict += "; the machine was busy: repeat" + (" with --threads 1" if timing.threads > 1 else "")
     return [
-        ("before", f"{1e3 * median(timing.before):.2f} ms"),
-        ("after", f"{1e3 * median(timing.after):.2f} ms"),
-        ("ratio", spread),
+        ("before", f"{1e3 * medians[0]:.2f} ms"),
+        ("after", f"{1e3 * medians[1]:.2f} ms"),
+        ("ratio", f"{spread}; {_OTHER_RATIO.format(medians[0] / medians[1])}" if apart else spread),
         ("verdict", verdict),
     ]
 
@@ -53,7 +61,11 @@ def _reasons(finding: Finding, topic: str) -> list[str]:
     reason = _BY_NORMS[topic].format(names=names, takes="takes" if len(finding.kinds) == 1 else "take")
     if finding.only_norms:
         return [reason, _REMEDY[topic]]
-    rest = f"With those statistics held fixed {_percent(finding.held or 0.0)} remain: another layer does it too."
+    if finding.own:
+        own, takes = _join(finding.own), "has" if len(finding.own) == 1 else "have"
+        rest = f"Whether another layer does it too cannot be told: {own} {takes} code of its own."
+    else:
+        rest = f"With those statistics held fixed {_percent(finding.held or 0.0)} remain: another layer does it too."
     return [reason, rest, _REMEDY[topic]]
 
 
