@@ -53,7 +53,7 @@ def describe() -> dict[str, str]:
 
 def arrange(x: Tensor) -> Tensor:
     """x itself where its result is laid out alike, else a contiguous copy: cheaper than walks in torch operations."""
-    return x if x.is_contiguous() or x.is_contiguous(memory_format=find_memory_format(x)) else x.contiguous()
+    return x if x.is_contiguous() else x.contiguous(memory_format=find_memory_format(x))
 
 
 def arrange_like(t: Tensor, x: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ def forward(
         running: averages to move.
         mask: as in `ops.normalize`.
     """
-    y = torch.empty_like(x)
+    y = torch.empty_like(x, memory_format=plan.memory_format)
     dtype = parameter_dtype(x)
     gamma = weight if weight is None else ready(weight, dtype, plan.channels)
     beta = bias if bias is None else ready(bias, dtype, plan.channels)
@@ -230,10 +230,10 @@ def backward(
     beta = bias if bias is None else ready(bias, dtype, plan.channels)
     if residual is not None:
         residual = arrange_like(residual, x)
-    dx = torch.empty_like(x) if needs[0] else None
+    dx = torch.empty_like(x, memory_format=plan.memory_format) if needs[0] else None
     dgamma = torch.empty(plan.channels, dtype=dtype) if needs[1] else None
     dbeta = torch.empty(plan.channels, dtype=dtype) if needs[2] else None
-    dresidual = torch.empty_like(x) if needs[3] else None
+    dresidual = torch.empty_like(x, memory_format=plan.memory_format) if needs[3] else None
     mean, m2 = find_addresses(statistics, plan)
     compiled.backward(
         plan.walk, eps, torch.get_num_threads(), CHOICES[activation],

@@ -187,6 +187,6 @@ def compose(
     known = None if given is None else read_running(*given, pooling, pooling.open(x))
     y, moments = plain.compose(x, pooling, weight, bias, eps, known, activation, residual, mask)
     if get_dynamic_layer_stack_depth() == 0:  # inside vmap a tensor cannot tell its layout
-        y = y.contiguous(memory_format=plain.find_memory_format(x))
+        y = plain.lay_out(y, plain.find_memory_format(x))
     move_running(running, moments, pooling, x)
     return y

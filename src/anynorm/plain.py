@@ -100,10 +100,36 @@ def blank(t: Tensor, counted: Tensor | None) -> Tensor:
 
 def find_memory_format(x: Tensor) -> torch.memory_format:
     """What the result is laid out as: channels_last where x is, else contiguous, as torch's batch norm promises."""
-    for axes, memory_format in ((4, torch.channels_last), (5, torch.channels_last_3d)):
-        if x.dim() == axes and x.is_contiguous(memory_format=memory_format) and not x.is_contiguous():
-            return memory_format
-    return torch.contiguous_format
+    return suggest_memory_format(x.shape, x.stride())
+
+
+def suggest_memory_format(shape: Sequence[int], strides: Sequence[int]) -> torch.memory_format:
+    """torch's own rule for batch and group norm: channels_last where strides fall as they do there, holes or not.
+
+    So a slice of the channels of such a map stays channels_last. torch takes a lone sample for one whatever its first
+    stride is.
+    """
+    if len(shape) not in (4, 5) or strides[1] == 0:
+        return torch.contiguous_format
+    least = 0
+    for axis in (1, *range(len(shape) - 1, 1, -1), 0):
+        if shape[axis] == 0 or (strides[axis] < least and (axis or shape[0] > 1)):
+            return torch.contiguous_format
+        if axis == 0 and least == strides[1]:  # one channel of one position: no telling
+            return torch.contiguous_format
+        least = strides[axis] * shape[axis]
+    return torch.channels_last if len(shape) == 4 else torch.channels_last_3d
+
+
+def lay_out(y: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """y in a memory format, and its axes of size 1 with the strides of that format, which convolutions look at."""
+    y = y.contiguous(memory_format=memory_format)
+    if 1 not in y.shape or 0 in y.shape:
+        return y
+    if memory_format == torch.contiguous_format:
+        return y.flatten().view(y.shape)
+    last = y.movedim(1, -1)
+    return last.flatten().view(last.shape).movedim(-1, 1)
 
 
 def find_groups(view: Tensor, pooling: Pooling) -> list[list[Block]]:

@@ -13,6 +13,7 @@ from ..errors import (
     check_batch_norm,
     check_channels,
     check_floating,
+    check_floating_averages,
     check_groups,
     check_more_than_one,
     check_more_than_one_counted,
@@ -47,8 +48,12 @@ def normalize_with_running(
 ) -> Tensor:
     """Take statistics from the batch and move the running averages, or take them from the running averages."""
     mean, var = running
-    names = {"weight": weight, "bias": bias, "running_mean": mean, "running_var": var}
-    check_parameter_dtypes(function, x, **names)
+    check_parameter_dtypes(function, x, weight=weight, bias=bias)
+    averages = {"running_mean": mean, "running_var": var}
+    if function == "instance_norm":
+        check_floating_averages(function, **averages)
+    else:
+        check_parameter_dtypes(function, x, **averages)
     if not from_batch:
         assert mean is not None
         assert var is not None
@@ -87,6 +92,16 @@ def run_with_running(
     except ValueError:  # The kernels refuse memory that overlaps, before they touch it; say what overlaps.
         check_no_overlap(key[0], x, mean, var)
         raise
+
+
+def normalize_nothing(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, activation: str | None, residual: Tensor | None
+) -> Tensor:
+    """torch's batch norm of an input without elements: of any dtype, with averages or without; none of them moves."""
+    y = x.clone()
+    for parameter in (weight, bias):  # They get a gradient, of zeros.
+        y = y if parameter is None else y + parameter.sum().to(y.dtype)
+    return finish(y, activation, residual)
 
 
 def batch_norm(
@@ -152,6 +167,8 @@ def batch_norm(
         return ragged.by_rows(batch_norm, input, residual, *how, activation=activation)
     check_floating("batch_norm", input)
     activation = check_finish("batch_norm", input, activation, residual)
+    if input.dim() == 1 and not input.numel():
+        return normalize_nothing(input, weight, bias, activation, residual)
     check_batch_norm(input, training, eps, running_mean=running_mean, running_var=running_var)
     named = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
     check_channels("batch_norm", input.shape[1], **named)
@@ -162,6 +179,8 @@ def batch_norm(
         return finish(
             F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps), activation, residual
         )
+    if not input.numel():
+        return normalize_nothing(input, weight, bias, activation, residual)
     running = (running_mean, running_var)
     return normalize_with_running(
         "batch_norm", input, pooling, running, weight, bias, training, momentum, eps, activation, residual, mask, key
