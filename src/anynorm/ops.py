@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import get_dynamic_layer_stack_depth
 
-from . import kernels, library, plain, statistics
+from . import kernels, library, plain, protocol, statistics
 from .gradients import NormalizeByBlocks, Recipe, Running, apply, forward_by_blocks, forward_walk
 from .pooling import Pooling
 from .sources import move_running, read_running
@@ -107,6 +107,10 @@ def normalize(
         y with the shape and dtype of x, channels_last where x is.
     """
     if not is_plain(x, weight, bias, residual, mask, *(given or ()), *(running or ())[:2]):
+        given_all = (x, pooling, weight, bias, eps, given, activation, residual, running, mask)
+        found = protocol.hand_over(normalize, given_all, {})
+        if found is not None:
+            return found
         return compose(x, pooling, weight, bias, eps, given, activation, residual, running, mask)
     arranged = kernels.arrange(x)
     if key is not None and arranged is not x:
