@@ -180,6 +180,11 @@ def find_moments(x: Tensor, pooling: Pooling, mask: Tensor | None = None) -> Mom
     plan = find_walk(x, pooling, masked=mask is not None)
     if plan is None:
         return None
+    return open_statistics(find_statistics(x, plan, mask), plan, mask)
+
+
+def find_statistics(x: Tensor, plan: Plan, mask: Tensor | None = None) -> Tensor:
+    """What `forward` leaves in the room for statistics, alone."""
     statistics = make_statistics(plan)
     mean, m2 = find_addresses(statistics, plan)
     compiled.forward(
@@ -187,7 +192,7 @@ def find_moments(x: Tensor, pooling: Pooling, mask: Tensor | None = None) -> Mom
         x.data_ptr(), 0, 0, 0, 0, mean, m2,
         find_weight(mask, plan), 0, 0, 0, 0.0,
     )  # fmt: skip
-    return open_statistics(statistics, plan, mask)
+    return statistics
 
 
 def can_move(plan: Plan, x: Tensor, mean: Tensor, var: Tensor, momentum: float | Tensor) -> bool:

@@ -12,6 +12,7 @@ from itertools import product
 
 import torch
 from torch import Tensor
+from torch._C._functorch import get_dynamic_layer_stack_depth
 
 from .activations import finish
 from .affine import scale_shift, spread
@@ -38,6 +39,9 @@ def compose(
     With a mask padding is made 0 before anything is computed, so that neither a value nor a gradient comes from there.
     """
     is_constant = given is not None and not (torch.is_grad_enabled() and any_requires_grad(x, weight, bias, residual))
+    # Under a transform, too: wide copies cost several times torch's time, and its own sums of gradients
+    # are taken in cascades, which keeps them exact.
+    is_constant = is_constant or (given is not None and get_dynamic_layer_stack_depth() > 0)
     if is_constant and activation is None and residual is None and mask is None:
         assert given is not None
         return compose_given(x, pooling, weight, bias, eps, given), given
@@ -89,7 +93,8 @@ def compose_given(
     dtype = torch.promote_types(x.dtype, torch.float32)
     scale = torch.rsqrt(given.m2.to(dtype) + eps)  # of running averages the variance itself: their count is 1
     gamma, beta = (spread(p, pooling, view, dtype) for p in (weight, bias))
-    y = scale_shift(view.to(dtype) - given.mean.to(dtype), scale if gamma is None else scale * gamma, beta)
+    centre, scale = view.to(dtype) - given.mean.to(dtype), scale if gamma is None else scale * gamma
+    y = centre * scale if beta is None else torch.addcmul(beta, centre, scale)
     return y.to(x.dtype).reshape(x.shape)
 
 
