@@ -333,10 +333,11 @@ def test_fast_path_leaves_transforms_and_duals(monkeypatch):
 
 @pytest.mark.parametrize("mode", [Functions, Operations])
 def test_fast_path_leaves_modes(mode):
-    """A function mode is shown the norm as one call before the kernels serve it, a dispatch mode the formula."""
+    """A function mode is shown the norm as one call before the kernels serve it; so is a dispatch mode, of memory."""
     with mode() as watching:
         anynorm.LayerNorm(3)(X)
-    assert "layer_norm" in watching.seen or any("rsqrt" in name for name in watching.seen)
+    one = {"layer_norm", "anynorm.forward.default"} & set(watching.seen)
+    assert one or any("rsqrt" in name for name in watching.seen)
 
 
 def test_fast_path_stays_under_a_default_device():

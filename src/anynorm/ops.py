@@ -22,7 +22,7 @@ from .gradients import NormalizeByBlocks, Recipe, Running, apply, forward_by_blo
 from .pooling import Pooling
 from .sources import move_running, read_running
 from .statistics import Moments
-from .watch import is_plain
+from .watch import is_observed, is_plain
 
 
 class exact:
@@ -184,7 +184,11 @@ def compose(
     """The formula in differentiable operations, laid out as torch's result would be."""
     # Exported graphs are read by other tools, and must not depend on sizes.
     in_graph = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-    if given is None and mask is None and in_graph and library.serves(x):
+    if (
+        given is None
+        and mask is None
+        and ((in_graph and library.serves(x)) or (is_observed(x, weight, bias, residual) and not kernels.OFF))
+    ):
         y, moments = library.normalize(x, pooling, weight, bias, eps, activation, residual)
         move_running(running, moments, pooling, x)
         return y
