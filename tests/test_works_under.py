@@ -311,7 +311,7 @@ def test_fast_path_serves_plain_tensors():
 
 
 @pytest.mark.parametrize("member", ["x", "weight", "bias"])
-def test_fast_path_leaves_subclasses(member):
+def test_fast_path_takes_subclasses_through_torchs_protocol(member):
     tensors = {"x": X, "weight": torch.ones(6), "bias": torch.zeros(6)}
     tensors[member] = tensors[member].as_subclass(Counting)
     assert not watch.is_plain(*tensors.values())
@@ -332,12 +332,12 @@ def test_fast_path_leaves_transforms_and_duals(monkeypatch):
 
 
 @pytest.mark.parametrize("mode", [Functions, Operations])
-def test_fast_path_leaves_modes(mode, monkeypatch):
-    """In-place work on scratch would be what a mode sees; it is shown the formula instead."""
-    monkeypatch.setattr(plain, "forward", None)
+def test_fast_path_leaves_modes(mode):
+    """A function mode is shown the norm as one call before the kernels serve it; so is a dispatch mode, of memory."""
     with mode() as watching:
         anynorm.LayerNorm(3)(X)
-    assert any("rsqrt" in name for name in watching.seen)
+    one = {"layer_norm", "anynorm.forward.default"} & set(watching.seen)
+    assert one or any("rsqrt" in name for name in watching.seen)
 
 
 def test_fast_path_stays_under_a_default_device():

@@ -42,6 +42,8 @@ def check_axes(x: Tensor, axes: tuple[int, ...]) -> None:
 
 
 def check_floating(function: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{function}: input must be a tensor; got {type(x).__name__}; call torch.as_tensor first")
     if not x.is_floating_point():
         raise NotImplementedError(
             f"{function}: input must be a real floating point tensor; got {x.dtype}; call x.float() first"
@@ -57,6 +59,15 @@ def check_parameter_dtypes(function: str, x: Tensor, **parameters: Tensor | None
             raise RuntimeError(
                 f"{function}: {name} must have the dtype of the input, or float32 where the input is of a half type; "
                 f"got {name} {parameter.dtype}, input {x.dtype}; convert one of them with .to(dtype)"
+            )
+
+
+def check_floating_averages(function: str, **averages: Tensor | None) -> None:
+    """torch's instance norm takes averages of any dtype, and cuts them to whole or real numbers in silence."""
+    for name, average in averages.items():
+        if average is not None and not average.is_floating_point():
+            raise RuntimeError(
+                f"{function}: {name} must be floating point; got {average.dtype}; convert it with .float()"
             )
 
 
@@ -82,6 +93,13 @@ def check_normalized_shape(
         raise RuntimeError(
             f"{function}: normalized_shape must name at least one axis; got (); pass the last axes' sizes"
         )
+    if any(isinstance(size, float) for size in shape):
+        raise TypeError(f"{function}: normalized_shape must be whole numbers; got {shape}; pass ints")
+    if x.dim() < len(shape) and function == "rms_norm":
+        raise ValueError(
+            f"{function}: input must have the axes of normalized_shape; got input {tuple(x.shape)}, normalized_shape "
+            f"{shape}; name fewer axes"
+        )
     if tuple(x.shape[-len(shape) :]) != shape:
         raise RuntimeError(
             f"{function}: the input's last axes must be normalized_shape; got input {tuple(x.shape)}, "
@@ -98,7 +116,8 @@ def check_normalized_shape(
 
 def check_groups(function: str, x: Tensor, groups: int) -> None:
     if x.dim() < 2:
-        raise RuntimeError(f"{function}: input must have axes (N, C, ...); got {x.dim()} axes; add one with unsqueeze")
+        kind = ValueError if function == "instance_norm" else RuntimeError
+        raise kind(f"{function}: input must have axes (N, C, ...); got {x.dim()} axes; add one with unsqueeze")
     channels = x.shape[1]
     if groups < 1 or channels % groups:
         fitting = [str(g) for g in range(1, channels + 1) if channels % g == 0 and g <= max(groups, 1)] or ["1"]
@@ -121,7 +140,7 @@ def check_batch_norm(x: Tensor, training: bool, eps: float, **running: Tensor | 
             "batch_norm: running_mean and running_var are given together or not at all; "
             f"got {missing[0]}=None; pass both"
         )
-    if missing and not training:
+    if missing and not training and x.numel():
         raise RuntimeError(
             f"batch_norm: evaluation needs running statistics; got {missing[0]}=None; pass it, or training=True"
         )

@@ -53,7 +53,7 @@ def describe() -> dict[str, str]:
 
 def arrange(x: Tensor) -> Tensor:
     """x itself where its result is laid out alike, else a contiguous copy: cheaper than walks in torch operations."""
-    return x if x.is_contiguous() or x.is_contiguous(memory_format=find_memory_format(x)) else x.contiguous()
+    return x if x.is_contiguous() else x.contiguous(memory_format=find_memory_format(x))
 
 
 def arrange_like(t: Tensor, x: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ def forward(
         running: averages to move.
         mask: as in `ops.normalize`.
     """
-    y = torch.empty_like(x)
+    y = torch.empty_like(x, memory_format=plan.memory_format)
     dtype = parameter_dtype(x)
     gamma = weight if weight is None else ready(weight, dtype, plan.channels)
     beta = bias if bias is None else ready(bias, dtype, plan.channels)
@@ -180,6 +180,11 @@ def find_moments(x: Tensor, pooling: Pooling, mask: Tensor | None = None) -> Mom
     plan = find_walk(x, pooling, masked=mask is not None)
     if plan is None:
         return None
+    return open_statistics(find_statistics(x, plan, mask), plan, mask)
+
+
+def find_statistics(x: Tensor, plan: Plan, mask: Tensor | None = None) -> Tensor:
+    """What `forward` leaves in the room for statistics, alone."""
     statistics = make_statistics(plan)
     mean, m2 = find_addresses(statistics, plan)
     compiled.forward(
@@ -187,7 +192,7 @@ def find_moments(x: Tensor, pooling: Pooling, mask: Tensor | None = None) -> Mom
         x.data_ptr(), 0, 0, 0, 0, mean, m2,
         find_weight(mask, plan), 0, 0, 0, 0.0,
     )  # fmt: skip
-    return open_statistics(statistics, plan, mask)
+    return statistics
 
 
 def can_move(plan: Plan, x: Tensor, mean: Tensor, var: Tensor, momentum: float | Tensor) -> bool:
@@ -230,10 +235,10 @@ def backward(
     beta = bias if bias is None else ready(bias, dtype, plan.channels)
     if residual is not None:
         residual = arrange_like(residual, x)
-    dx = torch.empty_like(x) if needs[0] else None
+    dx = torch.empty_like(x, memory_format=plan.memory_format) if needs[0] else None
     dgamma = torch.empty(plan.channels, dtype=dtype) if needs[1] else None
     dbeta = torch.empty(plan.channels, dtype=dtype) if needs[2] else None
-    dresidual = torch.empty_like(x) if needs[3] else None
+    dresidual = torch.empty_like(x, memory_format=plan.memory_format) if needs[3] else None
     mean, m2 = find_addresses(statistics, plan)
     compiled.backward(
         plan.walk, eps, torch.get_num_threads(), CHOICES[activation],

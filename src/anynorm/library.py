@@ -8,13 +8,16 @@ never come here: an operation of torch.library costs more than a small norm.
 from __future__ import annotations
 
 from ast import literal_eval
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 from torch.library import Library, register_autograd, register_fake
 
 from . import kernels, plain
+from .gradients import backward_differentiable
 from .pooling import Pooling, remember
 from .statistics import Moments
 from .walks import CODES
@@ -154,6 +157,13 @@ def keep(ctx: Any, inputs: Any, output: Any) -> None:
 def differentiate(ctx: Any, g: Tensor, _: Any) -> tuple[Any, ...]:
     x, weight, bias, residual, statistics = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:4])
+    if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or is_legacy_batchedtensor(g)):
+        text, eps, activation = ctx.how
+        how = None, eps, activation or None, None, None
+        outer = SimpleNamespace(how=how, needs_input_grad=needs)
+        return *backward_differentiable(outer, read_pooling(text), g, (x, weight, bias, residual), None)[:4], *[
+            None
+        ] * 3
     found = torch.ops.anynorm.backward(g, x, statistics, weight, bias, residual, *ctx.how, needs)
     return (*(f if need else None for f, need in zip(found, needs, strict=True)), None, None, None)
 

@@ -90,7 +90,7 @@ def compose(
     mean, m2, count = Merge.apply(own.mean, own.m2, own.count, eps, exchange)
     moments = Moments(count, mean, m2)
     y = plain.compose_from(moments, wide, counted, x, pooling, weight, bias, eps, activation, residual)
-    return y.contiguous(memory_format=plain.find_memory_format(x)), moments
+    return plain.lay_out(y, plain.find_memory_format(x)), moments
 
 
 class Merge(torch.autograd.Function):

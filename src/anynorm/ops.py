@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 from torch._C._functorch import get_dynamic_layer_stack_depth
 
-from . import kernels, library, plain, statistics
+from . import kernels, library, plain, protocol, statistics, transforms
 from .gradients import NormalizeByBlocks, Recipe, Running, apply, forward_by_blocks, forward_walk
 from .pooling import Pooling
 from .sources import move_running, read_running
 from .statistics import Moments
-from .watch import is_plain
+from .watch import is_observed, is_plain
 
 
 class exact:
@@ -107,6 +107,10 @@ def normalize(
         y with the shape and dtype of x, channels_last where x is.
     """
     if not is_plain(x, weight, bias, residual, mask, *(given or ()), *(running or ())[:2]):
+        given_all = (x, pooling, weight, bias, eps, given, activation, residual, running, mask)
+        found = protocol.hand_over(normalize, given_all, {})
+        if found is not None:
+            return found
         return compose(x, pooling, weight, bias, eps, given, activation, residual, running, mask)
     arranged = kernels.arrange(x)
     if key is not None and arranged is not x:
@@ -180,13 +184,19 @@ def compose(
     """The formula in differentiable operations, laid out as torch's result would be."""
     # Exported graphs are read by other tools, and must not depend on sizes.
     in_graph = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-    if given is None and mask is None and in_graph and library.serves(x):
+    if (
+        given is None
+        and mask is None
+        and ((in_graph and library.serves(x)) or (is_observed(x, weight, bias, residual) and not kernels.OFF))
+    ):
         y, moments = library.normalize(x, pooling, weight, bias, eps, activation, residual)
         move_running(running, moments, pooling, x)
         return y
+    if given is None and running is None and mask is None and transforms.serves(x):
+        return transforms.normalize(x, pooling, weight, bias, eps, activation, residual)
     known = None if given is None else read_running(*given, pooling, pooling.open(x))
     y, moments = plain.compose(x, pooling, weight, bias, eps, known, activation, residual, mask)
     if get_dynamic_layer_stack_depth() == 0:  # inside vmap a tensor cannot tell its layout
-        y = y.contiguous(memory_format=plain.find_memory_format(x))
+        y = plain.lay_out(y, plain.find_memory_format(x))
     move_running(running, moments, pooling, x)
     return y

@@ -12,6 +12,7 @@ from itertools import product
 
 import torch
 from torch import Tensor
+from torch._C._functorch import get_dynamic_layer_stack_depth
 
 from .activations import finish
 from .affine import scale_shift, spread
@@ -38,6 +39,9 @@ def compose(
     With a mask padding is made 0 before anything is computed, so that neither a value nor a gradient comes from there.
     """
     is_constant = given is not None and not (torch.is_grad_enabled() and any_requires_grad(x, weight, bias, residual))
+    # Under a transform, too: wide copies cost several times torch's time, and its own sums of gradients
+    # are taken in cascades, which keeps them exact.
+    is_constant = is_constant or (given is not None and get_dynamic_layer_stack_depth() > 0)
     if is_constant and activation is None and residual is None and mask is None:
         assert given is not None
         return compose_given(x, pooling, weight, bias, eps, given), given
@@ -89,7 +93,8 @@ def compose_given(
     dtype = torch.promote_types(x.dtype, torch.float32)
     scale = torch.rsqrt(given.m2.to(dtype) + eps)  # of running averages the variance itself: their count is 1
     gamma, beta = (spread(p, pooling, view, dtype) for p in (weight, bias))
-    y = scale_shift(view.to(dtype) - given.mean.to(dtype), scale if gamma is None else scale * gamma, beta)
+    centre, scale = view.to(dtype) - given.mean.to(dtype), scale if gamma is None else scale * gamma
+    y = centre * scale if beta is None else torch.addcmul(beta, centre, scale)
     return y.to(x.dtype).reshape(x.shape)
 
 
@@ -100,10 +105,36 @@ def blank(t: Tensor, counted: Tensor | None) -> Tensor:
 
 def find_memory_format(x: Tensor) -> torch.memory_format:
     """What the result is laid out as: channels_last where x is, else contiguous, as torch's batch norm promises."""
-    for axes, memory_format in ((4, torch.channels_last), (5, torch.channels_last_3d)):
-        if x.dim() == axes and x.is_contiguous(memory_format=memory_format) and not x.is_contiguous():
-            return memory_format
-    return torch.contiguous_format
+    return suggest_memory_format(x.shape, x.stride())
+
+
+def suggest_memory_format(shape: Sequence[int], strides: Sequence[int]) -> torch.memory_format:
+    """torch's own rule for batch and group norm: channels_last where strides fall as they do there, holes or not.
+
+    So a slice of the channels of such a map stays channels_last. torch takes a lone sample for one whatever its first
+    stride is.
+    """
+    if len(shape) not in (4, 5) or strides[1] == 0:
+        return torch.contiguous_format
+    least = 0
+    for axis in (1, *range(len(shape) - 1, 1, -1), 0):
+        if shape[axis] == 0 or (strides[axis] < least and (axis or shape[0] > 1)):
+            return torch.contiguous_format
+        if axis == 0 and least == strides[1]:  # one channel of one position: no telling
+            return torch.contiguous_format
+        least = strides[axis] * shape[axis]
+    return torch.channels_last if len(shape) == 4 else torch.channels_last_3d
+
+
+def lay_out(y: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """y in a memory format, and its axes of size 1 with the strides of that format, which convolutions look at."""
+    y = y.contiguous(memory_format=memory_format)
+    if 1 not in y.shape or 0 in y.shape:
+        return y
+    if memory_format == torch.contiguous_format:
+        return y.flatten().view(y.shape)
+    last = y.movedim(1, -1)
+    return last.flatten().view(last.shape).movedim(-1, 1)
 
 
 def find_groups(view: Tensor, pooling: Pooling) -> list[list[Block]]:

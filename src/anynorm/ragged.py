@@ -15,13 +15,18 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .activations import check_finish, finish
 from .errors import check_channels, check_floating, check_groups
+from .protocol import is_renamed_memory
 from .sources import update_running
 from .statistics import Moments, at_least_one, find_wide_dtype
 
 
 def is_ragged(x: Any) -> bool:
     """Whether x is one of the two."""
-    return isinstance(x, PackedSequence) or (isinstance(x, Tensor) and x.is_nested and x.layout == torch.jagged)
+    if isinstance(x, PackedSequence):
+        return True
+    if type(x) is Tensor or not isinstance(x, Tensor) or is_renamed_memory(x):
+        return False
+    return x.is_nested and x.layout == torch.jagged
 
 
 def find_ragged_axis(x: Tensor) -> int:

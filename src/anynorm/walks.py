@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .plain import suggest_memory_format
 from .pooling import Pooling, remember
 
 try:
@@ -36,6 +37,7 @@ class Plan:
         channels: the size of gamma and beta.
         shape: of mean and m2, as they broadcast over the view.
         count: elements of a pool.
+        memory_format: of results, which differ from x at most in the strides of axes of size 1.
     """
 
     walk: Any
@@ -45,6 +47,7 @@ class Plan:
     shape: tuple[int, ...]
     count: int
     centred: bool
+    memory_format: torch.memory_format
 
 
 def open_sizes(pooling: Pooling, shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[list[int], list[int]]:
@@ -98,7 +101,9 @@ def find_plan(
     sample_rows = n // shape[0] if masked and pool_n and s == 1 and n > shape[0] else 0
     packed = (n, g, k, s, last, pool_n, pooling.centred, CODES[dtype], given, sample_rows)
     count = n * s if pool_n else k * s
-    return Plan(compiled.Plan(*packed), packed, prod(statistics), g * k, statistics, count, pooling.centred)
+    memory_format = suggest_memory_format(shape, strides)
+    walk = compiled.Plan(*packed)
+    return Plan(walk, packed, prod(statistics), g * k, statistics, count, pooling.centred, memory_format)
 
 
 def find_letters(pooling: Pooling, hidden: set[int], sizes: list[int], strides: list[int]) -> tuple[str, list[int]]:

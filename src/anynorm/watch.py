@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 from torch.overrides import _get_current_function_mode_stack, _len_torch_function_stack
 from torch.utils._device import DeviceContext
-from torch.utils._python_dispatch import _len_torch_dispatch_stack
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, _len_torch_dispatch_stack
 
 # Dispatch keys of an ordinary tensor on the CPU, outside and inside inference mode. All else has others: other devices
 # and layouts, subclasses, nested tensors, signs, conjugation or zeros that are only noted, tensors under a transform.
@@ -70,6 +70,20 @@ def find_key(function: str, options: tuple[Any, ...], x: Tensor, *others: Tensor
 def only_default_device() -> bool:
     """Whether the function modes in force merely choose where new tensors live, as torch.set_default_device does."""
     return all(type(mode) is DeviceContext for mode in _get_current_function_mode_stack())
+
+
+def is_observed(*tensors: Tensor | None) -> bool:
+    """Whether all that watches plain memory are somebody's dispatch modes, as FlopCounterMode; they see one operation.
+
+    Modes of torch's own machinery (fake tensors, proxies) have a key.
+    """
+    modes = _get_current_dispatch_mode_stack()
+    if not modes or torch.compiler.is_compiling() or torch._C._is_tracing() or get_dynamic_layer_stack_depth():
+        return False
+    if forward_ad._current_level >= 0 or any(getattr(mode, "_mode_key", None) is not None for mode in modes):
+        return False
+    known = (t for t in tensors if t is not None)
+    return all(type(t) in (Tensor, Parameter) and _dispatch_keys(t).raw_repr() in PLAIN_KEYS for t in known)
 
 
 def has_memory(*tensors: Tensor) -> bool:

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..activations import IDENTITY
 from ..masks import find_mask
 from ..modules.parts import TOGETHER
-from ..plain import find_memory_format
+from ..plain import find_memory_format, lay_out
 from ..ragged import close_rows, is_ragged, open_residual, open_rows
 from .passes import Parts, split_loss
 from .refuse import check_layer, differ, find_inner_gradient
@@ -228,7 +228,7 @@ def to_rows(t: Tensor, layer: Any) -> Tensor:
 def from_rows(rows: Tensor, x: Tensor) -> Tensor:
     """The inverse, laid out as x is."""
     y = rows.reshape(x.shape[0], *x.shape[2:], x.shape[1]).movedim(-1, 1)
-    return y.contiguous(memory_format=find_memory_format(x))
+    return lay_out(y, find_memory_format(x))
 
 
 class Stage:

@@ -7,12 +7,13 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import ops, ragged, watch
+from .. import ops, protocol, ragged, watch
 from ..activations import check_finish, finish
 from ..errors import (
     check_batch_norm,
     check_channels,
     check_floating,
+    check_floating_averages,
     check_groups,
     check_more_than_one,
     check_more_than_one_counted,
@@ -47,8 +48,12 @@ def normalize_with_running(
 ) -> Tensor:
     """Take statistics from the batch and move the running averages, or take them from the running averages."""
     mean, var = running
-    names = {"weight": weight, "bias": bias, "running_mean": mean, "running_var": var}
-    check_parameter_dtypes(function, x, **names)
+    check_parameter_dtypes(function, x, weight=weight, bias=bias)
+    averages = {"running_mean": mean, "running_var": var}
+    if function == "instance_norm":
+        check_floating_averages(function, **averages)
+    else:
+        check_parameter_dtypes(function, x, **averages)
     if not from_batch:
         assert mean is not None
         assert var is not None
@@ -87,6 +92,16 @@ def run_with_running(
     except ValueError:  # The kernels refuse memory that overlaps, before they touch it; say what overlaps.
         check_no_overlap(key[0], x, mean, var)
         raise
+
+
+def normalize_nothing(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, activation: str | None, residual: Tensor | None
+) -> Tensor:
+    """torch's batch norm of an input without elements: of any dtype, with averages or without; none of them moves."""
+    y = x.clone()
+    for parameter in (weight, bias):  # They get a gradient, of zeros.
+        y = y if parameter is None else y + parameter.sum().to(y.dtype)
+    return finish(y, activation, residual)
 
 
 def batch_norm(
@@ -138,20 +153,32 @@ def batch_norm(
                 [ 1.]])
     """
     if mask is not None or lengths is not None:
+        given: Any = (input, running_mean, running_var, weight, bias, training, momentum, eps)
+        found = protocol.offer(batch_norm, given, activation, residual, mask, lengths)
+        if found is not None:
+            return found
         mask = find_mask("batch_norm", input, (1,), mask, lengths)
         if training and mask is not None and watch.has_memory(mask):
             check_more_than_one_counted("batch_norm", mask, input, BATCH_OF_ONE)
-    options = (training, eps, activation)
-    key = watch.find_key("batch_norm", options, input, weight, bias, running_mean, running_var, residual, mask)
+    key = watch.find_key(
+        "batch_norm", (training, eps, activation), input, weight, bias, running_mean, running_var, residual, mask
+    )
     if key is not None and key in ops.RECIPES:
         return run_with_running(
             key, input, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual, mask
         )
-    if key is None and ragged.is_ragged(input):
-        how: Any = (running_mean, running_var, weight, bias, training, momentum, eps)
-        return ragged.by_rows(batch_norm, input, residual, *how, activation=activation)
+    if key is None:
+        if ragged.is_ragged(input):
+            rest: Any = (running_mean, running_var, weight, bias, training, momentum, eps)
+            return ragged.by_rows(batch_norm, input, residual, *rest, activation=activation)
+        given = (input, running_mean, running_var, weight, bias, training, momentum, eps)
+        found = protocol.offer(batch_norm, given, activation, residual)
+        if found is not None:
+            return found
     check_floating("batch_norm", input)
     activation = check_finish("batch_norm", input, activation, residual)
+    if input.dim() == 1 and not input.numel():
+        return normalize_nothing(input, weight, bias, activation, residual)
     check_batch_norm(input, training, eps, running_mean=running_mean, running_var=running_var)
     named = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
     check_channels("batch_norm", input.shape[1], **named)
@@ -162,6 +189,8 @@ def batch_norm(
         return finish(
             F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps), activation, residual
         )
+    if not input.numel():
+        return normalize_nothing(input, weight, bias, activation, residual)
     running = (running_mean, running_var)
     return normalize_with_running(
         "batch_norm", input, pooling, running, weight, bias, training, momentum, eps, activation, residual, mask, key
@@ -212,9 +241,14 @@ def instance_norm(
         tensor([[[-1.,  1.]]])
     """
     if mask is not None or lengths is not None:
+        given: Any = (input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+        found = protocol.offer(instance_norm, given, activation, residual, mask, lengths)
+        if found is not None:
+            return found
         mask = find_mask("instance_norm", input, (1,), mask, lengths)
-    options = (use_input_stats, activation)
-    key = watch.find_key("instance_norm", options, input, weight, bias, running_mean, running_var, residual, mask)
+    key = watch.find_key(
+        "instance_norm", (use_input_stats, activation), input, weight, bias, running_mean, running_var, residual, mask
+    )
     if key is not None and key in ops.RECIPES:
         return run_with_running(
             key,
@@ -230,11 +264,16 @@ def instance_norm(
             residual,
             mask,
         )
-    if key is None and ragged.is_ragged(input):
-        averages: Any = None if running_mean is None else (running_mean, running_var, momentum)
-        return ragged.by_sequence(
-            "instance_norm", input, residual, None, weight, bias, eps, activation, averages, use_input_stats
-        )
+    if key is None:
+        if ragged.is_ragged(input):
+            averages: Any = None if running_mean is None else (running_mean, running_var, momentum)
+            return ragged.by_sequence(
+                "instance_norm", input, residual, None, weight, bias, eps, activation, averages, use_input_stats
+            )
+        given = (input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+        found = protocol.offer(instance_norm, given, activation, residual)
+        if found is not None:
+            return found
     check_floating("instance_norm", input)
     activation = check_finish("instance_norm", input, activation, residual)
     check_groups("instance_norm", input, 1)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import merged, ragged, watch
+from .. import merged, protocol, ragged, watch
 from ..activations import check_finish
 from ..errors import (
     check_batch_norm,
@@ -46,9 +46,16 @@ def merged_batch_norm(
     Returns:
         Shape and dtype of input; channels_last where input is. It can be differentiated once.
     """
+    handed = None
+    if not ragged.is_ragged(input):
+        options: Any = {"activation": activation, "residual": residual, "mask": mask, "lengths": lengths}
+        given: Any = (input, running_mean, running_var, weight, bias, momentum, eps, exchange)
+        handed = protocol.hand_over(merged_batch_norm, given, options)
+    if handed is not None:
+        return handed
     mask = find_mask("batch_norm", input, (1,), mask, lengths)
     if ragged.is_ragged(input):
-        given: Any = (running_mean, running_var, weight, bias, momentum, eps, exchange)
+        given = (running_mean, running_var, weight, bias, momentum, eps, exchange)
         return ragged.by_rows(merged_batch_norm, input, residual, *given, activation=activation)
     check_floating("batch_norm", input)
     activation = check_finish("batch_norm", input, activation, residual)

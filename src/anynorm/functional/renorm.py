@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import ops, ragged
+from .. import ops, protocol, ragged
 from ..activations import check_finish
 from ..errors import check_batch_norm, check_channels, check_floating, check_more_than_one, check_parameter_dtypes
 from ..family import FAMILY
@@ -74,9 +74,15 @@ def batch_renorm(
         tensor([[0.],
                 [1.]])
     """
-    if not ragged.is_ragged(input):
-        activation = check_finish("batch_renorm", input, activation, residual)
     options: Any = {"activation": activation, "residual": residual, "mask": mask, "lengths": lengths}
+    if not ragged.is_ragged(input):
+        given = (input, running_mean, running_var, weight, bias, training, momentum, eps)
+        limits = {"r_max": r_max, "d_max": d_max, "start_share": start_share}
+        handed = protocol.hand_over(batch_renorm, given, options | limits)
+        if handed is not None:
+            return handed
+        activation = check_finish("batch_renorm", input, activation, residual)
+    options["activation"] = activation
     if not training:
         return batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps, **options)
     if running_mean is None or running_var is None:
@@ -105,6 +111,10 @@ def renormalize(
     **options: Any,
 ) -> Any:
     """`batch_renorm` in training with r and d that `find` finds from the batch's moments."""
+    given = (input, running_mean, running_var, weight, bias, momentum, eps, find)
+    handed = None if ragged.is_ragged(input) else protocol.hand_over(renormalize, given, options)
+    if handed is not None:
+        return handed
     rows = ragged.open_rows("batch_renorm", input) if ragged.is_ragged(input) else input
     check_floating("batch_renorm", rows)
     check_batch_norm(rows, True, eps, running_mean=running_mean, running_var=running_var)

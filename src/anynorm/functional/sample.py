@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import ops, ragged, watch
+from .. import ops, protocol, ragged, watch
 from ..activations import check_finish, finish
 from ..errors import (
     check_channels,
@@ -67,12 +67,23 @@ def layer_norm(
     """
     hashable = normalized_shape if type(normalized_shape) is tuple else str(normalized_shape)
     if mask is not None or lengths is not None:
+        given: Any = (input, normalized_shape, weight, bias, eps)
+        found = protocol.offer(layer_norm, given, activation, residual, mask, lengths)
+        if found is not None:
+            return found
         mask = find_feature_mask("layer_norm", input, normalized_shape, mask, lengths)
     key = watch.find_key("layer_norm", (hashable, activation), input, weight, bias, residual, mask)
     if key is not None and key in ops.RECIPES:
         return ops.run(ops.RECIPES[key], input, weight, bias, eps, None, activation, residual, None, mask)
-    if key is None and ragged.is_ragged(input):
-        return ragged.by_rows(layer_norm, input, residual, normalized_shape, weight, bias, eps, activation=activation)
+    if key is None:
+        if ragged.is_ragged(input):
+            return ragged.by_rows(
+                layer_norm, input, residual, normalized_shape, weight, bias, eps, activation=activation
+            )
+        given = (input, normalized_shape, weight, bias, eps)
+        found = protocol.offer(layer_norm, given, activation, residual)
+        if found is not None:
+            return found
     check_floating("layer_norm", input)
     activation = check_finish("layer_norm", input, activation, residual)
     if input.is_nested:
@@ -135,13 +146,22 @@ def rms_norm(
     """
     hashable = normalized_shape if type(normalized_shape) is tuple else str(normalized_shape)
     if mask is not None or lengths is not None:
+        given: Any = (input, normalized_shape, weight, eps)
+        found = protocol.offer(rms_norm, given, activation, residual, mask, lengths)
+        if found is not None:
+            return found
         mask = find_feature_mask("rms_norm", input, normalized_shape, mask, lengths)
     key = watch.find_key("rms_norm", (hashable, activation), input, weight, residual, mask)
     if key is not None and key in ops.RECIPES:
         eps = find_rms_eps(eps, input)
         return ops.run(ops.RECIPES[key], input, weight, None, eps, None, activation, residual, None, mask)
-    if key is None and ragged.is_ragged(input):
-        return ragged.by_rows(rms_norm, input, residual, normalized_shape, weight, eps, activation=activation)
+    if key is None:
+        if ragged.is_ragged(input):
+            return ragged.by_rows(rms_norm, input, residual, normalized_shape, weight, eps, activation=activation)
+        given = (input, normalized_shape, weight, eps)
+        found = protocol.offer(rms_norm, given, activation, residual)
+        if found is not None:
+            return found
     check_floating("rms_norm", input)
     activation = check_finish("rms_norm", input, activation, residual)
     if input.is_nested:
@@ -196,12 +216,21 @@ def group_norm(
         tensor([[-1.,  1., -1.,  1.]])
     """
     if mask is not None or lengths is not None:
+        given: Any = (input, num_groups, weight, bias, eps)
+        found = protocol.offer(group_norm, given, activation, residual, mask, lengths)
+        if found is not None:
+            return found
         mask = find_mask("group_norm", input, (1,), mask, lengths)
     key = watch.find_key("group_norm", (num_groups, activation), input, weight, bias, residual, mask)
     if key is not None and key in ops.RECIPES:
         return ops.run(ops.RECIPES[key], input, weight, bias, eps, None, activation, residual, None, mask)
-    if key is None and ragged.is_ragged(input):
-        return ragged.by_sequence("group_norm", input, residual, num_groups, weight, bias, eps, activation)
+    if key is None:
+        if ragged.is_ragged(input):
+            return ragged.by_sequence("group_norm", input, residual, num_groups, weight, bias, eps, activation)
+        given = (input, num_groups, weight, bias, eps)
+        found = protocol.offer(group_norm, given, activation, residual)
+        if found is not None:
+            return found
     check_floating("group_norm", input)
     activation = check_finish("group_norm", input, activation, residual)
     check_groups("group_norm", input, num_groups)

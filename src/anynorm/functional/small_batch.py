@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import ragged, watch
+from .. import protocol, ragged, watch
 from ..activations import check_finish
 from ..errors import check_batch_norm, check_channels, check_floating, check_more_than_one
 from ..family import FAMILY
@@ -71,9 +71,14 @@ def ghost_batch_norm(
         tensor([[-1.,  1., -1.,  1.]])
     """
     check_ghost_size("ghost_batch_norm", ghost_size)
-    if not ragged.is_ragged(input):
-        activation = check_finish("ghost_batch_norm", input, activation, residual)
     options: Any = {"activation": activation, "residual": residual, "mask": mask, "lengths": lengths}
+    if not ragged.is_ragged(input):
+        given = (input, running_mean, running_var, weight, bias, training, momentum, eps)
+        handed = protocol.hand_over(ghost_batch_norm, given, options | {"ghost_size": ghost_size})
+        if handed is not None:
+            return handed
+        activation = check_finish("ghost_batch_norm", input, activation, residual)
+    options["activation"] = activation
     if training and ragged.is_ragged(input):
         raise ValueError(
             "ghost_batch_norm: ghosts are cut from an axis of samples; got a jagged or packed input; pad it and pass "

@@ -19,6 +19,7 @@ from ..functional.merged import merged_batch_norm
 from ..masks import find_mask
 from ..merged import Exchange
 from ..plain import blank
+from ..protocol import look_at
 from ..ragged import close_rows, is_ragged, open_residual, open_rows
 from ..sources import find_momentum
 from .counting import Guard, count_batch, is_counted, mark_counted
@@ -111,7 +112,8 @@ class _BatchNorm(_Running):
         """Whether a channel has a single value."""
         if is_jagged:
             return len(open_rows("batch_norm", input)) == 1
-        if input.numel() == self.num_features == input.shape[1]:
+        x = input if type(input) is Tensor else look_at(input)
+        if x.numel() == self.num_features == x.shape[1]:
             return True
         if self.on_single == "error" or (mask is None and lengths is None):
             return False

@@ -1,0 +1,81 @@
+"""torch's own protocol for tensor subclasses and function modes, `__torch_function__`.
+
+A subclass without a dispatch of its own (MONAI's MetaTensor, fastai's TensorImage) is ordinary memory under another
+name. So each function offers its call first to whoever overrides functions, as torch's do. A subclass that leaves the
+numbers to torch calls the function again with its protocol off, and makes what comes back one of its own; the kernels
+serve that second call on the same memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._C import _dispatch_keys
+from torch.nn import Parameter
+from torch.overrides import handle_torch_function, has_torch_function
+
+from .watch import PLAIN_KEYS
+
+
+def is_renamed_memory(t: Any) -> bool:
+    """Whether a tensor of some subclass lies in memory as it reads; those with a dispatch of their own do not."""
+    if type(t) is Tensor or type(t) is Parameter or not isinstance(t, Tensor):
+        return False
+    return _dispatch_keys(t).raw_repr() in PLAIN_KEYS
+
+
+def read_plain(value: Any) -> Any:
+    """The same memory as a Tensor, through which gradients flow; tuples of tensors too."""
+    if type(value) is tuple:
+        return tuple(read_plain(v) for v in value)
+    return value.as_subclass(Tensor) if is_renamed_memory(value) else value
+
+
+def hand_over(function: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    """What the protocol makes of function(*arguments, **options), or None where it has no say.
+
+    A subclass that knows torch.nn.functional's norm and not ours is asked for that, where it can mean the same.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    values = list(options.values())
+    for value in arguments:
+        values += value if type(value) is tuple else (value,)
+    tensors = [v for v in values if isinstance(v, Tensor)]
+    if has_torch_function(tensors):
+        try:
+            return handle_torch_function(function, tensors, *arguments, **options)
+        except TypeError as error:
+            theirs = getattr(F, function.__name__, None)
+            is_refused = str(error).startswith("no implementation found")
+            if theirs is None or not is_refused or any(v is not None for v in options.values()):
+                raise
+            return theirs(*arguments)
+    if not any(is_renamed_memory(t) for t in tensors):
+        return None
+    return function(*(read_plain(a) for a in arguments), **{name: read_plain(v) for name, v in options.items()})
+
+
+def offer(
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    activation: str | None,
+    residual: Tensor | None,
+    mask: Tensor | None = None,
+    lengths: Any = None,
+) -> Any:
+    """`hand_over` with the keywords that every norm's function takes."""
+    options = {"activation": activation, "residual": residual, "mask": mask, "lengths": lengths}
+    return hand_over(function, arguments, options)
+
+
+def look_at(x: Any) -> Any:
+    """x to ask for its sizes, unheard by a subclass that counts what it is asked."""
+    if torch.compiler.is_compiling() or not is_renamed_memory(x):
+        return x
+    with torch._C.DisableTorchFunctionSubclass():
+        return x.detach().as_subclass(Tensor)
