@@ -36,6 +36,10 @@ class Plan:
         channels: the size of gamma and beta.
         shape: of mean and m2, as they broadcast over the view.
         count: elements of a pool.
+        sizes, strides, dtype: of x.
+        parameter: the dtype that kernels read gamma and beta in.
+        given: the dtype of given statistics; float64 where they come from x.
+        bytes, parameter_bytes: of x, and of gamma as kernels read it.
     """
 
     walk: Any
@@ -45,6 +49,13 @@ class Plan:
     shape: tuple[int, ...]
     count: int
     centred: bool
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    parameter: torch.dtype
+    given: torch.dtype
+    bytes: int
+    parameter_bytes: int
 
 
 def open_sizes(pooling: Pooling, shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[list[int], list[int]]:
@@ -98,7 +109,12 @@ def find_plan(
     sample_rows = n // shape[0] if masked and pool_n and s == 1 and n > shape[0] else 0
     packed = (n, g, k, s, last, pool_n, pooling.centred, CODES[dtype], given, sample_rows)
     count = n * s if pool_n else k * s
-    return Plan(compiled.Plan(*packed), packed, prod(statistics), g * k, statistics, count, pooling.centred)
+    parameter = torch.float64 if dtype is torch.float64 else torch.float32
+    return Plan(
+        compiled.Plan(*packed), packed, prod(statistics), g * k, statistics, count, pooling.centred,
+        shape, strides, dtype, parameter, parameter if given == 1 else torch.float64,
+        prod(shape) * dtype.itemsize, g * k * parameter.itemsize,
+    )  # fmt: skip
 
 
 def find_letters(pooling: Pooling, hidden: set[int], sizes: list[int], strides: list[int]) -> tuple[str, list[int]]:

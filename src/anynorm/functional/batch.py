@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops, ragged, watch
-from ..activations import check_finish, finish
+from ..activations import check_activation, check_finish, finish
 from ..errors import (
     check_batch_norm,
     check_channels,
@@ -141,6 +142,8 @@ def batch_norm(
         mask = find_mask("batch_norm", input, (1,), mask, lengths)
         if training and mask is not None and watch.has_memory(mask):
             check_more_than_one_counted("batch_norm", mask, input, BATCH_OF_ONE)
+    if activation is not None:
+        activation = check_activation("batch_norm", activation)
     options = (training, eps, activation)
     key = watch.find_key("batch_norm", options, input, weight, bias, running_mean, running_var, residual, mask)
     if key is not None and key in ops.RECIPES:
@@ -166,6 +169,17 @@ def batch_norm(
     return normalize_with_running(
         "batch_norm", input, pooling, running, weight, bias, training, momentum, eps, activation, residual, mask, key
     )
+
+
+def copy_parameters(
+    weight: Tensor | None, bias: Tensor | None, activation: str | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """What instance norm keeps for backward, so that both may change in place until then, as torch's may."""
+    if weight is not None and weight.requires_grad and torch.is_grad_enabled():
+        weight = weight.clone()
+    if activation is not None and bias is not None and bias.requires_grad and torch.is_grad_enabled():
+        bias = bias.clone()
+    return weight, bias
 
 
 def instance_norm(
@@ -213,9 +227,12 @@ def instance_norm(
     """
     if mask is not None or lengths is not None:
         mask = find_mask("instance_norm", input, (1,), mask, lengths)
+    if activation is not None:
+        activation = check_activation("instance_norm", activation)
     options = (use_input_stats, activation)
     key = watch.find_key("instance_norm", options, input, weight, bias, running_mean, running_var, residual, mask)
     if key is not None and key in ops.RECIPES:
+        weight, bias = copy_parameters(weight, bias, activation)
         return run_with_running(
             key,
             input,
@@ -258,6 +275,7 @@ def instance_norm(
             activation,
             residual,
         )
+    weight, bias = copy_parameters(weight, bias, activation)
     running = (running_mean, running_var)
     return normalize_with_running(
         "instance_norm",

@@ -37,7 +37,7 @@ def pack(name: str, input: Tensor, lengths: Lengths, batch_first: bool) -> Packe
 
 def find_lengths(name: str, lengths: Lengths, steps: int, batch: int) -> Tensor:
     """Checked lengths as int64 on the CPU. torch takes one that is too large in silence."""
-    found = lengths.detach().cpu() if isinstance(lengths, Tensor) else torch.tensor(lengths, device="cpu")
+    found = lengths.detach().cpu() if isinstance(lengths, Tensor) else torch.as_tensor(lengths, device="cpu")
     if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
         raise RuntimeError(
             f"{name}: lengths must be whole numbers; got {found.dtype}; count the steps of each sequence"
@@ -69,7 +69,7 @@ def pack_all(input: Tensor, batch_first: bool) -> PackedSequence:
     """The rows of a batch whose every position counts."""
     by_step = input.transpose(0, 1) if batch_first else input
     steps, batch = by_step.shape[:2]
-    return PackedSequence(by_step.flatten(0, 1), torch.full((steps,), batch, device="cpu"))
+    return PackedSequence(by_step.flatten(0, 1), torch.full((steps,), batch, dtype=torch.long, device="cpu"))
 
 
 def unpack_all(packed: PackedSequence, batch_first: bool) -> Tensor:
