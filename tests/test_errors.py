@@ -41,7 +41,7 @@ TEXTS = {
     "rms_norm: weight must have the shape normalized_shape; got weight (3,), normalized_shape (4,); "
     "build the norm for (4,)":
         (RuntimeError, lambda: F.rms_norm(torch.zeros(2, 4), (4,), torch.ones(3))),
-    "layer_norm: input must be a real floating point tensor; got torch.int64; call x.float() first":
+    "layer_norm: input must be float16, bfloat16, float32 or float64; got torch.int64; call x.float() first":
         (NotImplementedError, lambda: F.layer_norm(torch.ones(2, 4, dtype=torch.long), (4,))),
     "batch_norm: weight must have the dtype of the input, or float32 where the input is of a half type; "
     "got weight torch.float32, input torch.float64; convert one of them with .to(dtype)":

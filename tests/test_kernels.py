@@ -380,7 +380,7 @@ def test_missing_gradients_are_refused():
 
 def test_parameters_of_another_size_are_refused():
     x = torch.randn(4, 6)
-    with pytest.raises(RuntimeError, match="5 elements where 6"):
+    with pytest.raises(RuntimeError, match="weight must have 6 elements"):
         kernels.forward(x, kernels.find_walk(x, pool("batch", x)), torch.ones(5), None, 1e-5)
 
 

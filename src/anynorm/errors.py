@@ -41,12 +41,15 @@ def check_axes(x: Tensor, axes: tuple[int, ...]) -> None:
         )
 
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # torch has norms of no other, float8 included
+
+
 def check_floating(function: str, x: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{function}: input must be a tensor; got {type(x).__name__}; call torch.as_tensor first")
-    if not x.is_floating_point():
+    if x.dtype not in FLOATS:
         raise NotImplementedError(
-            f"{function}: input must be a real floating point tensor; got {x.dtype}; call x.float() first"
+            f"{function}: input must be float16, bfloat16, float32 or float64; got {x.dtype}; call x.float() first"
         )
 
 
@@ -118,6 +121,8 @@ def check_groups(function: str, x: Tensor, groups: int) -> None:
     if x.dim() < 2:
         kind = ValueError if function == "instance_norm" else RuntimeError
         raise kind(f"{function}: input must have axes (N, C, ...); got {x.dim()} axes; add one with unsqueeze")
+    if isinstance(groups, bool | float):  # 2.0 equals 2, and would be taken where 2 was remembered
+        raise TypeError(f"{function}: groups must be a whole number; got {groups!r}; pass int({groups})")
     channels = x.shape[1]
     if groups < 1 or channels % groups:
         fitting = [str(g) for g in range(1, channels + 1) if channels % g == 0 and g <= max(groups, 1)] or ["1"]

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
 
-from . import kernels, plain
+from . import kernels, memory, plain
+from .errors import check_no_overlap
 from .pooling import Pooling
 from .sources import move_running, read_running
 from .statistics import Moments
@@ -29,6 +30,10 @@ def forward_by_blocks(
     running: Running | None,
 ) -> tuple[Tensor, Moments]:
     """In torch operations, block by block, for what no kernel walks."""
+    mean, var = given or (running or (None, None))[:2]
+    named = {"input": x, "weight": weight, "bias": bias, "running_mean": mean, "running_var": var}
+    for name, t in named.items():
+        memory.check_room(name, t)
     if given is not None:  # What is kept for backward must not change when the buffers do.
         known = read_running(*given, pooling, pooling.open(x)).clone()
         return plain.forward_given(x, pooling, weight, bias, eps, known), known
@@ -55,11 +60,11 @@ def forward_walk(
     moved: Any = None
     statistics: kernels.Statistics | None = None
     if given is not None:
-        statistics = mean, var = kernels.ready_statistics(given, walk, x)
-        if keep and mean is given[0]:  # What is kept for backward must not change when the buffers do.
-            statistics = mean.clone(), var.clone()
+        statistics = mean, var = kernels.ready_statistics(given, walk)
+        if keep:  # What is kept for backward must not change when the buffers do.
+            statistics = mean.clone() if mean is given[0] else mean, var.clone() if var is given[1] else var
     else:
-        if running is not None and not pooling.ghosts and kernels.can_move(walk, x, *running):
+        if running is not None and not pooling.ghosts and kernels.can_move(walk, *running):
             moved = running
         if keep or (running is not None and moved is None):
             statistics = kernels.make_statistics(walk)
@@ -67,6 +72,7 @@ def forward_walk(
     if moved is not None:
         increment_version(moved)
     elif running is not None and isinstance(statistics, Tensor):
+        check_no_overlap("norm", x, *running[:2])
         move_running(running, kernels.open_statistics(statistics, walk, mask), pooling, x)
     return y, statistics
 
@@ -87,21 +93,24 @@ class Normalize(torch.autograd.Function):
         given, activation, running, mask = rest
         y, statistics = forward_walk(recipe, x, weight, bias, eps, given, activation, residual, running, mask, True)
         known = statistics if type(statistics) is tuple else (statistics,)
-        if activation is None:  # Beta may change before backward, as in torch, and the residual need not be kept.
-            ctx.save_for_backward(x, weight, *known)
-        else:
-            ctx.save_for_backward(x, weight, *known, bias, residual)
-        ctx.how = recipe, eps, activation, given is not None, None if bias is None else (bias.shape, bias.dtype), mask
+        # Beta may change before backward, as in torch, and without an activation the residual need not be kept.
+        behind = (None, None) if activation is None else (bias, residual)
+        ctx.save_for_backward(keep(x), weight, keep(mask), behind[0], keep(behind[1]), *known)
+        ctx.how = recipe, eps, activation, given is not None, memory.find_like(bias), memory.find_like(weight)
         return y
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-        recipe, eps, activation, is_given, bias_like, mask = ctx.how
-        x, weight, statistics, *kept = ctx.saved_tensors
-        if is_given:
-            statistics = statistics, kept.pop(0)
-        bias, residual = kept or (None, None)
+        if torch.compiler.is_compiling():
+            return backward_uncompiled(Normalize, ctx, g)
+        recipe, eps, activation, is_given, bias_like, weight_like = ctx.how
+        x, weight, mask, bias, residual, *known = ctx.saved_tensors
+        statistics = tuple(known) if is_given else known[0]
+        memory.check_like("weight", weight, weight_like)
+        memory.check_like("bias", bias, bias_like)
         if torch.is_grad_enabled() or not is_plain(g) or is_legacy_batchedtensor(g):
+            for name, t in (("input", x), ("residual", residual)):
+                memory.check_like(name, t, (recipe[1].sizes, recipe[1].dtype))
             given = statistics if is_given else None
             return backward_differentiable(ctx, recipe[0], g, (x, weight, bias, residual), given, mask)
         needs_x, needs_weight, needs_bias, needs_residual, *_ = ctx.needs_input_grad
@@ -113,7 +122,7 @@ class Normalize(torch.autograd.Function):
             g, x, recipe[1], weight, bias, statistics, eps, needs, activation, residual, mask
         )
         if dweight is not None:
-            dweight = like(dweight, weight.shape, weight.dtype)
+            dweight = like(dweight, *weight_like)
         if dbias is not None:
             dbias = like(dbias, *bias_like)
         return dx, dweight, dbias, dresidual if found is None else found, None, None, None, None, None, None
@@ -130,15 +139,20 @@ class NormalizeByBlocks(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Any, bias: Any, pooling: Pooling, eps: float, *rest: Any) -> Tensor:
         given, running = rest
         y, moments = forward_by_blocks(x, pooling, weight, bias, eps, given, running)
-        ctx.save_for_backward(x, weight, moments.mean, moments.m2)
-        bias_like = None if bias is None else (bias.shape, bias.dtype)
-        ctx.how = pooling, eps, None, given is not None, bias_like, moments.count
+        ctx.save_for_backward(keep(x), weight, moments.mean, moments.m2)
+        ctx.how = pooling, eps, None, given is not None, memory.find_like(bias), moments.count
+        ctx.likes = tuple(memory.find_like(t) for t in (x, weight, moments.mean, moments.m2))
         return y
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        if torch.compiler.is_compiling():
+            return backward_uncompiled(NormalizeByBlocks, ctx, g)
         x, weight, mean, m2 = ctx.saved_tensors
         pooling, eps, _, is_given, bias_like, count = ctx.how
+        for name, t, known in zip(("input", "weight", "mean", "variance"), ctx.saved_tensors, ctx.likes, strict=True):
+            memory.check_like(name, t, known)
+            memory.check_room(name, t)
         if torch.is_grad_enabled() or not is_plain(g) or is_legacy_batchedtensor(g):
             given = (mean, m2) if is_given else None
             dx, dweight, dbias, *_ = backward_differentiable(ctx, pooling, g, (x, weight, None), given)
@@ -149,6 +163,17 @@ class NormalizeByBlocks(torch.autograd.Function):
         dweight = like(dgamma, weight.shape, weight.dtype) if needs[1] and dgamma is not None else None
         dbias = like(dbeta, *bias_like) if needs[2] and dbeta is not None else None
         return dx, dweight, dbias, None, None, None, None
+
+
+@torch._disable_dynamo
+def backward_uncompiled(function: Any, ctx: Any, g: Tensor) -> tuple[Any, ...]:
+    """Compiled autograd traces the backward of a norm that ran eagerly; a compiler cannot look into the kernels."""
+    return function.backward(ctx, g)
+
+
+def keep(t: Any) -> Any:
+    """What can be saved for backward: a copy of what was made in inference mode, on which a head may be trained."""
+    return t.clone() if t is not None and t.is_inference() else t
 
 
 def like(t: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
@@ -178,7 +203,7 @@ def backward_differentiable(
         # hooks on the saved tensors must not run here.
         x, weight, bias, *more = (t if t is None else t.view_as(t) for t in inputs)
         if bias is None and bias_like is not None:
-            bias = torch.zeros(bias_like[0], dtype=bias_like[1], requires_grad=True)
+            bias = torch.zeros(bias_like[0], dtype=bias_like[1], device=g.device, requires_grad=True)
         residual = more[0] if more else None
         assert x is not None
         known = None if given is None else read_running(*given, pooling, pooling.open(x))

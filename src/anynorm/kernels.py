@@ -12,7 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import memory
 from .activations import ACTIVATIONS, IDENTITY
+from .memory import CPU, find_address, ready
 from .plain import find_memory_format
 from .pooling import Pooling
 from .statistics import Moments
@@ -56,22 +58,6 @@ def arrange(x: Tensor) -> Tensor:
     return x if x.is_contiguous() else x.contiguous(memory_format=find_memory_format(x))
 
 
-def arrange_like(t: Tensor, x: Tensor) -> Tensor:
-    """t laid out as x is; a gradient may arrive expanded."""
-    return t if t.stride() == x.stride() else torch.empty_like(x).copy_(t)
-
-
-def ready(t: Tensor, dtype: torch.dtype, size: int) -> Tensor:
-    """A parameter as the kernels read it: contiguous, in the dtype of the computation."""
-    if t.numel() != size:
-        raise RuntimeError(f"kernels: a parameter has {t.numel()} elements where {size} are needed")
-    return t if t.dtype is dtype and t.is_contiguous() else t.to(dtype).contiguous()
-
-
-def parameter_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype is torch.float64 else torch.float32
-
-
 def address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
@@ -109,25 +95,29 @@ def forward(
         running: averages to move.
         mask: as in `ops.normalize`.
     """
-    y = torch.empty_like(x, memory_format=plan.memory_format)
-    dtype = parameter_dtype(x)
-    gamma = weight if weight is None else ready(weight, dtype, plan.channels)
-    beta = bias if bias is None else ready(bias, dtype, plan.channels)
+    gamma, beta = ready("weight", weight, plan), ready("bias", bias, plan)
     if residual is not None:
-        residual = arrange_like(residual, x)
+        residual = memory.arrange("residual", residual, plan)
     mean, m2 = find_addresses(statistics, plan)
-    averages = (0, 0, 0, 0.0) if running is None else (running[0].data_ptr(), running[1].data_ptr(), 0, running[2])
+    averages: tuple[int, int, int, float] = (0, 0, 0, 0.0)
+    if running is not None:
+        size = plan.parameter_bytes
+        moved = find_address("running_mean", running[0], size), find_address("running_var", running[1], size)
+        averages = *moved, 0, running[2]
+    start = find_address("input", x, plan.bytes)
+    y = torch.empty_like(x, memory_format=plan.memory_format)
     compiled.forward(
         plan.walk, eps, torch.get_num_threads(), CHOICES[activation],
-        x.data_ptr(), address(residual), y.data_ptr(), address(gamma), address(beta), mean, m2,
-        find_weight(mask, plan), *averages,
+        start, find_address("residual", residual, plan.bytes), y.data_ptr(),
+        find_address("weight", gamma, plan.parameter_bytes), find_address("bias", beta, plan.parameter_bytes),
+        mean, m2, find_weight(mask, plan), *averages,
     )  # fmt: skip
     return y
 
 
 def make_statistics(plan: Plan) -> Tensor:
     """Room for the means and then the m2 of all pools; of an uncentred norm for the m2 alone."""
-    return torch.empty(plan.pools * (2 if plan.centred else 1), dtype=torch.float64)
+    return torch.empty(plan.pools * (2 if plan.centred else 1), dtype=torch.float64, device=CPU)
 
 
 def find_addresses(statistics: Statistics | None, plan: Plan) -> tuple[int, int]:
@@ -135,8 +125,9 @@ def find_addresses(statistics: Statistics | None, plan: Plan) -> tuple[int, int]
     if statistics is None:
         return 0, 0
     if isinstance(statistics, tuple):
-        return statistics[0].data_ptr(), statistics[1].data_ptr()
-    start = statistics.data_ptr()
+        size = plan.pools * plan.given.itemsize
+        return find_address("mean", statistics[0], size), find_address("variance", statistics[1], size)
+    start = find_address("statistics", statistics, 8 * plan.pools * (2 if plan.centred else 1))
     return (start, start + 8 * plan.pools) if plan.centred else (0, start)
 
 
@@ -156,7 +147,7 @@ def find_weight(mask: Tensor | None, plan: Plan) -> int:
     n, _, _, s, *_ = plan.packed
     if mask.numel() != n * s or not mask.is_contiguous() or mask.dtype is not torch.float32:
         raise RuntimeError(f"kernels: a mask must be {n * s} contiguous floats; got {mask.numel()} of {mask.dtype}")
-    return mask.data_ptr()
+    return find_address("mask", mask, 4 * n * s)
 
 
 def find_count(mask: Tensor, plan: Plan) -> Tensor:
@@ -168,10 +159,18 @@ def find_count(mask: Tensor, plan: Plan) -> Tensor:
     return count.view([size if axis == 0 else 1 for axis, size in enumerate(plan.shape)])
 
 
-def ready_statistics(given: tuple[Tensor, Tensor], plan: Plan, x: Tensor) -> tuple[Tensor, Tensor]:
+def ready_statistics(given: tuple[Tensor, Tensor], plan: Plan) -> tuple[Tensor, Tensor]:
     """A given mean and variance as the kernels read them."""
-    dtype = parameter_dtype(x)
-    return ready(given[0], dtype, plan.pools), ready(given[1], dtype, plan.pools)
+    return ready("running_mean", given[0], plan, plan.pools), ready("running_var", given[1], plan, plan.pools)
+
+
+def recover_statistics(kept: Statistics, plan: Plan) -> Statistics:
+    """What came back from forward, which hooks on saved tensors may have laid out anew."""
+    if isinstance(kept, tuple):
+        mean, var = kept
+        how = plan.given, plan.pools
+        return memory.recover("mean", mean, *how), memory.recover("variance", var, *how)
+    return memory.recover("statistics", kept, torch.float64, plan.pools * (2 if plan.centred else 1))
 
 
 def find_moments(x: Tensor, pooling: Pooling, mask: Tensor | None = None) -> Moments | None:
@@ -189,15 +188,15 @@ def find_statistics(x: Tensor, plan: Plan, mask: Tensor | None = None) -> Tensor
     mean, m2 = find_addresses(statistics, plan)
     compiled.forward(
         plan.walk, 0.0, torch.get_num_threads(), 0,
-        x.data_ptr(), 0, 0, 0, 0, mean, m2,
+        find_address("input", x, plan.bytes), 0, 0, 0, 0, mean, m2,
         find_weight(mask, plan), 0, 0, 0, 0.0,
     )  # fmt: skip
     return statistics
 
 
-def can_move(plan: Plan, x: Tensor, mean: Tensor, var: Tensor, momentum: float | Tensor) -> bool:
+def can_move(plan: Plan, mean: Tensor, var: Tensor, momentum: float | Tensor) -> bool:
     """Whether the kernels can move running averages: in memory, as wide as parameters are, by a plain number."""
-    dtype = parameter_dtype(x)
+    dtype = plan.parameter
     return (
         not plan.packed[2] > 1
         and type(momentum) is float
@@ -229,20 +228,22 @@ def backward(
         x: as `arrange` left it for `forward`.
         needs: which of the four are wanted.
     """
-    g = arrange_like(g, x)
-    dtype = parameter_dtype(x)
-    gamma = weight if weight is None else ready(weight, dtype, plan.channels)
-    beta = bias if bias is None else ready(bias, dtype, plan.channels)
+    g, x = memory.arrange("gradient", g, plan), memory.arrange("input", x, plan)
+    gamma, beta = ready("weight", weight, plan), ready("bias", bias, plan)
     if residual is not None:
-        residual = arrange_like(residual, x)
-    dx = torch.empty_like(x, memory_format=plan.memory_format) if needs[0] else None
-    dgamma = torch.empty(plan.channels, dtype=dtype) if needs[1] else None
-    dbeta = torch.empty(plan.channels, dtype=dtype) if needs[2] else None
-    dresidual = torch.empty_like(x, memory_format=plan.memory_format) if needs[3] else None
+        residual = memory.arrange("residual", residual, plan)
+    statistics = recover_statistics(statistics, plan)
     mean, m2 = find_addresses(statistics, plan)
+    mask = mask if mask is None else mask.contiguous()
+    read = find_address("gradient", g, plan.bytes), find_address("input", x, plan.bytes)
+    dx = torch.empty_like(x, memory_format=plan.memory_format) if needs[0] else None
+    dgamma = torch.empty(plan.channels, dtype=plan.parameter, device=CPU) if needs[1] else None
+    dbeta = torch.empty(plan.channels, dtype=plan.parameter, device=CPU) if needs[2] else None
+    dresidual = torch.empty_like(x, memory_format=plan.memory_format) if needs[3] else None
     compiled.backward(
         plan.walk, eps, torch.get_num_threads(), CHOICES[activation],
-        g.data_ptr(), x.data_ptr(), address(residual), address(dx), address(dresidual), address(gamma), address(beta),
+        *read, find_address("residual", residual, plan.bytes), address(dx), address(dresidual),
+        find_address("weight", gamma, plan.parameter_bytes), find_address("bias", beta, plan.parameter_bytes),
         mean, m2, find_weight(mask, plan), address(dgamma), address(dbeta),
     )  # fmt: skip
     return dx, dgamma, dbeta, dresidual

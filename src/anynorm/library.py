@@ -118,7 +118,7 @@ def backward_cpu(
             next(gradients) if need and t is not None else None for t, need in zip(leaves, needs, strict=True)
         )  # type: ignore[assignment]
     return tuple(
-        torch.empty(0) if f is None else f.reshape(t.shape).to(t.dtype) for f, t in zip(found, inputs, strict=True)
+        x.new_empty(0) if f is None else f.reshape(t.shape).to(t.dtype) for f, t in zip(found, inputs, strict=True)
     )
 
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
 
-from . import kernels, ops, plain
-from .gradients import Recipe, Running, like
+from . import kernels, memory, ops, plain
+from .gradients import Recipe, Running, keep, like
 from .pooling import Pooling
 from .sources import move_running
 from .statistics import Moments, at_least_one, find_moments
@@ -84,7 +84,9 @@ def compose(
 ) -> tuple[Tensor, Moments]:
     """In differentiable operations, for what the kernels do not serve, and for empty parts."""
     if mask is None and not x.numel():
-        mask = torch.ones([1 if axis == 1 else size for axis, size in enumerate(x.shape)], device=x.device)
+        mask = torch.ones(
+            [1 if axis == 1 else size for axis, size in enumerate(x.shape)], dtype=torch.float32, device=x.device
+        )
     wide, counted = plain.widen(x, pooling, mask)
     own = find_moments(wide, pooling, wide.dtype == x.dtype, counted)
     mean, m2, count = Merge.apply(own.mean, own.m2, own.count, eps, exchange)
@@ -136,10 +138,9 @@ class NormalizeMerged(torch.autograd.Function):
         moments, exchange, activation, mask = rest
         statistics = moments.mean.double().flatten(), moments.var.double().flatten()
         y = kernels.forward(x, recipe[1], weight, bias, eps, statistics, activation, residual, None, mask)
-        behind = (None, None) if activation is None else (bias, residual)
-        ctx.save_for_backward(x, weight, *statistics, *behind)
-        bias_like = None if bias is None else (bias.shape, bias.dtype)
-        ctx.how = recipe, eps, moments.count, exchange, activation, mask, bias_like
+        behind = (None, None) if activation is None else (bias, keep(residual))
+        ctx.save_for_backward(keep(x), weight, *statistics, *behind, keep(mask))
+        ctx.how = recipe, eps, moments.count, exchange, activation, memory.find_like(weight), memory.find_like(bias)
         return y
 
     @staticmethod
@@ -150,9 +151,14 @@ class NormalizeMerged(torch.autograd.Function):
                 "batch_norm: what is merged over ranks or micro-batches takes one gradient at a time; got a batch of "
                 "them; call torch.autograd.grad without is_grads_batched"
             )
-        (pooling, walk), eps, count, exchange, activation, mask, bias_like = ctx.how
-        x, weight, mean, var, bias, residual = ctx.saved_tensors
-        dtype = x.dtype
+        (pooling, walk), eps, count, exchange, activation, weight_like, bias_like = ctx.how
+        x, weight, mean, var, bias, residual, mask = ctx.saved_tensors
+        memory.check_like("weight", weight, weight_like)
+        memory.check_like("bias", bias, bias_like)
+        x, dtype = memory.arrange("input", x, walk), walk.dtype
+        mean, var = kernels.recover_statistics((mean, var), walk)
+        if residual is not None:
+            residual = memory.arrange("residual", residual, walk)
         if dtype in (torch.bfloat16, torch.float16):  # What is added twice is rounded once.
             x, g, residual = x.float(), g.float(), residual if residual is None else residual.float()
             walk = kernels.find_walk(x, pooling, 2, mask is not None)
@@ -170,6 +176,6 @@ class NormalizeMerged(torch.autograd.Function):
             dx = kernels.forward(
                 x, walk, slope * total[1], slope * total[0], eps, (mean, var), residual=dx, mask=mask
             ).to(dtype)
-        dweight = like(dgamma, weight.shape, weight.dtype) if needs_weight else None
+        dweight = like(dgamma, *weight_like) if needs_weight else None
         dbias = like(dbeta, *bias_like) if needs_bias else None
         return dx, dweight, dbias, None if dresidual is None else dresidual.to(dtype), *(None,) * 6

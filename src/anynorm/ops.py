@@ -194,6 +194,8 @@ def compose(
         return y
     if given is None and running is None and mask is None and transforms.serves(x):
         return transforms.normalize(x, pooling, weight, bias, eps, activation, residual)
+    if x.dtype is torch.float64 and torch.is_grad_enabled() and not in_graph and x.is_inference():
+        x = x.clone()  # A narrower one is made wide, which is a copy.
     known = None if given is None else read_running(*given, pooling, pooling.open(x))
     y, moments = plain.compose(x, pooling, weight, bias, eps, known, activation, residual, mask)
     if get_dynamic_layer_stack_depth() == 0:  # inside vmap a tensor cannot tell its layout

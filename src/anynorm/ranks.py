@@ -144,8 +144,8 @@ class Ranks:
             if self.channel is None:
                 self.channel = open_channel(self.members, self.timeout)
             words, fits = payload.numel(), HEADER + payload.numel() <= self.frame
-            frame = torch.zeros(self.frame, dtype=torch.int64)
-            frame[:HEADER] = torch.tensor(call.pack(words))
+            frame = torch.zeros(self.frame, dtype=torch.int64, device="cpu")
+            frame[:HEADER] = torch.tensor(call.pack(words), dtype=torch.int64, device="cpu")
             if fits:
                 frame[HEADER : HEADER + words] = payload.view(torch.int64)
             frames = self.gather(frame)
@@ -159,7 +159,7 @@ class Ranks:
 
     def gather(self, message: Tensor) -> Tensor:
         """One `all_gather`."""
-        received = torch.empty(self.world, message.numel(), dtype=message.dtype)
+        received = torch.empty(self.world, message.numel(), dtype=message.dtype, device="cpu")
         work = dist.all_gather(list(received), message, group=self.channel, async_op=True)
         work.wait(self.timeout)
         self.sent += 1

@@ -54,6 +54,7 @@ def update_running(
         ghosts: axes of the moments that are ghost batches; each moves the averages in its turn.
     """
     assert moments.mean is not None
+    check_writable(moments.m2, running_mean, running_var)
     if isinstance(momentum, Tensor):
         momentum = momentum.to(find_wide_dtype(running_mean))
     if ghosts:
@@ -70,6 +71,16 @@ def update_running(
         if samples:
             new = new.mean(samples)
         running.copy_(old * (1 - momentum) + new.reshape(running.shape).to(old.dtype) * momentum)
+
+
+def check_writable(m2: Tensor, *running: Tensor) -> None:
+    """Refuse, before either has moved, what only one of the two could be written to."""
+    for t in running:
+        if t.device != m2.device or any(n > 1 and step == 0 for n, step in zip(t.shape, t.stride(), strict=True)):
+            raise RuntimeError(
+                "running averages must be on the input's device, each element in memory of its own; got "
+                f"{tuple(t.shape)} with strides {t.stride()} on {t.device}, statistics on {m2.device}; pass .clone()"
+            )
 
 
 def follow_ghosts(running_mean: Tensor, running_var: Tensor, moments: Moments, momentum: float | Tensor) -> None:

@@ -38,6 +38,10 @@ class Plan:
         shape: of mean and m2, as they broadcast over the view.
         count: elements of a pool.
         memory_format: of results, which differ from x at most in the strides of axes of size 1.
+        sizes, strides, dtype: of x.
+        parameter: the dtype that kernels read gamma and beta in.
+        given: the dtype of given statistics; float64 where they come from x.
+        bytes, parameter_bytes: of x, and of gamma as kernels read it.
     """
 
     walk: Any
@@ -48,6 +52,13 @@ class Plan:
     count: int
     centred: bool
     memory_format: torch.memory_format
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    parameter: torch.dtype
+    given: torch.dtype
+    bytes: int
+    parameter_bytes: int
 
 
 def open_sizes(pooling: Pooling, shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[list[int], list[int]]:
@@ -101,9 +112,12 @@ def find_plan(
     sample_rows = n // shape[0] if masked and pool_n and s == 1 and n > shape[0] else 0
     packed = (n, g, k, s, last, pool_n, pooling.centred, CODES[dtype], given, sample_rows)
     count = n * s if pool_n else k * s
-    memory_format = suggest_memory_format(shape, strides)
-    walk = compiled.Plan(*packed)
-    return Plan(walk, packed, prod(statistics), g * k, statistics, count, pooling.centred, memory_format)
+    parameter = torch.float64 if dtype is torch.float64 else torch.float32
+    return Plan(
+        compiled.Plan(*packed), packed, prod(statistics), g * k, statistics, count, pooling.centred,
+        suggest_memory_format(shape, strides), shape, strides, dtype, parameter,
+        parameter if given == 1 else torch.float64, prod(shape) * dtype.itemsize, g * k * parameter.itemsize,
+    )  # fmt: skip
 
 
 def find_letters(pooling: Pooling, hidden: set[int], sizes: list[int], strides: list[int]) -> tuple[str, list[int]]:

@@ -52,7 +52,7 @@ class Call:
         assert self.found is not None
         layer, moments, self.found = self.layer, self.found, None
         if layer.training:
-            like = torch.empty(0, dtype=self.dtype)
+            like = torch.empty(0, dtype=self.dtype, device="cpu")
             self.ranks = layer.find_exchange(like, layer.track_running_stats) if self.ranks is None else self.ranks
         if self.ranks is not None:
             moments = self.ranks.merge(moments)

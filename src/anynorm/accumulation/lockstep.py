@@ -215,7 +215,8 @@ def join(layer: Any, inputs: list[Any], options: list[dict[str, Any]], stage: St
 
 def mask_all(x: Tensor) -> Tensor:
     """A mask as `find_mask` makes it, of nothing but real positions."""
-    return torch.ones([1 if axis == 1 else size for axis, size in enumerate(x.shape)], device=x.device)
+    sizes = [1 if axis == 1 else size for axis, size in enumerate(x.shape)]
+    return torch.ones(sizes, dtype=torch.float32, device=x.device)
 
 
 def to_rows(t: Tensor, layer: Any) -> Tensor:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops, protocol, ragged, watch
-from ..activations import check_finish, finish
+from ..activations import check_activation, check_finish, finish
 from ..errors import (
     check_batch_norm,
     check_channels,
@@ -160,6 +161,8 @@ def batch_norm(
         mask = find_mask("batch_norm", input, (1,), mask, lengths)
         if training and mask is not None and watch.has_memory(mask):
             check_more_than_one_counted("batch_norm", mask, input, BATCH_OF_ONE)
+    if activation is not None:
+        activation = check_activation("batch_norm", activation)
     key = watch.find_key(
         "batch_norm", (training, eps, activation), input, weight, bias, running_mean, running_var, residual, mask
     )
@@ -195,6 +198,17 @@ def batch_norm(
     return normalize_with_running(
         "batch_norm", input, pooling, running, weight, bias, training, momentum, eps, activation, residual, mask, key
     )
+
+
+def copy_parameters(
+    weight: Tensor | None, bias: Tensor | None, activation: str | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """What instance norm keeps for backward, so that both may change in place until then, as torch's may."""
+    if weight is not None and weight.requires_grad and torch.is_grad_enabled():
+        weight = weight.clone()
+    if activation is not None and bias is not None and bias.requires_grad and torch.is_grad_enabled():
+        bias = bias.clone()
+    return weight, bias
 
 
 def instance_norm(
@@ -246,10 +260,13 @@ def instance_norm(
         if found is not None:
             return found
         mask = find_mask("instance_norm", input, (1,), mask, lengths)
+    if activation is not None:
+        activation = check_activation("instance_norm", activation)
     key = watch.find_key(
         "instance_norm", (use_input_stats, activation), input, weight, bias, running_mean, running_var, residual, mask
     )
     if key is not None and key in ops.RECIPES:
+        weight, bias = copy_parameters(weight, bias, activation)
         return run_with_running(
             key,
             input,
@@ -297,6 +314,7 @@ def instance_norm(
             activation,
             residual,
         )
+    weight, bias = copy_parameters(weight, bias, activation)
     running = (running_mean, running_var)
     return normalize_with_running(
         "instance_norm",

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops, protocol, ragged, watch
-from ..activations import check_finish, finish
+from ..activations import check_activation, check_finish, finish
 from ..errors import (
     check_channels,
     check_floating,
@@ -72,6 +72,8 @@ def layer_norm(
         if found is not None:
             return found
         mask = find_feature_mask("layer_norm", input, normalized_shape, mask, lengths)
+    if activation is not None:
+        activation = check_activation("layer_norm", activation)
     key = watch.find_key("layer_norm", (hashable, activation), input, weight, bias, residual, mask)
     if key is not None and key in ops.RECIPES:
         return ops.run(ops.RECIPES[key], input, weight, bias, eps, None, activation, residual, None, mask)
@@ -151,6 +153,8 @@ def rms_norm(
         if found is not None:
             return found
         mask = find_feature_mask("rms_norm", input, normalized_shape, mask, lengths)
+    if activation is not None:
+        activation = check_activation("rms_norm", activation)
     key = watch.find_key("rms_norm", (hashable, activation), input, weight, residual, mask)
     if key is not None and key in ops.RECIPES:
         eps = find_rms_eps(eps, input)
@@ -221,7 +225,9 @@ def group_norm(
         if found is not None:
             return found
         mask = find_mask("group_norm", input, (1,), mask, lengths)
-    key = watch.find_key("group_norm", (num_groups, activation), input, weight, bias, residual, mask)
+    if activation is not None:
+        activation = check_activation("group_norm", activation)
+    key = watch.find_key("group_norm", (num_groups, type(num_groups), activation), input, weight, bias, residual, mask)
     if key is not None and key in ops.RECIPES:
         return ops.run(ops.RECIPES[key], input, weight, bias, eps, None, activation, residual, None, mask)
     if key is None:

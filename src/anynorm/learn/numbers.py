@@ -9,10 +9,10 @@ from anynorm import functional, reference
 from anynorm.family import FAMILY
 from anynorm.pooling import Pooling, Sizes, find_pooling
 
-PEOPLE = torch.tensor([[1.60, 50.0], [1.70, 72.0], [1.75, 66.0], [1.95, 92.0]], dtype=torch.float64)
+PEOPLE = torch.tensor([[1.60, 50.0], [1.70, 72.0], [1.75, 66.0], [1.95, 92.0]], dtype=torch.float64, device="cpu")
 CHANNELS = ("height, m", "weight, kg")
-GAMMA = torch.tensor([2.0, 0.5], dtype=torch.float64)
-BETA = torch.tensor([1.0, -1.0], dtype=torch.float64)
+GAMMA = torch.tensor([2.0, 0.5], dtype=torch.float64, device="cpu")
+BETA = torch.tensor([1.0, -1.0], dtype=torch.float64, device="cpu")
 EPS = 1e-5
 MOMENTUM = 0.1
 
@@ -23,6 +23,7 @@ SMALL = torch.tensor(
         [[5, 7, 3], [9, 8, 4], [2, 2, 8], [9, 6, 9]],
     ],
     dtype=torch.float64,
+    device="cpu",
 )
 GROUPS = 2
 
@@ -116,7 +117,7 @@ def find_pools(norm: str, x: Tensor = SMALL, sizes: Sizes | None = None) -> Pool
     view = pooling.open(x)
     mean, var = find_statistics(x, pooling)
     shape = [1 if axis in pooling.pooled else size for axis, size in enumerate(view.shape)]
-    label = torch.arange(mean.numel()).reshape(shape).expand(view.shape).reshape(x.shape)
+    label = torch.arange(mean.numel(), device=mean.device).reshape(shape).expand(view.shape).reshape(x.shape)
     y = reference.forward(view.numpy(), pooling.pooled, eps=EPS, centred=pooling.centred)
     return Pools(norm, label, mean, var, torch.from_numpy(y).reshape(x.shape))
 

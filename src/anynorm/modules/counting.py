@@ -71,7 +71,8 @@ def mark_counted(layer: nn.Module) -> None:
 
 def count_batch(mask: Tensor | None, lengths: Any) -> Any:
     """1 for a batch in which anything is real."""
-    return (torch.as_tensor(lengths) if mask is None else mask).ne(0).any()
+    counted = lengths if mask is None else mask
+    return (counted if isinstance(counted, Tensor) else torch.as_tensor(counted, device="cpu")).ne(0).any()
 
 
 class Guard:

@@ -37,7 +37,7 @@ def pack(name: str, input: Tensor, lengths: Lengths, batch_first: bool) -> Packe
 
 def find_lengths(name: str, lengths: Lengths, steps: int, batch: int) -> Tensor:
     """Checked lengths as int64 on the CPU. torch takes one that is too large in silence."""
-    found = lengths.detach().cpu() if isinstance(lengths, Tensor) else torch.tensor(lengths, device="cpu")
+    found = lengths.detach().cpu() if isinstance(lengths, Tensor) else torch.as_tensor(lengths, device="cpu")
     if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
         raise RuntimeError(
             f"{name}: lengths must be whole numbers; got {found.dtype}; count the steps of each sequence"

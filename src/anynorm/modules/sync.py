@@ -32,7 +32,7 @@ class RankExchange:
     def merge(self, moments: Moments) -> Moments:
         """In the order of ranks, from what was sent, so that every rank finds the same bits."""
         assert moments.mean is not None
-        own = [torch.tensor([float(moments.count)], dtype=torch.float64)]
+        own = [torch.tensor([float(moments.count)], dtype=torch.float64, device="cpu")]
         own += [t.detach().cpu().double().flatten() for t in (moments.mean, moments.m2)]
         found = self.ranks.exchange(Call(phase=FORWARD, **self.call), torch.cat(own))
         total = Moments(0, own[1], own[2])

@@ -177,9 +177,9 @@ def write(norms: dict[str, Any], found: dict[str, Population]) -> None:
         norm = norms[name]
         values += [(norm.running_mean, population.mean), (norm.running_var, population.var)]
         if norm.num_batches_tracked is not None:
-            values.append((norm.num_batches_tracked, torch.tensor(population.batches)))
+            values.append((norm.num_batches_tracked, torch.tensor(population.batches, dtype=torch.long, device="cpu")))
         if hasattr(norm, "start_share"):  # of batch renormalization: nothing is left of mean 0 and variance 1
-            values.append((norm.start_share, torch.zeros(())))
+            values.append((norm.start_share, torch.zeros((), dtype=torch.float64, device="cpu")))
     before = [(t, t.detach().clone()) for t, _ in values]
     with torch.no_grad():
         try:

@@ -95,7 +95,7 @@ def find_errors(groups: Sequence[Moments], total: Moments) -> tuple[Tensor, Tens
     assert total.mean is not None
     if len(groups) < 2:
         return torch.full_like(total.mean, inf), torch.full_like(total.mean, inf)
-    counts = torch.tensor([float(group.count) for group in groups], dtype=torch.float64)[:, None]
+    counts = total.mean.new_tensor([int(group.count) for group in groups])[:, None]
     off = torch.stack([group.mean for group in groups if group.mean is not None]) - total.mean
     squares = torch.stack([group.m2 for group in groups]) / counts + off.square()
     weight = (counts / total.count).square() * (len(groups) / (len(groups) - 1))

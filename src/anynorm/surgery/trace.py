@@ -209,4 +209,4 @@ def set_random_state(python: Any, numpy: Any, torchs: Any) -> None:
     """Put the three generators back."""
     random.setstate(python)
     np.random.set_state(numpy)  # noqa: NPY002
-    torch.set_rng_state(torch.tensor(torchs, dtype=torch.uint8))
+    torch.set_rng_state(torch.tensor(torchs, dtype=torch.uint8, device="cpu"))
