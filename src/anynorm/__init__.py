@@ -10,7 +10,7 @@ from .accumulation.accumulate import accumulate
 from .allocator import tune_allocator
 from .errors import PatternError, SyncError, UserError
 from .family import FAMILY
-from .masks import mask_of, masked, shorten
+from .masks import mask_of
 from .modules.batch import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from .modules.counting import update_once
 from .modules.extra import extra_state, load_extra_state
@@ -48,6 +48,8 @@ from .modules.sample import GroupNorm, LayerNorm, RMSNorm
 from .modules.small_batch import GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d
 from .modules.sync import SyncBatchNorm
 from .ops import exact
+from .padding.context import masked
+from .padding.shorten import shorten
 from .surgery.accelerate import accelerate
 from .surgery.recalibrate import recalibrate
 from .surgery.sync import sync

@@ -1,4 +1,4 @@
-"""Which positions count: masks and lengths, and the context that hands a mask to the norms inside a model.
+"""Which positions count: masks and lengths.
 
 A mask is True, or 1, at real positions and False, or 0, at padding. That is the opposite of torch's `key_padding_mask`,
 which is True at padding.
@@ -6,15 +6,10 @@ which is True at padding.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextvars import ContextVar, Token
-from threading import Lock
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import check_normalized_shape
@@ -135,106 +130,20 @@ def mask_of(lengths: Any, size: int) -> Tensor:
     return torch.arange(size, device=lengths.device) < lengths[:, None]
 
 
-def shorten(mask: Tensor, kernel_size: int, stride: int = 1, padding: int = 0, dilation: int = 1) -> Tensor:
-    """The mask behind a convolution or a pooling over positions.
-
-    An output position is real where its window touches a real position and would have existed had the sample been given
-    without padding: a sample of n positions keeps (n + 2 * padding - dilation * (kernel_size - 1) - 1) // stride + 1.
-
-    Args:
-        mask: (N, L), True or 1 at real positions.
-        kernel_size, stride, padding, dilation: of the layer, in positions.
-
-    Returns:
-        (N, L'), bool.
+def lengths_of(function: str, mask: Tensor) -> Tensor:
+    """(N,), the lengths that a mask (N, L) says.
 
     Raises:
-        ValueError: a mask of other than two axes.
-
-    Example:
-        >>> anynorm.shorten(anynorm.mask_of([2, 5], 6), kernel_size=3, stride=2, padding=1)
-        tensor([[ True, False, False],
-                [ True,  True,  True]])
+        ValueError: where a sample's real positions are not the first ones.
     """
-    if mask.dim() != 2:
+    real = mask.bool()
+    lengths = real.sum(1)
+    if has_memory(real) and not torch.equal(mask_of(lengths, real.shape[1]), real):
         raise ValueError(
-            f"shorten: mask must be (N, L); got {tuple(mask.shape)}; shorten each axis of an image by itself"
+            f"{function}: real positions must come first and without holes, for sequences are read step after step; "
+            f"got a mask {tuple(mask.shape)} with others; pass a PackedSequence, or move the padding to the end"
         )
-    reach = dilation * (kernel_size - 1)
-    real = mask.to(torch.float32)
-    windows = F.pad(real, (padding, padding)).unfold(1, reach + 1, stride)[..., ::dilation]
-    end = (real * torch.arange(1, real.shape[1] + 1, device=mask.device)).amax(1, keepdim=True)
-    last = torch.arange(windows.shape[1], device=mask.device) * stride + reach  # counted from -padding
-    return (windows.amax(2) > 0) & (last < end + 2 * padding)
-
-
-# ---- the context ---------------------------------------------------------------------------------------------------
-
-CURRENT: ContextVar[masked | None] = ContextVar("anynorm.masked", default=None)
-SERVED: WeakKeyDictionary[nn.Module, masked] = WeakKeyDictionary()
-LOCK = Lock()
-
-
-class masked:
-    """Hand a mask to every norm that is called inside, for models that have no argument for one.
-
-    A norm takes the first mask that fits the positions of its input. Where strided layers shorten the positions, give
-    the shorter masks too (`shorten` computes them). A norm behind the pooling of all positions, whose input is (N, C),
-    needs none.
-
-    The context belongs to the thread and to the asynchronous task that entered it. When activation checkpointing
-    computes a norm again outside the context, or inside another, that is an error: call backward inside the context.
-
-    Args:
-        masks: (N, positions...), True or 1 at real positions.
-
-    Raises:
-        ValueError: at the norm, where no mask fits; both shapes are named.
-
-    Example:
-        >>> norm, x = anynorm.BatchNorm1d(1), torch.tensor([[[1.0, 3.0, 77.0]]])
-        >>> with anynorm.masked(torch.tensor([[True, True, False]])):
-        ...     norm(x).detach()
-        tensor([[[-1.0000,  1.0000,  0.0000]]])
-    """
-
-    opened = 0  # contexts in the process: nothing is looked up where there are none
-
-    def __init__(self, *masks: Tensor) -> None:
-        if not masks or any(not isinstance(mask, Tensor) for mask in masks):
-            got = ", ".join(type(mask).__name__ for mask in masks) or "nothing"
-            raise TypeError(f"masked: one or more masks are needed; got {got}; pass mask_of(lengths, size)")
-        self.masks = masks
-        self._tokens: list[Token[masked | None]] = []
-
-    def __enter__(self) -> masked:
-        masked.count(1)
-        self._tokens.append(CURRENT.set(self))
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        masked.count(-1)
-        CURRENT.reset(self._tokens.pop())
-
-    @classmethod
-    def count(cls, step: int) -> None:
-        """Contexts are entered and left by any thread."""
-        with LOCK:
-            cls.opened += step
-
-    def find(self, layer: nn.Module, positions: Sequence[int], shape: Sequence[int]) -> Tensor | None:
-        """The mask for an input, None where it has no positions and no mask is about samples alone."""
-        wanted = tuple(positions)
-        for mask in self.masks:
-            if mask.dim() == len(wanted) and fits(mask, wanted):
-                return mask
-        if len(wanted) < 2:
-            return None
-        known = " and ".join(str(tuple(mask.shape)) for mask in self.masks)
-        raise ValueError(
-            f"{describe(layer)}: no mask of anynorm.masked fits an input {tuple(shape)}, which needs one of {wanted}; "
-            f"got {known}; pass the shorter mask too: masked(mask, anynorm.shorten(mask, kernel_size, stride))"
-        )
+    return lengths
 
 
 def describe(layer: nn.Module) -> str:
@@ -242,24 +151,3 @@ def describe(layer: nn.Module) -> str:
     label = getattr(layer, "label", "")
     name = f"{label} = " if label else ""
     return f"{name}{type(layer).__name__}({layer.extra_repr()})"
-
-
-def may_be_masked() -> bool:
-    """Whether a norm must look for a context: one is open, or one may have been left before backward."""
-    return masked.opened > 0 or (not torch.compiler.is_compiling() and len(SERVED) > 0)
-
-
-def find_current(layer: nn.Module, positions: Sequence[int], shape: Sequence[int]) -> Tensor | None:
-    """The mask that the context has for a layer's input."""
-    context = CURRENT.get() if masked.opened else None
-    if torch._C._current_graph_task_id() != -1 and SERVED.get(layer) is not context:
-        raise RuntimeError(
-            f"{describe(layer)}: activation checkpointing computes this norm again outside the anynorm.masked "
-            "context of its forward, or inside one that forward had not; the mask would be another; call backward "
-            "where forward was called"
-        )
-    if context is None:
-        SERVED.pop(layer, None)
-        return None
-    SERVED[layer] = context
-    return context.find(layer, positions, shape)

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.fx import Proxy
 
 from ..activations import IDENTITY, check_activation, finish
-from ..masks import find_mask, may_be_masked
+from ..masks import find_mask
+from ..padding.context import may_be_masked
 from ..plain import blank
 from . import batch, instance, renorm, sample, small_batch, sync
 from .state import Norm, name_given, record_call

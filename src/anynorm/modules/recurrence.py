@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence
 
+from ..masks import lengths_of
+from ..padding.context import find_current, may_be_masked
 from .packing import Lengths, find_flip, pack, pack_all, unpack, unpack_all
 from .recurrent_norms import LayerRows, RowNorm, SequenceRows, StepRows, check_options
 from .state import record_call
@@ -119,7 +121,8 @@ class Recurrent(nn.RNNBase):
             input: (steps, batch, input_size); (batch, steps, input_size) with `batch_first`; (steps, input_size)
                 unbatched; or a PackedSequence. With `lengths` padding may hold anything, NaN too.
             hx: the first states, as for torch's layer; None for 0.
-            lengths: (batch,), whole numbers: how many steps of each sequence are there, in any order. None: all.
+            lengths: (batch,), whole numbers: how many steps of each sequence are there, in any order. None: all, or
+                what `anynorm.masked` says.
 
         Returns:
             The last layer's h at every step, padded or packed as `input` and 0 in the padding; and the last states of
@@ -131,6 +134,8 @@ class Recurrent(nn.RNNBase):
         """
         if isinstance(input, Proxy):
             return record_call(self, input, hx, lengths)
+        if lengths is None and may_be_masked() and isinstance(input, Tensor) and input.dim() == 3:
+            lengths = self._find_lengths(input)
         if lengths is not None:
             packed = pack(type(self).__name__, input, lengths, self.batch_first)
             output, state = self.forward(packed, hx)
@@ -148,6 +153,12 @@ class Recurrent(nn.RNNBase):
         axis = 0 if self.batch_first else 1
         output, state = self.forward(input.unsqueeze(axis), each(hx, lambda s: s.unsqueeze(1)))
         return output.squeeze(axis), each(state, lambda s: s.squeeze(1))
+
+    def _find_lengths(self, input: Tensor) -> Tensor | None:
+        """What `anynorm.masked` has for this input, as lengths."""
+        steps, batch = (input.shape[1], input.shape[0]) if self.batch_first else tuple(input.shape[:2])
+        mask = find_current(self, (batch, steps), input)
+        return None if mask is None else lengths_of(type(self).__name__, mask.expand(batch, steps))
 
     def _check_axes(self, input: Tensor) -> None:
         name = type(self).__name__

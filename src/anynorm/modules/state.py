@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx import Proxy
 
 from ..errors import check_state
-from ..masks import find_current, may_be_masked
+from ..padding.context import find_current, may_be_masked
 from ..ragged import is_ragged
 
 
@@ -48,7 +48,7 @@ class Norm(nn.Module):
             return None
         channels = self.find_channel_axes(input)
         positions = [size for axis, size in enumerate(input.shape) if axis not in channels]
-        return find_current(self, positions, input.shape)
+        return find_current(self, positions, input)
 
     def find_channel_axes(self, input: Tensor) -> tuple[int, ...]:
         """Axes of the input that a mask has not."""

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from .. import ops
 from ..family import FAMILY
-from ..masks import find_mask, may_be_masked
+from ..masks import find_mask
 from ..modules import batch, fused, state
 from ..modules.renorm import _Renorm
 from ..modules.sync import SyncBatchNorm, _Synchronized
+from ..padding.context import may_be_masked
 from ..ragged import is_ragged, open_rows
 from ..statistics import Moments
 from .recalibrate_statistics import Tally

@@ -1,0 +1,229 @@
+"""The context that hands a mask to the layers inside a model: `anynorm.masked`."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from contextvars import ContextVar, Token
+from threading import Lock
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from ..masks import check_zeros_and_ones, describe
+from . import hooks
+from .known import WHOLE, Known, Masks
+from .model import Layers, name_modules
+
+Given = Tensor | Sequence[Tensor] | None
+CURRENT: ContextVar[masked | None] = ContextVar("anynorm.masked", default=None)
+SERVED: WeakKeyDictionary[nn.Module, masked] = WeakKeyDictionary()
+LOCK = Lock()
+
+
+class masked:
+    """Hand a mask to every norm that is called inside, for models that have no argument for one.
+
+    Without `model` norms, `anynorm.LSTM` and `anynorm.GRU` take the mask that fits the positions of their input; where
+    strided layers shorten the positions, give the shorter masks too (`shorten` computes them). With `model` the
+    shorter masks are found, and the layers between the norms do not see padding either: what a convolution, a pooling
+    or a recurrent layer of torch.nn makes of a sample is in evaluation what it makes of the sample alone, to rounding.
+
+    The context belongs to the thread and to the asynchronous task that entered it. When activation checkpointing
+    computes a layer again outside the context, or inside another, that is an error: call backward inside the context.
+
+    Args:
+        masks: (N, positions...), True or 1 at real positions. (N, L) serves maps (N, C, F, L) and (N, C, L, F), too.
+            Or, with `model`, one dict: the name of a submodule, or the submodule, to its mask, to several, or to None
+            where it has no padding; "" is the whole model. The most specific name counts.
+        model: the model that is called inside, whose layers are then known by name.
+
+    Raises:
+        TypeError: arguments of other types.
+        ValueError: at the layer, where no mask fits, where several do that differ, where a norm of torch's would count
+            the padding, or where the layer is one that no mask can be followed through.
+
+    Warns:
+        UserWarning: at the end, where no layer took a mask; with `model`, which norms ran and were not told.
+
+    Note:
+        Functions are not seen: of `x.mean(-1)`, `F.pad` and attention the context knows nothing. With `model` code from
+        torch.compile runs eagerly inside, in every thread.
+
+    Example:
+        >>> norm, x = anynorm.BatchNorm1d(1), torch.tensor([[[1.0, 3.0, 77.0]]])
+        >>> with anynorm.masked(torch.tensor([[True, True, False]])):
+        ...     norm(x).detach()
+        tensor([[[-1.0000,  1.0000,  0.0000]]])
+        >>> net = torch.nn.Sequential(torch.nn.Conv1d(1, 4, 3, stride=2, padding=1), anynorm.BatchNorm1d(4)).eval()
+        >>> with anynorm.masked(anynorm.mask_of([5, 2], 5), model=net):
+        ...     net(torch.randn(2, 1, 5)).shape
+        torch.Size([2, 4, 3])
+    """
+
+    opened = 0  # contexts in the process: nothing is looked up where there are none
+
+    def __init__(self, *masks: Any, model: nn.Module | None = None) -> None:
+        if model is not None and not isinstance(model, nn.Module):
+            raise TypeError(
+                f"masked: model must be a torch.nn.Module; got {type(model).__name__}; pass the model itself"
+            )
+        given = read_masks(masks, model)
+        self._masks = Masks(given, follow=model is not None)
+        self._layers = None if model is None else Layers(model, list(given), self._masks)
+        self._tokens: list[Token[masked | None]] = []
+        self._was_taken = False
+
+    def __enter__(self) -> masked:
+        if self._layers is not None:
+            hooks.open_model(before, after)
+        masked.count(1)
+        self._tokens.append(CURRENT.set(self))
+        return self
+
+    def __exit__(self, kind: Any, *exception: object) -> None:
+        masked.count(-1)
+        CURRENT.reset(self._tokens.pop())
+        if self._layers is not None:
+            hooks.close_model()
+        if kind is None and not self._tokens:
+            self._tell()
+
+    def _tell(self) -> None:
+        """Warn of what did not take a mask; once for all calls inside."""
+        unheard = {} if self._layers is None else dict(self._layers.unheard)
+        was_taken, self._was_taken = self._was_taken, False
+        if unheard:
+            assert self._layers is not None
+            self._layers.unheard.clear()
+            named = [f"{name} ({kind})" for name, kind in unheard.items()]
+            more = f" and {len(named) - 8} more" if len(named) > 8 else ""
+            warnings.warn(
+                f"masked: norms inside took no mask and compute on the padding as well; got {', '.join(named[:8])}"
+                f"{more}; anynorm.accelerate(model) turns torch's norms into ours, not subclasses of them",
+                stacklevel=3,
+            )
+        elif not was_taken:
+            warnings.warn(
+                "masked: no layer inside took a mask; got norms of torch's, norms that were given masks of their own, "
+                "or none; call anynorm.accelerate(model) before, and pass model=model to have them named",
+                stacklevel=3,
+            )
+
+    @classmethod
+    def count(cls, step: int) -> None:
+        """Contexts are entered and left by any thread."""
+        with LOCK:
+            cls.opened += step
+
+    def find(self, layer: nn.Module, positions: Sequence[int], x: Any) -> Tensor | None:
+        """The mask for an input, None where it has no positions and no mask is about samples alone."""
+        if self._layers is not None and layer in self._layers.names:
+            found = self._layers.find_by_sizes(layer, tuple(positions), x)
+        else:
+            found = self._masks.find(describe(layer), frozenset({WHOLE}), tuple(positions), x)
+        self._was_taken = self._was_taken or found is not None
+        return found
+
+    def knows(self, layer: nn.Module) -> bool:
+        """Whether a layer is one of the model's."""
+        return self._layers is not None and layer in self._layers.names
+
+
+def read_masks(masks: tuple[Any, ...], model: nn.Module | None) -> dict[str, list[Known] | None]:
+    """The masks of each part of the model, by its name."""
+    parts: dict[Any, Given] = {WHOLE: masks}
+    if len(masks) == 1 and isinstance(masks[0], dict):
+        if model is None:
+            raise TypeError("masked: masks for each part need the model; got a dict alone; pass model=model as well")
+        parts = {find_part(part, model): given for part, given in masks[0].items()}
+    return {part: None if given is None else read_some(given) for part, given in parts.items()}
+
+
+def read_some(given: Any) -> list[Known]:
+    """One or more masks."""
+    several = list(given) if isinstance(given, tuple | list) else [given]
+    if not several or any(not isinstance(mask, Tensor) for mask in several):
+        got = ", ".join(type(mask).__name__ for mask in several) or "nothing"
+        raise TypeError(f"masked: one or more masks are needed; got {got}; pass mask_of(lengths, size)")
+    for mask in several:
+        if mask.dtype != torch.bool:
+            check_zeros_and_ones("masked", mask)
+    return [Known(mask.bool()) for mask in several]
+
+
+def find_part(part: Any, model: nn.Module) -> str:
+    """The name of a submodule, or of the module that is given for it."""
+    names = {name: module for name, module in name_modules(model)}
+    if isinstance(part, nn.Module):
+        name = next((name for name, module in names.items() if module is part), None)
+    else:
+        name = part if part in names else None
+    if name is None:
+        got = type(part).__name__ if isinstance(part, nn.Module) else repr(part)
+        raise ValueError(
+            f"masked: parts must be submodules of the model; got {got}; pass a name of model.named_modules() or the "
+            "module"
+        )
+    return name
+
+
+def may_be_masked() -> bool:
+    """Whether a norm must look for a context: one is open, or one may have been left before backward."""
+    return masked.opened > 0 or (not torch.compiler.is_compiling() and len(SERVED) > 0)
+
+
+def find_current(layer: nn.Module, positions: Sequence[int], x: Any) -> Tensor | None:
+    """The mask that the context has for a layer's input."""
+    context = CURRENT.get() if masked.opened else None
+    check_recomputation(layer, context)
+    if context is None:
+        SERVED.pop(layer, None)
+        return None
+    SERVED[layer] = context
+    return context.find(layer, positions, x)
+
+
+def check_recomputation(layer: nn.Module, context: masked | None) -> None:
+    """Activation checkpointing must compute a layer again with the mask that it had."""
+    if torch._C._current_graph_task_id() != -1 and SERVED.get(layer) is not context:
+        word = "norm" if hasattr(layer, "find_channel_axes") else "layer"
+        raise RuntimeError(
+            f"{describe(layer)}: activation checkpointing computes this {word} again outside the anynorm.masked "
+            "context of its forward, or inside one that forward had not; the mask would be another; call backward "
+            "where forward was called"
+        )
+
+
+# ---- what torch calls before and after every module, while a context knows a model -----------------------------------
+
+
+def before(layer: nn.Module, args: Any) -> Any:
+    """Blank the padding of a layer's input."""
+    context = CURRENT.get() if masked.opened else None
+    known = context if context is not None and context.knows(layer) else None
+    if known is None:
+        if layer in hooks.SEEN:
+            check_recomputation(layer, None)
+            hooks.forget(layer)
+        return None
+    assert known._layers is not None
+    changed = known._layers.before(layer, args)
+    if changed is not None:
+        check_recomputation(layer, known)
+        SERVED[layer] = known
+        hooks.SEEN.add(layer)
+        known._was_taken = True
+    return changed
+
+
+def after(layer: nn.Module, args: Any, output: Any) -> Any:
+    """Follow the mask to a layer's output."""
+    context = CURRENT.get() if masked.opened else None
+    if context is None or not context.knows(layer):
+        return None
+    assert context._layers is not None
+    return context._layers.after(layer, args, output)

@@ -1,0 +1,89 @@
+"""Hooks on every module of the process while a context knows a model, and eager code instead of compiled code.
+
+They are torch's hooks for all modules, not hooks of the model: so no copy, pickle or trace of a model has them. Every
+module that is called meanwhile pays for a look-up, about a microsecond.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from threading import Lock
+from typing import Any
+from weakref import WeakSet
+
+import torch
+import torch.nn as nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+
+SEEN: WeakSet[nn.Module] = WeakSet()  # layers that had a mask and have not been called without one since
+LOCK = Lock()
+HANDLES: list[Any] = []
+OPEN: list[int] = [0]
+STANCE: list[Any] = []
+COMPILED = (
+    "masked: a context that knows its model runs compiled code eagerly, so it must be entered outside; got a function "
+    "from torch.compile around it; enter it around the call of that function"
+)
+
+
+def open_model(before: Callable[..., Any], after: Callable[..., Any]) -> None:
+    """A context that knows its model is entered.
+
+    Compiled code does not look for hooks that came later, so it is not used until the context is left.
+    """
+    with LOCK:
+        if not STANCE:
+            STANCE.append(hold_compiler())
+        OPEN[0] += 1
+        if not HANDLES:
+            HANDLES.append(register_module_forward_pre_hook(eager(before)))
+            HANDLES.append(register_module_forward_hook(eager(after)))
+
+
+def hold_compiler() -> Any:
+    """Let compiled functions run eagerly; None where no compiler was loaded."""
+    if torch.compiler.is_compiling():
+        raise RuntimeError(COMPILED)
+    if "torch._dynamo" not in sys.modules:
+        return None
+    try:
+        return torch.compiler.set_stance("force_eager")
+    except RuntimeError as error:
+        raise RuntimeError(COMPILED) from error
+
+
+def close_model() -> None:
+    """It is left."""
+    with LOCK:
+        OPEN[0] -= 1
+        if OPEN[0] == 0 and (stance := STANCE.pop()) is not None:
+            stance.__exit__(None, None, None)
+    close_unused()
+
+
+def close_unused() -> None:
+    """Hooks stay while a layer that had a mask may be computed again by activation checkpointing."""
+    with LOCK:
+        if OPEN[0] == 0 and not SEEN:
+            while HANDLES:
+                HANDLES.pop().remove()
+
+
+def forget(layer: nn.Module) -> None:
+    """A layer is called without a mask, and not by activation checkpointing: a new forward."""
+    SEEN.discard(layer)
+    close_unused()
+
+
+def eager(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """A hook that compilers do not see."""
+
+    def call(*arguments: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            return hook(*arguments)
+        if OPEN[0]:  # compiled for the first time inside: what raises is run eagerly
+            raise RuntimeError(COMPILED)
+        return None
+
+    return call
