@@ -234,8 +234,8 @@ class Recurrent(nn.RNNBase):
     def _find_cell(self, tail: str) -> Cell:
         """The parameters and norms of one direction of one layer; what it does not have is None."""
         names = "weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr", "norm_ih", "norm_hh", "norm_cell"
-        found: list[Any] = [getattr(self, f"{name}_{tail}", None) for name in names]
-        return Cell(*found, moves=is_counted(self))
+        found: dict[str, Any] = {name: getattr(self, f"{name}_{tail}", None) for name in names}
+        return Cell(**found, moves=is_counted(self))
 
     def _walk(self, cell: Cell, rows: Tensor, sizes: list[int], state: State) -> tuple[Tensor, State]:
         """One direction of one layer: h at every step, and each sequence's state at its end."""
