@@ -13,6 +13,8 @@ from itertools import product
 import torch
 from torch import Tensor
 from torch._C._functorch import get_dynamic_layer_stack_depth
+from torch.compiler import is_compiling
+from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
 from .activations import finish
 from .affine import scale_shift, spread
@@ -39,9 +41,10 @@ def compose(
     With a mask padding is made 0 before anything is computed, so that neither a value nor a gradient comes from there.
     """
     is_constant = given is not None and not (torch.is_grad_enabled() and any_requires_grad(x, weight, bias, residual))
-    # Under a transform, too: wide copies cost several times torch's time, and its own sums of gradients
+    # Under a transform or a mode, too: wide copies cost several times torch's time, and its own sums of gradients
     # are taken in cascades, which keeps them exact.
-    is_constant = is_constant or (given is not None and get_dynamic_layer_stack_depth() > 0)
+    is_watched = get_dynamic_layer_stack_depth() > 0 or (not is_compiling() and _len_torch_dispatch_stack() > 0)
+    is_constant = is_constant or (given is not None and is_watched)
     if is_constant and activation is None and residual is None and mask is None:
         assert given is not None
         return compose_given(x, pooling, weight, bias, eps, given), given

@@ -77,8 +77,10 @@ def is_observed(*tensors: Tensor | None) -> bool:
 
     Modes of torch's own machinery (fake tensors, proxies) have a key.
     """
+    if torch.compiler.is_compiling():
+        return False
     modes = _get_current_dispatch_mode_stack()
-    if not modes or torch.compiler.is_compiling() or torch._C._is_tracing() or get_dynamic_layer_stack_depth():
+    if not modes or torch._C._is_tracing() or get_dynamic_layer_stack_depth():
         return False
     if forward_ad._current_level >= 0 or any(getattr(mode, "_mode_key", None) is not None for mode in modes):
         return False
