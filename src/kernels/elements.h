@@ -24,7 +24,10 @@ struct Elements {
     const P* gamma = table(call.gamma, own_gamma.get(), 1, true);
     const P* beta = table(call.beta, own_beta.get(), 0, false);
     Statistics<T> found{call};
+    Room<int64_t> chosen{call.weight ? call.n : 0};  // samples that count, in their order
+    int64_t count = call.weight ? find_places(call.weight, call.n, chosen.get()) : call.n;
 
+    int64_t sample(int64_t i) { return call.weight ? chosen[i] : i; }
     int64_t table_size(const void* parameter, bool is_needed) const {
         return (parameter && call.s > 1) || (!parameter && is_needed) ? period : 0;
     }
@@ -50,7 +53,7 @@ struct Elements {
             const T* run = x + p * length;
             with_compute<T>(is_float, [&](auto zero) {
                 using Compute = decltype(zero);
-                sums = call.centred ? run_moments<Compute, false>(run, {1, 0, length}, shift, false, nullptr, 0)
+                sums = call.centred ? run_moments<Compute>(run, {1, 0, length}, shift, false)
                                     : Sums{0, run_squares<Compute>(run, length)};
             });
             return sums;
@@ -92,26 +95,33 @@ struct Elements {
         found.move_running();
     }
 
-    // Each chunk of samples adds up its own gradients; how many there are depends on the sizes alone.
+    // Each chunk of samples adds up its own gradients; how many there are depends on the sizes alone. Of samples that do not
+    // count there is no chunk: so no bit depends on where they are.
     void backward() {
         found.read();
         const bool parameters = call.dgamma || call.dbeta;
-        const int64_t samples = most(kPoolsAtOnce * kFlushEvery, divide_up(call.n, 16)), chunks = divide_up(call.n, samples);
+        const int64_t samples = most(kPoolsAtOnce * kFlushEvery, divide_up(count, 16)), chunks = divide_up(count, samples);
         Room<double> partial(parameters ? chunks * 2 * period : 0, true);
         share(call, chunks, samples * period, [&](int64_t begin, int64_t end) {
             for (int64_t chunk = begin; chunk < end; ++chunk) {
                 double* sums = parameters ? partial.get() + chunk * 2 * period : nullptr;
-                const int64_t first = chunk * samples, last = least(call.n, first + samples);
+                const int64_t first = chunk * samples, last = least(count, first + samples);
                 for (int64_t g = 0; g < call.g; ++g) one_group(g, first, last, sums ? sums + g * length : nullptr);
             }
         });
+        for (int64_t p = 0; call.weight && p < call.pools(); ++p) {
+            if (is_skipped(p)) skip(p);
+        }
         if (parameters) put_parameters(partial, chunks);
     }
 
     // The pools of one group in some samples: float where all their numbers allow it.
     void one_group(int64_t g, int64_t first, int64_t last, double* sums) {
         bool fits = true;
-        for (int64_t n = first; n < last; ++n) fits = fits && fits_float<T>(found.mean[n * call.g + g], found.rstd[n * call.g + g]);
+        for (int64_t i = first; i < last; ++i) {
+            const int64_t pool = sample(i) * call.g + g;
+            fits = fits && fits_float<T>(found.mean[pool], found.rstd[pool]);
+        }
         with_compute<T>(fits, [&](auto zero) { walk_samples<decltype(zero)>(g, first, last, sums); });
     }
 
@@ -120,54 +130,46 @@ struct Elements {
         Room<Compute> waiting(sums ? 2 * length : 0, true);
         Compute* dgamma = sums ? waiting.get() : nullptr;
         int64_t unflushed = 0;
-        for (int64_t n = first; n < last;) {
-            const int64_t pool = n * call.g + g;
-            const bool four = n + kPoolsAtOnce <= last && count_all(pool);
+        for (int64_t i = first; i < last;) {
+            const bool four = i + kPoolsAtOnce <= last;
             if (four) {
-                some_pools<Compute, kPoolsAtOnce>(pool, dgamma);
-            } else if (!is_skipped(pool)) {
-                some_pools<Compute, 1>(pool, dgamma);
+                some_pools<Compute, kPoolsAtOnce>(i, g, dgamma);
             } else {
-                skip(pool);
+                some_pools<Compute, 1>(i, g, dgamma);
             }
-            n += four ? kPoolsAtOnce : 1;
-            if (sums && (++unflushed == kFlushEvery || n >= last)) {
+            i += four ? kPoolsAtOnce : 1;
+            if (sums && (++unflushed == kFlushEvery || i >= last)) {
                 unflushed = 0;
-                for (int64_t i = 0; i < length; ++i) {
-                    sums[i] += dgamma[i];
-                    sums[period + i] += dgamma[length + i];
-                    dgamma[i] = dgamma[length + i] = 0;
+                for (int64_t j = 0; j < length; ++j) {
+                    sums[j] += dgamma[j];
+                    sums[period + j] += dgamma[length + j];
+                    dgamma[j] = dgamma[length + j] = 0;
                 }
             }
         }
-    }
-    // Whether none of the next pools is skipped.
-    bool count_all(int64_t pool) const {
-        bool all = true;
-        for (int r = 0; r < kPoolsAtOnce; ++r) all = all && !is_skipped(pool + r * call.g);
-        return all;
     }
     void skip(int64_t pool) {
         if (out) clear(out + pool * length, 0, length);
         if (gradient) clear(gradient + pool * length, 0, length);
     }
 
-    // R pools, one group's in neighbouring samples.
+    // R pools, one group's in samples that follow one another.
     template <class Compute, int R>
-    void some_pools(int64_t pool, Compute* dgamma) {
-        const int64_t at = pool * length, stride = call.g * length;
-        const P *scale = gamma + offset(pool), *shift = beta ? beta + offset(pool) : nullptr;
+    void some_pools(int64_t first, int64_t g, Compute* dgamma) {
+        const P *scale = gamma + g * length, *shift = beta ? beta + g * length : nullptr;
+        int64_t at[R];
         Line<Compute> lines[R];
         After<T> afters[R];
         Sums scaled[R];
         for (int r = 0; r < R; ++r) {
-            const int64_t p = pool + r * call.g;
+            const int64_t p = sample(first + r) * call.g + g;
+            at[r] = p * length;
             lines[r] = Line<Compute>(found.mean[p], found.rstd[p], 0);
             afters[r] = after(p);
         }
         Compute* dbeta = dgamma + length;
         auto sum = [&](auto active, auto parameters) {
-            run_grad_sums_table<Compute, R, active, parameters>(grad + at, x + at, length, stride, lines, scale, shift,
+            run_grad_sums_table<Compute, R, active, parameters>(grad, x, length, at, lines, scale, shift,
                                                                 afters, dgamma, dbeta, scaled);
         };
         using Yes = std::true_type;
@@ -177,14 +179,14 @@ struct Elements {
             if (!is_active) dgamma ? sum(No{}, Yes{}) : sum(No{}, No{});
         }
         if (is_active || !kHasPlain<Compute, T>) dgamma ? sum(Yes{}, Yes{}) : sum(Yes{}, No{});
-        for (int r = 0; out && r < R; ++r) write_dx(pool + r * call.g, scaled[r]);
+        for (int r = 0; out && r < R; ++r) write_dx(at[r] / length, scaled[r]);
     }
 
     // scaled: sums of gamma * g and gamma * g * xhat.
     void write_dx(int64_t pool, Sums scaled) {
         const int64_t at = pool * length;
         const double mean = found.mean[pool], rstd = found.rstd[pool];
-        scaled.second /= rstd;
+        scaled.second = rstd > 0 ? scaled.second / rstd : 0;  // an eps of infinity makes 0 of all
         const Slopes slopes(call.centred, scaled, rstd, found.count(pool));
         with_compute<T>(fits_float<T>(mean, rstd, slopes.c1, slopes.c2), [&](auto zero) {
             using Compute = decltype(zero);

@@ -36,26 +36,36 @@ struct After {
     template <class V, class Compute, class Some>
     INLINE V backward(V g, V v, int64_t i, Some some) const {
         if (residual) v += load_as<Compute>(residual + i, some);
-        if (activation != kIdentity) g *= derivative(activation, v);
+        g = chain(activation, g, v);
         if (weight) g = load_as<Compute>(weight + i, some) > 0 ? g : V{};
         if (gradient) store(gradient + i, g, some);
         return g;
     }
 };
 
-// first = sum(x[i] - shift), second = sum((x[i] - shift)^2), over positions that count
-template <class Compute, bool Weighted, class T>
-Sums run_moments(const T* x, const Runs& runs, double about, bool restart, const float* weight, int64_t weight_stride) {
+// to[i] = from[places[i]]; places ascend, and neighbours are copied eight at once
+template <class T>
+INLINE void gather(const T* from, const int64_t* places, int64_t size, T* to) {
+    int64_t i = 0;
+    while (i < size) {
+        if (i + 8 <= size && places[i + 7] == places[i] + 7) {
+            std::memcpy(to + i, from + places[i], 8 * sizeof(T));
+            i += 8;
+        } else {
+            to[i] = from[places[i]];
+            ++i;
+        }
+    }
+}
+
+// first = sum(x[i] - shift), second = sum((x[i] - shift)^2)
+template <class Compute, class T>
+Sums run_moments(const T* x, const Runs& runs, double about, bool restart) {
     using V = VectorOf<Compute>;
     Accumulator<Compute> sums;
     const V shift = V{} + static_cast<Compute>(about);
     sums.sweep_runs(runs, restart, [&](int64_t r, int64_t i, auto some, int u) INLINE_LAMBDA {
-        V d = load_as<Compute>(x + r * runs.stride + i, some) - shift;
-        if constexpr (Weighted) {
-            d = load_as<Compute>(weight + r * weight_stride + i, some) > 0 ? d : V{};
-        } else {
-            d = keep(d, some);
-        }
+        const V d = keep(load_as<Compute>(x + r * runs.stride + i, some) - shift, some);
         sums.first[u] += d;
         sums.second[u] += d * d;
     }, [&](int64_t r, int64_t size) INLINE_LAMBDA { pass_over(x + r * runs.stride, size, runs.length); });
@@ -102,11 +112,9 @@ Sums run_grad_sums(const T* g, const T* x, const Runs& runs, Line<Compute> line,
     }
     sums.template sweep_runs<Active>(runs, restart, [&](int64_t r, int64_t i, auto some, int u) INLINE_LAMBDA {
         V v = load_as<Compute>(g + r * runs.stride + i, some);
-        V d = load_as<Compute>(x + r * runs.stride + i, some) - line.high;
+        const V d = load_as<Compute>(x + r * runs.stride + i, some) - line.high;
         if constexpr (Active) {
-            const After<T> after = after_of(r);
-            v = after.template backward<V, Compute>(v, d * line.scale + line.shift, i, some);
-            if (after.weight) d = load_as<Compute>(after.weight + i, some) > 0 ? d : V{};
+            v = after_of(r).template backward<V, Compute>(v, d * line.scale + line.shift, i, some);
         }
         sums.first[u] += v;
         sums.second[u] += v * d;
@@ -118,10 +126,11 @@ Sums run_grad_sums(const T* g, const T* x, const Runs& runs, Line<Compute> line,
 }
 
 // dx[i] = g[i] * line.scale - ((x[i] - high) * slope + constant), 0 where a position does not count, for all runs; g
-// before the activation, found once more rather than read rounded
+// before the activation, found once more rather than read rounded. Given statistics have no slopes: an infinite x would
+// make NaN of a slope of 0.
 template <class Compute, bool Active, class T, class AfterOf>
 void run_dx(const T* g, const T* x, T* dx, const Runs& runs, Line<Compute> line, Line<Compute> slopes, AfterOf after_of,
-            bool past_caches) {
+            bool past_caches, bool given = false) {
     using V = VectorOf<Compute>;
     for (int64_t r = 0; r < runs.count; ++r, g += runs.stride, x += runs.stride, dx += runs.stride) {
         After<T> after = after_of(r);
@@ -131,7 +140,7 @@ void run_dx(const T* g, const T* x, T* dx, const Runs& runs, Line<Compute> line,
             const V centred = load_as<Compute>(x + i, some) - line.high;
             V before = load_as<Compute>(g + i, some);
             if constexpr (Active) before = after.template backward<V, Compute>(before, centred * line.scale + line.shift, i, some);
-            V v = before * line.scale - (centred * slopes.scale + slopes.shift);
+            V v = before * line.scale - ((Active && given ? V{} : centred) * slopes.scale + slopes.shift);
             if constexpr (Active) {
                 if (after.weight) v = load_as<Compute>(after.weight + i, some) > 0 ? v : V{};
             }

@@ -19,10 +19,10 @@ void run_apply_table(const T* x, T* y, int64_t length, Line<Compute> line, const
     });
 }
 
-// Of R pools at once, `stride` apart: first = sum(gamma[i] * g[i]), second = sum(gamma[i] * g[i] * xhat[i]); and for the
-// parameters dbeta[i] += g[i], dgamma[i] += g[i] * xhat[i], in sums that the caller flushes.
+// Of R pools at once, which begin at `at`: first = sum(gamma[i] * g[i]), second = sum(gamma[i] * g[i] * xhat[i]); and for
+// the parameters dbeta[i] += g[i], dgamma[i] += g[i] * xhat[i], in sums that the caller flushes.
 template <class Compute, int R, bool Active, bool Parameters, class T, class P>
-void run_grad_sums_table(const T* g, const T* x, int64_t length, int64_t stride, const Line<Compute>* lines,
+void run_grad_sums_table(const T* g, const T* x, int64_t length, const int64_t* at, const Line<Compute>* lines,
                          const P* gamma, const P* beta, const After<T>* after, Compute* dgamma, Compute* dbeta,
                          Sums* found) {
     using V = VectorOf<Compute>;
@@ -40,8 +40,8 @@ void run_grad_sums_table(const T* g, const T* x, int64_t length, int64_t stride,
             const V scale = load_as<Compute>(gamma + i, some);
             V by_beta{}, by_gamma{};
             for (int r = 0; r < R; ++r) {
-                V v = in_register(load_as<Compute>(g + r * stride + i, some));
-                const V xhat = (load_as<Compute>(x + r * stride + i, some) - high[r]) * by[r] + shift[r];
+                V v = in_register(load_as<Compute>(g + at[r] + i, some));
+                const V xhat = (load_as<Compute>(x + at[r] + i, some) - high[r]) * by[r] + shift[r];
                 if constexpr (Active) {
                     V z = xhat * scale;
                     if (beta) z += load_as<Compute>(beta + i, some);

@@ -12,6 +12,8 @@ struct Tile {
     int64_t rows, width, stride;
     bool is_near;      // in a cache from which rows are read side by side at full speed
     bool past_caches;  // where results go
+    const int64_t* chosen = nullptr;  // which rows are summed, where some do not count
+    INLINE int64_t place(int64_t row) const { return chosen ? chosen[row] : row; }
 };
 
 // Rows are read side by side where they are short or near; else memory delivers less well than in order.
@@ -104,16 +106,14 @@ INLINE auto loader(const Compute* table) {
     };
 }
 
-// first[i] += sum over rows of x[r][i] - shift[i], second[i] += sum over rows of (x[r][i] - shift[i])^2, over rows that
-// count
+// first[i] += sum over rows of x[r][i] - shift[i], second[i] += sum over rows of (x[r][i] - shift[i])^2
 template <class Compute, class T>
-void column_moments(const T* x, const Tile& tile, const Compute* shift, const float* weight, double* first,
-                    double* second) {
+void column_moments(const T* x, const Tile& tile, const Compute* shift, double* first, double* second) {
     constexpr int width = kWidth<Compute>;
     const auto add = [&](const auto& about, int64_t r, int64_t i, auto some, auto vectors, auto* sum, auto* squares) INLINE_LAMBDA {
-        if (weight && !(weight[r] > 0)) return;
+        const T* from = x + tile.place(r) * tile.stride + i;
         for (int u = 0; u < vectors; ++u) {
-            const auto d = load_as<Compute>(x + r * tile.stride + i + u * width, some) - about.v[u];
+            const auto d = load_as<Compute>(from + u * width, some) - about.v[u];
             sum[u] += d;
             squares[u] += d * d;
         }
@@ -138,7 +138,7 @@ struct TileAfter {
     template <class V, class Compute, class Some>
     INLINE V backward(V g, V v, int64_t row, int64_t at, Some some) const {
         if (residual) v += load_as<Compute>(residual + at, some);
-        if (activation != kIdentity) g *= derivative(activation, v);
+        g = chain(activation, g, v);
         if (weight && !(weight[row] > 0)) g = V{};
         if (gradient) store(gradient + at, g, some);
         return g;
@@ -192,14 +192,14 @@ void column_grad_sums(const T* g, const T* x, const Tile& tile, const Lines<Comp
     using V = VectorOf<Compute>;
     constexpr int width = kWidth<Compute>;
     const auto add = [&](const auto& high, int64_t r, int64_t i, auto some, auto vectors, auto* sum, auto* products) INLINE_LAMBDA {
+        const int64_t row = tile.place(r);
         for (int u = 0; u < vectors; ++u) {
-            const int64_t column = i + u * width, at = r * tile.stride + column;
+            const int64_t column = i + u * width, at = row * tile.stride + column;
             V v = load_as<Compute>(g + at, some);
             const V d = load_as<Compute>(x + at, some) - high.v[u];
             if constexpr (Active) {
                 const V scale = load_as<Compute>(lines.scale + column, some), shift = load_as<Compute>(lines.shift + column, some);
-                v = after.template backward<V, Compute>(v, d * scale + shift, r, at, some);
-                if (after.weight && !(after.weight[r] > 0)) continue;
+                v = after.template backward<V, Compute>(v, d * scale + shift, row, at, some);
             }
             sum[u] += v;
             products[u] += v * d;
@@ -209,10 +209,11 @@ void column_grad_sums(const T* g, const T* x, const Tile& tile, const Lines<Comp
 }
 
 // dx[r][i] = g[r][i] * scale[i] - ((x[r][i] - high[i]) * slope[i] + constant[i]), 0 in rows that do not count; g before the
-// activation, found once more rather than read rounded
+// activation, found once more rather than read rounded. Given statistics have no slopes: an infinite x would make NaN of a
+// slope of 0.
 template <class Compute, bool Active, class T>
 void column_dx(const T* g, const T* x, T* dx, const Tile& tile, const Lines<Compute>& lines, const Compute* slope,
-               const Compute* constant, TileAfter<T> after) {
+               const Compute* constant, TileAfter<T> after, bool given = false) {
     using V = VectorOf<Compute>;
     after.gradient = nullptr;
     sweep_tile<Compute, Active>(tile, [&](int64_t r, int64_t i, auto some, int rows) INLINE_LAMBDA {
@@ -226,7 +227,7 @@ void column_dx(const T* g, const T* x, T* dx, const Tile& tile, const Lines<Comp
                 const V shift = load_as<Compute>(lines.shift + i, some);
                 before = after.template backward<V, Compute>(before, centred * scale + shift, r + u, at, some);
             }
-            V v = before * scale - (centred * by + less);
+            V v = before * scale - ((Active && given ? V{} : centred) * by + less);
             if constexpr (Active) {
                 if (after.weight && !(after.weight[r + u] > 0)) v = V{};
             }
