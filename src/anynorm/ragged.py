@@ -114,7 +114,7 @@ def by_sequence(
     check_channels(function, channels, weight=weight, bias=bias, running_mean=averages[0], running_var=averages[1])
     if not from_batch and running is None:
         raise RuntimeError(f"{function}: use_input_stats=False needs running statistics; got None; pass running_mean")
-    wide = rows.to(find_wide_dtype(rows)).view(len(rows), groups or channels, -1)
+    wide = rows.to(find_wide_dtype(rows)).view(len(rows), groups or channels, channels // (groups or channels))
     owners, count = find_owners(x)
     if from_batch:
         moments = find_sequence_moments(wide, owners, count)
@@ -137,9 +137,8 @@ def find_sequence_moments(wide: Tensor, owners: Tensor, count: int) -> Moments:
         return wide.new_zeros(count, groups, 1).index_add(0, owners, rows.sum(2, keepdim=True))
 
     counts = torch.bincount(owners, minlength=count).to(wide.dtype).view(-1, 1, 1) * size
-    share = at_least_one(counts).reciprocal()
-    mean = add(wide) * share
-    mean = mean + add(wide - mean[owners]) * share
+    mean = add(wide) / at_least_one(counts)
+    mean = mean + add(wide - mean[owners]) / at_least_one(counts)
     return Moments(counts, mean, add((wide - mean[owners]).square()))
 
 

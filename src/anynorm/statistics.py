@@ -153,10 +153,11 @@ def find_counted_moments(wide: Tensor, pooling: Pooling, refine: bool, counted: 
     count = counted.expand(each).sum(pooling.pooled, keepdim=True).to(wide.dtype)
     if not pooling.centred:
         return Moments(count, None, wide.square().sum(pooling.pooled, keepdim=True))
-    share = at_least_one(count).reciprocal()
-    mean = wide.sum(pooling.pooled, keepdim=True) * share
+    count_or_one = at_least_one(count)
+    # Divided, not times a reciprocal: the mean of a constant is that constant.
+    mean = wide.sum(pooling.pooled, keepdim=True) / count_or_one
     if refine:
-        mean = mean + torch.where(counted, wide - mean, 0).sum(pooling.pooled, keepdim=True) * share
+        mean = mean + torch.where(counted, wide - mean, 0).sum(pooling.pooled, keepdim=True) / count_or_one
     return Moments(count, mean, torch.where(counted, wide - mean, 0).square().sum(pooling.pooled, keepdim=True))
 
 

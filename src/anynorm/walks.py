@@ -108,8 +108,12 @@ def find_plan(
     elif not SAMPLES_FIRST.fullmatch(letters):
         return None
     statistics = tuple(1 if axis in hidden else extent for axis, extent in enumerate(extents))
-    # Where positions are rows, as in (N, L, C), sums begin anew with each sample, so that padding changes no bit.
-    sample_rows = n // shape[0] if masked and pool_n and s == 1 and n > shape[0] else 0
+    sample_rows = 0
+    if masked and s == 1 and not last:
+        follows = letters != "p" and has_lone_position(pooling, extents)
+        is_last = len(shape) > 3 and strides[1] < min(strides[2:])
+        last = follows and is_last and not pool_n
+        sample_rows = 0 if last or (follows and not is_last) else max(1, n // shape[0]) if pool_n else 1
     packed = (n, g, k, s, last, pool_n, pooling.centred, CODES[dtype], given, sample_rows)
     count = n * s if pool_n else k * s
     parameter = torch.float64 if dtype is torch.float64 else torch.float32
@@ -118,6 +122,12 @@ def find_plan(
         suggest_memory_format(shape, strides), shape, strides, dtype, parameter,
         parameter if given == 1 else torch.float64, prod(shape) * dtype.itemsize, g * k * parameter.itemsize,
     )  # fmt: skip
+
+
+def has_lone_position(pooling: Pooling, sizes: list[int]) -> bool:
+    """Whether channels are followed by positions, but by one: padded, as by more, it must be walked alike."""
+    behind = range(max(pooling.affine, default=-1) + 1, len(sizes))
+    return any(axis in pooling.pooled and sizes[axis] == 1 for axis in behind)
 
 
 def find_letters(pooling: Pooling, hidden: set[int], sizes: list[int], strides: list[int]) -> tuple[str, list[int]]:

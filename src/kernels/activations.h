@@ -1,6 +1,8 @@
 // What follows a norm: relu, leaky relu, silu, gelu (by erf), and their derivatives, on a vector of floats or doubles.
 #pragma once
 
+#include <limits>
+
 #include "call.h"
 #include "lanes.h"
 
@@ -27,7 +29,8 @@ struct Math<Lanes> {
     static constexpr int kMantissa = 52, kBias = 1023, kTerms = 13, kErfcTerms = 25;
 };
 
-// exp(v) = 2^n * exp(r), n whole and |r| <= ln(2) / 2, by the Taylor series of exp(r)
+// exp(v) = 2^n * exp(r), n whole and |r| <= ln(2) / 2, by the Taylor series of exp(r). Beyond kLeast and kMost it is 0 and
+// infinity exactly, so that no factor of 1e38 behind it makes a value of what is none.
 template <class V>
 INLINE V exponential(V v) {
     using M = Math<V>;
@@ -39,7 +42,8 @@ INLINE V exponential(V v) {
     V sum = V{} + 1;
     for (int k = M::kTerms; k > 0; --k) sum = sum * r * static_cast<S>(1.0 / k) + 1;
     const auto power = __builtin_convertvector(n, typename M::Int) + M::kBias;
-    return sum * bits_of<V>(power << M::kMantissa);
+    const V found = sum * bits_of<V>(power << M::kMantissa);
+    return v < M::kLeast ? V{} : (v > M::kMost ? V{} + std::numeric_limits<S>::infinity() : found);
 }
 
 // (1 + 2x) * exp(x^2) * erfc(x) for x >= 0, a polynomial in q = (x - 3.75) / (x + 3.75), after Shepherd and Laframboise
@@ -69,7 +73,8 @@ struct Normal {
             if constexpr (M::kErfcTerms == 13) return kErfc13;
             else return kErfc25;
         }();
-        const V x = (v < 0 ? -v : v) * static_cast<S>(0.70710678118654752440);
+        const V size = (v < 0 ? -v : v) * static_cast<S>(0.70710678118654752440);
+        const V x = size > 40 ? V{} + 40 : size;  // exp(-1600) is 0 in double as well
         const V q = (x - static_cast<S>(3.75)) / (x + static_cast<S>(3.75));
         V sum = V{} + static_cast<S>(terms[M::kErfcTerms - 1]);
         for (int k = M::kErfcTerms - 2; k >= 0; --k) sum = sum * q + static_cast<S>(terms[k]);
@@ -118,15 +123,16 @@ INLINE V activate(int activation, V v) {
     }
 }
 
+// g times the derivative. Relu's is chosen, not multiplied: as in torch, 0 times an infinite g is 0.
 template <class V>
-INLINE V derivative(int activation, V v) {
+INLINE V chain(int activation, V g, V v) {
     using S = typename Math<V>::Scalar;
     switch (activation) {
-        case kRelu: return v <= 0 ? V{} : V{} + 1;
-        case kLeakyRelu: return v <= 0 ? V{} + static_cast<S>(kLeak) : V{} + 1;
-        case kSilu: return silu_derivative(v);
-        case kGelu: return gelu_derivative(v);
-        default: return V{} + 1;
+        case kRelu: return v <= 0 ? V{} : g;
+        case kLeakyRelu: return v > 0 ? g : g * static_cast<S>(kLeak);
+        case kSilu: return g * silu_derivative(v);
+        case kGelu: return g * gelu_derivative(v);
+        default: return g;
     }
 }
 

@@ -74,6 +74,7 @@ struct Plan {
         if (given < 0 || given > 2 || (given && !centred)) refuse("given");
         if (given && !pool_n) refuse("given statistics are one per channel");
         if (sample_rows < 0 || (sample_rows > 0 && n % sample_rows)) refuse("sample_rows must divide n");
+        if (sample_rows > 1 && (!pool_n || s > 1)) refuse("sample_rows are of samples that share statistics");
         call.n = n;
         call.g = g;
         call.k = k;

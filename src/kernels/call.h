@@ -33,7 +33,7 @@ struct Call {
     int64_t* counter;  // of batches, or null
     double momentum;   // weight of the new value
     const float* weight;  // [n][s], 0 for positions that do not count; null where all do
-    int64_t sample_rows;  // with `weight`, where samples and positions were made one axis n: rows of a sample
+    int64_t sample_rows;  // with `weight`: rows of a sample where its positions are rows; 0 where they follow one another
     void* dgamma;         // [c] or null
     void* dbeta;
 

@@ -26,21 +26,25 @@ struct Columns : Panels<T> {
     using Panels<T>::at;
     using Panels<T>::first_pool;
     using Panels<T>::tile;
-    using Panels<T>::weight;
+    using Panels<T>::summed;
+    using Panels<T>::summed_from;
+    using Panels<T>::count_rows;
+    using Panels<T>::place;
     using Panels<T>::after;
-    using Panels<T>::tile_begin;
+    using Panels<T>::after_chosen;
+    using Panels<T>::is_active;
     using Panels<T>::walk;
     using Panels<T>::write_tile;
     using Panels<T>::each_tile;
-    explicit Columns(const Call& call) : Panels<T>{call} {}
+    explicit Columns(const Call& call) : Panels<T>(call) {}
 
     // ---- forward ------------------------------------------------------------------------------------------------
 
     void forward() {
         if (call.given) return forward_given();
         auto start = [&](const Panel& p) { guess(p); };
-        auto sum = [&](const Panel& p, int64_t row, int64_t row_count, double* first, double* second, int) {
-            column_moments(x + at(p, row), tile(p, row_count), p.mean, weight(p, row), first, second);
+        auto sum = [&](const Panel& p, int64_t rank, int64_t row_count, double* first, double* second, int) {
+            column_moments(x + summed_from(p, rank), summed(p, rank, row_count), p.mean, first, second);
         };
         auto finish = [&](const Panel& p, int attempt) {
             const int next = judge(p, attempt);
@@ -66,30 +70,15 @@ struct Columns : Panels<T> {
     void guess(const Panel& p) const {
         clear(p.mean, 0, p.width);
         if (call.centred && kIsNarrow<T>) {
-            int64_t found_rows = 0;
-            for (int64_t j = 0; j < least(8, rows); ++j) {
-                const int64_t row = call.weight ? find_counted(p, j) : j * rows / least(8, rows);
-                if (row < 0) continue;
-                ++found_rows;
-                const T* from = x + at(p, row);
+            const int64_t counted = count_rows(p), few = least(8, counted);
+            for (int64_t j = 0; j < few; ++j) {
+                const T* from = x + at(p, place(p, j * counted / few));
                 sweep<W>(p.width, [&](int64_t i, auto some, int) INLINE_LAMBDA {
                     store(p.mean + i, load(p.mean + i, some) + load(from + i, some), some);
                 });
             }
-            for (int64_t i = 0; i < p.width; ++i) p.mean[i] /= static_cast<double>(most(1, found_rows));
+            for (int64_t i = 0; i < p.width; ++i) p.mean[i] /= static_cast<double>(most(1, few));
         }
-    }
-    // The j-th of eight rows that count, spread over samples or over the one, or -1: where they are does not depend on
-    // padding.
-    int64_t find_counted(const Panel& p, int64_t j) const {
-        const int64_t positions = found.positions, all = rows / positions;
-        const int64_t sample = by_sample ? p.sample : j * all / least(8, rows);
-        const int64_t extent = found.extents ? found.extents[sample] : positions;
-        const float* counted = call.weight + sample * positions;
-        for (int64_t i = j * extent / 8; i < extent; ++i) {
-            if (counted[i] > 0) return by_sample ? i : sample * positions + i;
-        }
-        return -1;
     }
     // Which attempt comes next, about the means that were found, or -1.
     int judge(const Panel& p, int attempt) {
@@ -102,10 +91,7 @@ struct Columns : Panels<T> {
         for (int64_t i = 0; i < p.width; ++i) p.mean[i] += p.first[i] / count;
         return attempt + 1;
     }
-    // Rows that count.
-    double column_count(const Panel& p) {
-        return call.weight ? most(1, static_cast<int64_t>(found.count(by_sample ? p.sample * call.g : 0)) / columns) : static_cast<double>(rows);
-    }
+    double column_count(const Panel& p) const { return static_cast<double>(most(1, count_rows(p))); }
 
     // A pool's moments from those of its columns, which have a shift each.
     void merge(const Panel& p, int64_t from) {
@@ -162,7 +148,7 @@ struct Columns : Panels<T> {
             const Tile part = tile(p, row_count);
             using Compute = decltype(zero);
             if constexpr (kHasPlain<Compute, T>) {
-                if (!this->found.is_active()) return column_apply<Compute, false>(this->x + from, this->out + from, part, lines, TileAfter<T>{});
+                if (!this->is_active()) return column_apply<Compute, false>(this->x + from, this->out + from, part, lines, TileAfter<T>{});
             }
             column_apply<Compute, true>(x + from, out + from, part, lines, after(p, row));
         });
@@ -173,21 +159,21 @@ struct Columns : Panels<T> {
     void backward() {
         found.read();
         Room<Sums> channel_sums(samples * call.channels(), true);
-        const bool needs_sums = !call.given || call.dgamma || call.dbeta || found.is_active();
+        const bool needs_sums = !call.given || call.dgamma || call.dbeta || is_active();
         auto start = [&](const Panel& p) {
             coefficients(p);
             each_column(p, [&](int64_t i, int64_t pool, int64_t) INLINE_LAMBDA { p.mean[i] = found.mean[pool]; });
         };
-        auto sum = [&](const Panel& p, int64_t row, int64_t row_count, double* first, double* second, int) {
+        auto sum = [&](const Panel& p, int64_t rank, int64_t row_count, double* first, double* second, int) {
             if (!needs_sums) return;
-            const int64_t from = at(p, row);
-            const Tile part = tile(p, row_count);
-            if (!found.is_active()) {
+            const int64_t from = summed_from(p, rank);
+            const Tile part = summed(p, rank, row_count);
+            if (!call.is_active()) {
                 return column_grad_sums<double, false>(grad + from, x + from, part, p.mean, Lines<double>{}, TileAfter<T>{}, first, second);
             }
             with_compute<T>(*p.is_float, [&](auto zero) {
                 using Compute = decltype(zero);
-                column_grad_sums<Compute, true>(grad + from, x + from, part, p.mean, p.template lines<Compute>(), after(p, row), first, second);
+                column_grad_sums<Compute, true>(grad + from, x + from, part, p.mean, p.template lines<Compute>(), after_chosen(p, rank), first, second);
             });
         };
         auto finish = [&](const Panel& p, int) {
@@ -236,13 +222,13 @@ struct Columns : Panels<T> {
             using Compute = decltype(zero);
             const auto lines = p.template lines<Compute>();
             const Compute *slope = p.template table<Compute>(3), *constant = p.template table<Compute>(4);
-            if (call.given && !found.is_active()) return column_scale(grad + from, out + from, part, lines.scale);
+            if (call.given && !is_active()) return column_scale(grad + from, out + from, part, lines.scale);
             if constexpr (kHasPlain<Compute, T>) {
-                if (!this->found.is_active()) {
+                if (!this->is_active()) {
                     return column_dx<Compute, false>(this->grad + from, this->x + from, this->out + from, part, lines, slope, constant, TileAfter<T>{});
                 }
             }
-            column_dx<Compute, true>(grad + from, x + from, out + from, part, lines, slope, constant, after(p, row));
+            column_dx<Compute, true>(grad + from, x + from, out + from, part, lines, slope, constant, after(p, row), call.given);
         });
     }
 

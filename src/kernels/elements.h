@@ -25,7 +25,10 @@ struct Elements {
     const P* beta = table(call.beta, own_beta.get(), 0, false);
     Statistics<T> found{call};
     double largest_gamma = 0;
+    Room<int64_t> chosen{call.weight ? call.n : 0};  // samples that count, in their order
+    int64_t count = call.weight ? find_places(call.weight, call.n, chosen.get()) : call.n;
 
+    int64_t sample(int64_t i) { return call.weight ? chosen[i] : i; }
     int64_t table_size(const void* parameter, bool is_needed) const {
         return (parameter && call.s > 1) || (!parameter && is_needed) ? period : 0;
     }
@@ -48,7 +51,7 @@ struct Elements {
         found.find(begin, end, [&](int64_t p) { return guess(p); }, [&](int64_t p, double shift) {
             if (is_skipped(p)) return Sums();
             const T* run = x + p * length;
-            return call.centred ? run_moments<false>(run, {1, 0, length}, shift, false, nullptr, 0) : Sums{0, run_squares(run, length)};
+            return call.centred ? run_moments(run, {1, 0, length}, shift, false) : Sums{0, run_squares(run, length)};
         });
     }
     double guess(int64_t pool) const {
@@ -101,67 +104,63 @@ struct Elements {
         return bits_of<float>(most_bits);
     }
 
-    // Each chunk of samples adds up its own gradients; how many there are depends on the sizes alone.
+    // Each chunk of samples adds up its own gradients; how many there are depends on the sizes alone. Of samples that do not
+    // count there is no chunk: so no bit depends on where they are.
     void backward() {
         found.read();
         largest_gamma = find_largest_gamma();
         const bool parameters = call.dgamma || call.dbeta;
-        const int64_t samples = most(8 * kPoolsAtOnce, divide_up(call.n, 16)), chunks = divide_up(call.n, samples);
+        const int64_t samples = most(8 * kPoolsAtOnce, divide_up(count, 16)), chunks = divide_up(count, samples);
         Room<double> partial(parameters ? chunks * 2 * period : 0, true);
         share(call, chunks, samples * period, [&](int64_t begin, int64_t end) {
             for (int64_t chunk = begin; chunk < end; ++chunk) {
                 double* sums = parameters ? partial.get() + chunk * 2 * period : nullptr;
-                const int64_t first = chunk * samples, last = least(call.n, first + samples);
+                const int64_t first = chunk * samples, last = least(count, first + samples);
                 for (int64_t g = 0; g < call.g; ++g) one_group(g, first, last, sums ? sums + g * length : nullptr);
             }
         });
+        for (int64_t p = 0; call.weight && p < call.pools(); ++p) {
+            if (is_skipped(p)) skip(p);
+        }
         if (parameters) put_parameters(partial, chunks);
     }
 
     // The pools of one group in some samples.
     void one_group(int64_t g, int64_t first, int64_t last, double* sums) {
-        for (int64_t n = first; n < last;) {
-            const int64_t pool = n * call.g + g;
-            const bool four = n + kPoolsAtOnce <= last && count_all(pool);
+        for (int64_t i = first; i < last;) {
+            const bool four = i + kPoolsAtOnce <= last;
             if (four) {
-                some_pools<kPoolsAtOnce>(pool, sums);
-            } else if (!is_skipped(pool)) {
-                some_pools<1>(pool, sums);
+                some_pools<kPoolsAtOnce>(i, g, sums);
             } else {
-                skip(pool);
+                some_pools<1>(i, g, sums);
             }
-            n += four ? kPoolsAtOnce : 1;
+            i += four ? kPoolsAtOnce : 1;
         }
-    }
-    // Whether none of the next pools is skipped.
-    bool count_all(int64_t pool) const {
-        bool all = true;
-        for (int r = 0; r < kPoolsAtOnce; ++r) all = all && !is_skipped(pool + r * call.g);
-        return all;
     }
     void skip(int64_t pool) {
         if (out) clear(out + pool * length, 0, length);
         if (gradient) clear(gradient + pool * length, 0, length);
     }
 
-    // R pools, one group's in neighbouring samples.
+    // R pools, one group's in samples that follow one another.
     template <int R>
-    void some_pools(int64_t pool, double* dgamma) {
-        const int64_t at = pool * length, stride = call.g * length;
-        const P *scale = gamma + offset(pool), *shift = beta ? beta + offset(pool) : nullptr;
+    void some_pools(int64_t first, int64_t g, double* dgamma) {
+        const P *scale = gamma + g * length, *shift = beta ? beta + g * length : nullptr;
+        int64_t at[R];
         Line<double> lines[R];
         After<T> afters[R];
         Sums scaled[R];
         bool fits = true;
         for (int r = 0; r < R; ++r) {
-            const int64_t p = pool + r * call.g;
+            const int64_t p = sample(first + r) * call.g + g;
+            at[r] = p * length;
             lines[r] = Line<double>(found.mean[p], found.rstd[p], 0);
             afters[r] = after(p);
             fits = fits && fits_float<T>(found.mean[p], found.rstd[p]);
         }
         const auto sum = [&](auto zero, auto active, auto parameters) {
-            run_grad_sums_table<decltype(zero), R, active, parameters>(grad + at, x + at, length, stride, lines, scale, shift,
-                                                                       afters, dgamma, dgamma + period, scaled);
+            run_grad_sums_table<decltype(zero), R, active, parameters>(grad, x, length, at, lines, scale, shift, afters,
+                                                                       dgamma, dgamma + period, scaled);
         };
         using Yes = std::true_type;
         using No = std::false_type;
@@ -170,14 +169,14 @@ struct Elements {
         } else {
             with_compute<T>(fits, [&](auto zero) { dgamma ? sum(zero, Yes{}, Yes{}) : sum(zero, Yes{}, No{}); });
         }
-        for (int r = 0; out && r < R; ++r) write_dx(pool + r * call.g, scaled[r]);
+        for (int r = 0; out && r < R; ++r) write_dx(at[r] / length, scaled[r]);
     }
 
     // scaled: sums of gamma * g and gamma * g * xhat.
     void write_dx(int64_t pool, Sums scaled) {
         const int64_t at = pool * length;
         const double mean = found.mean[pool], rstd = found.rstd[pool];
-        scaled.second /= rstd;
+        scaled.second = rstd > 0 ? scaled.second / rstd : 0;  // an eps of infinity makes 0 of all
         const Slopes slopes(call.centred, scaled, rstd, found.count(pool));
         with_compute<T>(fits_float<T>(mean, rstd, largest_gamma * rstd, slopes.c1, slopes.c2, slopes.reach), [&](auto zero) {
             using Compute = decltype(zero);

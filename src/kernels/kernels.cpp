@@ -15,10 +15,11 @@ using Element = ANYNORM_ELEMENT;
 // Shorter runs would leave vectors half empty.
 constexpr int64_t kShortRow = 16;
 
-// Calls body with the walk that suits the sizes. Positions that do not count are told apart along rows only.
+// Calls body with the walk that suits the sizes. With a mask positions that follow one another are walked along, even one:
+// padded, it would be walked so.
 template <class Body>
 void with_walk(const Call& call, Body body) {
-    const bool is_short = call.s < kShortRow && !(call.weight && call.s > 1);
+    const bool is_short = call.s < kShortRow && !(call.weight && call.sample_rows == 0);
     if (call.last || (is_short && call.pool_n)) {
         Columns<Element> walk{call};
         return body(walk);

@@ -27,16 +27,32 @@ struct Panels {
     int64_t slab = find_slab();
     bool fused = rows * slab * tensors * static_cast<int64_t>(sizeof(T)) <= 2 * kSlabBytes;
     int64_t slabs = fused ? divide_up(width, slab) : 1;
-    int64_t stretch = call.weight && call.sample_rows > 0 ? call.sample_rows : rows;  // tiles begin anew with each
+    // Tiles of results begin anew with each sample that has an extent.
+    int64_t stretch = call.weight && call.sample_rows > 1 ? call.sample_rows : rows;
     // Each tile has sums of its own, so there are not more of them than threads may want; with padding they must not depend
     // on its size.
     int64_t few = call.weight ? 0 : divide_up(rows, kTiles);
-    int64_t tile_rows = least(stretch, most(most(2 * kSumRows, few), kTileBytes / (width * static_cast<int64_t>(sizeof(T)))));
+    int64_t sum_rows = most(most(2 * kSumRows, few), kTileBytes / (width * static_cast<int64_t>(sizeof(T))));
+    int64_t tile_rows = least(stretch, sum_rows);
     int64_t per_stretch = divide_up(stretch, tile_rows), tiles = rows / stretch * per_stretch;
     Statistics<T> found{call};
+    const int64_t* extents = by_sample || call.sample_rows > 1 ? found.extents : nullptr;
+    bool needs_weight = call.weight && !(extents && found.is_dense);
+    // With a mask sums are over the rows that count, one after the other, wherever they are: so no padding changes a bit.
+    bool has_places = call.weight && (by_sample ? !found.is_dense : true);
+    Room<int64_t> places{has_places ? samples * rows : 0}, counted{samples};
 
-    // Columns that are finished together: whole pools, and 512 bytes at least, which memory delivers well.
+    explicit Panels(const Call& call) : call(call) {
+        for (int64_t n = 0; n < samples; ++n) {
+            counted[n] = !call.weight ? rows : has_places ? find_places(call.weight + n * rows, rows, &places[n * rows]) : extents[n];
+        }
+    }
+    bool is_active() const { return call.is_active(); }  // rows that do not count are cleared behind the loops
+
+    // Columns that are finished together: whole pools, and 512 bytes at least, which memory delivers well. With a mask all
+    // of them, for what is found of one may change how the others are taken.
     int64_t find_slab() const {
+        if (call.weight) return width;
         const int64_t wanted = most(kWide, kSlabBytes / (static_cast<int64_t>(sizeof(T)) * rows * tensors));
         const int64_t pools = most(1, wanted / columns);
         return least(width, columns == 1 ? pools / kWide * kWide : pools * columns);
@@ -60,29 +76,46 @@ struct Panels {
     int64_t at(const Panel& p, int64_t row) const { return (p.sample * rows + row) * width + p.begin; }
     int64_t first_pool(const Panel& p) const { return (by_sample ? p.sample * call.g : 0) + p.begin / columns; }
     Tile tile(const Panel& p, int64_t row_count) const { return {row_count, p.width, width, is_near, call.past_caches}; }
+    // Rows `rank` and on of those that count, as a tile, and where its rows are counted from.
+    Tile summed(const Panel& p, int64_t rank, int64_t row_count) const {
+        Tile part = tile(p, row_count);
+        if (has_places) part.chosen = const_cast<Panels*>(this)->places.get() + p.sample * rows + rank;
+        return part;
+    }
+    int64_t summed_from(const Panel& p, int64_t rank) const { return at(p, has_places ? 0 : rank); }
+    int64_t count_rows(const Panel& p) const { return const_cast<Panels*>(this)->counted[p.sample]; }
+    int64_t place(const Panel& p, int64_t rank) const {
+        return has_places ? const_cast<Panels*>(this)->places[p.sample * rows + rank] : rank;
+    }
     // Null where the extents say all.
     const float* weight(const Panel& p, int64_t row) const {
-        return found.needs_weight() ? call.weight + p.sample * rows + row : nullptr;
+        return needs_weight ? call.weight + p.sample * rows + row : nullptr;
     }
     TileAfter<T> after(const Panel& p, int64_t row) const {
         const int64_t from = at(p, row);
         const auto* residual = static_cast<const T*>(call.residual);
         return {call.activation, residual ? residual + from : nullptr, weight(p, row), gradient ? gradient + from : nullptr};
     }
+    // The same of rows that are summed, which all count.
+    TileAfter<T> after_chosen(const Panel& p, int64_t rank) const {
+        TileAfter<T> found = after(p, has_places ? 0 : rank);
+        found.weight = nullptr;
+        return found;
+    }
     int64_t tile_begin(int64_t t) const { return t / per_stretch * stretch + t % per_stretch * tile_rows; }
     int64_t tile_size(int64_t t) const { return least(tile_rows, stretch - t % per_stretch * tile_rows); }
     // Its rows up to the extent of its sample.
     int64_t counted_size(const Panel& p, int64_t t) const {
-        if (!found.extents) return tile_size(t);
-        const int64_t extent = found.extents[by_sample ? p.sample : t / per_stretch];
+        if (!extents) return tile_size(t);
+        const int64_t extent = extents[by_sample ? p.sample : t / per_stretch];
         return most(0, least(tile_size(t), extent - t % per_stretch * tile_rows));
     }
     static void add(double* to, const double* from, int64_t size) {
         for (int64_t i = 0; i < size; ++i) to[i] += from[i];
     }
 
-    // start(panel), then sum(panel, row, rows, first, second, attempt) over all rows and finish(panel, attempt), which
-    // names the attempt to make next or -1, then write(panel, row, rows) over all rows.
+    // start(panel), then sum(panel, rank, rows, first, second, attempt) over all rows that count and finish(panel, attempt),
+    // which names the attempt to make next or -1, then write(panel, row, rows) over all rows.
     template <class Start, class Sum, class Finish, class Write>
     void walk(Start start, Sum sum, Finish finish, Write write) {
         if (!fused) return walk_tiles(start, sum, finish, write);
@@ -94,9 +127,9 @@ struct Panels {
                 start(p);
                 for (int attempt = kGuess; attempt >= 0;) {
                     clear(p.first, 0, 2 * p.width);  // `second` follows `first`
-                    for (int64_t t = 0; t < tiles; ++t) {
+                    for (int64_t rank = 0; rank < count_rows(p); rank += sum_rows) {
                         clear(partial.get(), 0, 2 * p.width);
-                        sum(p, tile_begin(t), counted_size(p, t), partial.get(), partial.get() + p.width, attempt);
+                        sum(p, rank, least(sum_rows, count_rows(p) - rank), partial.get(), partial.get() + p.width, attempt);
                         add(p.first, partial.get(), 2 * p.width);
                     }
                     attempt = finish(p, attempt);
@@ -109,7 +142,8 @@ struct Panels {
     // The same over tiles of rows: the sums of all of them come first, in their order.
     template <class Start, class Sum, class Finish, class Write>
     void walk_tiles(Start start, Sum sum, Finish finish, Write write) {
-        Room<double> room(samples * room_size(width)), partial(samples * tiles * 2 * width);
+        const int64_t sums = divide_up(rows, sum_rows);  // of a panel
+        Room<double> room(samples * room_size(width)), partial(samples * sums * 2 * width);
         Room<int> attempts(samples);
         auto panel = [&](int64_t sample) { return make_panel(sample, 0, width, room.get() + sample * room_size(width)); };
         for (int64_t n = 0; n < samples; ++n) {
@@ -117,18 +151,21 @@ struct Panels {
             attempts[n] = kGuess;
         }
         for (bool is_done = false; !is_done;) {
-            each_tile([&](int64_t n, int64_t t) {
-                if (attempts[n] < 0) return;
-                double* sums = partial.get() + (n * tiles + t) * 2 * width;
-                clear(sums, 0, 2 * width);
-                sum(panel(n), tile_begin(t), counted_size(panel(n), t), sums, sums + width, attempts[n]);
+            share(call, samples * sums, least(rows, sum_rows) * width, [&](int64_t begin, int64_t end) {
+                for (int64_t i = begin; i < end; ++i) {
+                    const int64_t n = i / sums, rank = i % sums * sum_rows, left = count_rows(panel(n)) - rank;
+                    if (attempts[n] < 0 || left <= 0) continue;
+                    double* to = partial.get() + i * 2 * width;
+                    clear(to, 0, 2 * width);
+                    sum(panel(n), rank, least(sum_rows, left), to, to + width, attempts[n]);
+                }
             });
             is_done = true;
             for (int64_t n = 0; n < samples; ++n) {
                 if (attempts[n] < 0) continue;
                 const Panel p = panel(n);
                 clear(p.first, 0, 2 * width);
-                for (int64_t t = 0; t < tiles; ++t) add(p.first, partial.get() + (n * tiles + t) * 2 * width, 2 * width);
+                for (int64_t t = 0; t * sum_rows < count_rows(p); ++t) add(p.first, partial.get() + (n * sums + t) * 2 * width, 2 * width);
                 attempts[n] = finish(p, attempts[n]);
                 is_done = is_done && attempts[n] < 0;
             }
@@ -137,14 +174,16 @@ struct Panels {
         // Backwards: what was read last is still in cache, and with the thread that read it.
         each_tile([&](int64_t n, int64_t t) { write_tile(panel(n), t, write); }, true);
     }
-    // What lies behind the extent is padding.
+    // What lies behind the extent is padding, and there may be holes before it.
     template <class Write>
     void write_tile(const Panel& p, int64_t t, Write write) const {
-        const int64_t counted = counted_size(p, t);
-        if (out) write(p, tile_begin(t), counted);
-        for (int64_t row = tile_begin(t) + counted; row < tile_begin(t) + tile_size(t); ++row) {
-            if (out) clear(out + at(p, row), 0, p.width);
-            if (gradient) clear(gradient + at(p, row), 0, p.width);
+        const int64_t begin = tile_begin(t), size = counted_size(p, t);
+        if (out) write(p, begin, size);
+        const float* counts = weight(p, begin);
+        for (int64_t i = 0; i < tile_size(t); ++i) {
+            const bool is_hole = i < size && counts && !(counts[i] > 0);
+            if (out && (i >= size || is_hole)) clear(out + at(p, begin + i), 0, p.width);
+            if (gradient && (i >= size || is_hole)) clear(gradient + at(p, begin + i), 0, p.width);
         }
     }
     template <class Body>

@@ -13,8 +13,14 @@ struct Rows : Pools {
     const T* grad = static_cast<const T*>(call.grad);
     T* out = static_cast<T*>(call.out);
     T* gradient = static_cast<T*>(call.dresidual);
+    Room<int64_t> places{found.needs_weight() ? call.n * call.s : 0};  // that count, where there are holes between them
 
-    explicit Rows(const Call& call) : Pools{call, nullptr}, found(call) { extents = found.extents; }
+    explicit Rows(const Call& call) : Pools{call, nullptr}, found(call) {
+        extents = found.extents;
+        for (int64_t n = 0; found.needs_weight() && n < call.n; ++n) {
+            find_places(call.weight + n * call.s, call.s, &places[n * call.s]);
+        }
+    }
 
     // Null where the extents say all.
     const float* weight(int64_t pool, int64_t run) const {
@@ -55,23 +61,41 @@ struct Rows : Pools {
         return found_here ? sum / found_here : 0;
     }
 
-    Sums moments(int64_t at, const Runs& all, const float* counted, double shift) const {
-        const bool restart = call.weight != nullptr;
-        if (counted) return run_moments<true>(x + at, all, shift, restart, counted, by_sample ? call.s : 0);
-        return run_moments<false>(x + at, all, shift, restart, nullptr, 0);
+    // body(at, places, how many) over runs of a pool that have holes, in segments of positions that count:
+    // those are brought together before they are summed, so that no sum depends on where the holes are.
+    template <class Body>
+    void each_gathered(int64_t pool, int64_t run, int64_t from, const Runs& all, Body body) const {
+        auto& self = const_cast<Rows&>(*this);
+        for (int64_t r = run; r < run + all.count; ++r) {
+            const int64_t n = sample(pool, r), end = least(self.found.counted[n], from + all.length);
+            for (int64_t f = from; f < end; f += kSegment) {
+                body(start(pool) + r * stride(), &self.places[n * call.s + f], least(kSegment, end - f));
+            }
+        }
+    }
+
+    Sums moments(int64_t pool, int64_t run, int64_t from, const Runs& all, double shift) const {
+        if (!found.needs_weight()) {
+            return run_moments(x + start(pool) + run * stride() + from, all, shift, call.weight != nullptr);
+        }
+        Sums sums;
+        Room<T> room(least(kSegment, call.s));
+        each_gathered(pool, run, from, all, [&](int64_t at, const int64_t* chosen, int64_t size) {
+            gather(x + at, chosen, size, room.get());
+            sums.add(run_moments(room.get(), {1, 0, size}, shift, false));
+        });
+        return sums;
     }
 
     void find_whole(int64_t begin, int64_t end) {
         found.find(begin, end, [&](int64_t p) { return guess(p); }, [&](int64_t p, double shift) {
-            return moments(start(p), all_runs(p), weight(p, 0), shift);
+            return moments(p, 0, 0, all_runs(p), shift);
         });
     }
     void find_in_segments(int64_t pool, Sums* parts) {
         found.find(pool, pool + 1, [&](int64_t p) { return guess(p); }, [&](int64_t p, double shift) {
             each_segment(p, [&](int64_t run, int64_t from, const Runs& all) {
-                const float* counted = weight(p, run);
-                parts[segment(run, from)] = moments(start(p) + run * stride() + from, all,
-                                                    counted ? counted + from : nullptr, shift);
+                parts[segment(run, from)] = moments(p, run, from, all, shift);
             });
             return total(parts);
         });
@@ -94,8 +118,9 @@ struct Rows : Pools {
     template <class Compute>
     INLINE void apply_line(Line<Compute> line, int64_t pool, int64_t run, int64_t from, int64_t at, const Runs& all) const {
         if constexpr (kHasPlain<Compute, T>) {
-            if (!found.is_active()) {
-                return run_apply<Compute, false>(x + at, out + at, all, line, [](int64_t) { return After<T>{}; }, call.past_caches);
+            if (!call.is_active()) {
+                run_apply<Compute, false>(x + at, out + at, all, line, [](int64_t) { return After<T>{}; }, call.past_caches);
+                return clear_holes(out, pool, run, at, from, all);
             }
         }
         run_apply<Compute, true>(x + at, out + at, all, line, [&](int64_t r) {
@@ -147,8 +172,9 @@ struct Rows : Pools {
     Sums grad_sums(int64_t pool, int64_t run, int64_t from, const Runs& all) const {
         const int64_t c = channel(pool, run), at = start(pool) + run * stride() + from;
         const double mean = found.mean[pool], a = rstd(pool) * gamma_of<T>(call, c), b = beta_of<T>(call, c);
+        if (found.needs_weight()) return grad_sums_gathered(pool, run, from, all);
         const bool restart = call.weight != nullptr;
-        if (!found.is_active()) {
+        if (!call.is_active()) {
             const auto nothing = [](int64_t) { return After<T>{}; };
             return run_grad_sums<double, false>(grad + at, x + at, all, mean, Line<double>(), nothing, restart);
         }
@@ -160,6 +186,43 @@ struct Rows : Pools {
         });
         return sums;
     }
+    Sums grad_sums_gathered(int64_t pool, int64_t run, int64_t from, const Runs& all) const {
+        const int64_t c = channel(pool, run), size = least(kSegment, call.s);
+        const double mean = found.mean[pool], a = rstd(pool) * gamma_of<T>(call, c), b = beta_of<T>(call, c);
+        Sums sums;
+        Room<T> room(4 * size);
+        T *xs = room.get(), *gs = xs + size, *residuals = gs + size, *gradients = residuals + size;
+        if (gradient && from == 0) {
+            clear_holes(gradient, pool, run, start(pool) + run * stride(), 0, {all.count, all.stride, call.s});
+        }
+        each_gathered(pool, run, from, all, [&](int64_t at, const int64_t* chosen, int64_t count) {
+            gather(x + at, chosen, count, xs);
+            gather(grad + at, chosen, count, gs);
+            if (residual) gather(residual + at, chosen, count, residuals);
+            const After<T> after{call.activation, residual ? residuals : nullptr, nullptr, gradient ? gradients : nullptr};
+            const auto after_of = [&](int64_t) { return after; };
+            const Runs runs{1, 0, count};
+            if (!call.is_active()) {
+                return sums.add(run_grad_sums<double, false>(gs, xs, runs, mean, Line<double>(), after_of, false));
+            }
+            with_compute<T>(fits_float<T>(mean, a, b), [&](auto zero) {
+                using Compute = decltype(zero);
+                sums.add(run_grad_sums<Compute, true>(gs, xs, runs, mean, Line<Compute>(mean, a, b), after_of, false));
+            });
+            for (int64_t i = 0; gradient && i < count; ++i) gradient[at + chosen[i]] = gradients[i];
+        });
+        return sums;
+    }
+    // Behind a loop that knows no holes: one of its own would round otherwise than that for dense runs.
+    void clear_holes(T* to, int64_t pool, int64_t run, int64_t at, int64_t from, const Runs& all) const {
+        if (!found.needs_weight()) return;
+        for (int64_t r = 0; r < all.count; ++r, at += all.stride) {
+            const float* counts = weight(pool, run + r) + from;
+            for (int64_t i = 0; i < all.length; ++i) {
+                if (!(counts[i] > 0)) clear(to + at, i, i + 1);
+            }
+        }
+    }
     double rstd(int64_t pool) const { return const_cast<Statistics<T>&>(found).rstd[pool]; }
 
     void write_dx(int64_t pool, int64_t run, int64_t from, const Runs& all, const Slopes& slopes) const {
@@ -168,16 +231,20 @@ struct Rows : Pools {
         with_compute<T>(fits_float<T>(mean, a, b, slopes.c1, slopes.c2, slopes.reach), [&](auto zero) {
             using Compute = decltype(zero);
             const Line<Compute> line(mean, a, b), slope(mean, slopes.c2, slopes.c1);
-            if (call.given && !found.is_active()) return run_scale<Compute>(grad + at, out + at, all, a, call.past_caches);
+            if (call.given && !call.is_active()) {
+                run_scale<Compute>(grad + at, out + at, all, a, call.past_caches);
+                return clear_holes(out, pool, run, at, from, all);
+            }
             if constexpr (kHasPlain<Compute, T>) {
-                if (!found.is_active()) {
-                    return run_dx<Compute, false>(grad + at, x + at, out + at, all, line, slope, [](int64_t) { return After<T>{}; },
-                                                  call.past_caches);
+                if (!call.is_active()) {
+                    run_dx<Compute, false>(grad + at, x + at, out + at, all, line, slope, [](int64_t) { return After<T>{}; },
+                                           call.past_caches);
+                    return clear_holes(out, pool, run, at, from, all);
                 }
             }
             run_dx<Compute, true>(grad + at, x + at, out + at, all, line, slope, [&](int64_t r) {
                 return after(pool, run + r, at + r * all.stride, from);
-            }, call.past_caches);
+            }, call.past_caches, call.given);
         });
     }
 

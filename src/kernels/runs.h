@@ -36,24 +36,34 @@ struct After {
     template <class V, class Compute, class Some>
     INLINE V backward(V g, V v, int64_t i, Some some) const {
         if (residual) v += load_as<Compute>(residual + i, some);
-        if (activation != kIdentity) g *= derivative(activation, v);
+        g = chain(activation, g, v);
         if (weight) g = load_as<Compute>(weight + i, some) > 0 ? g : V{};
         if (gradient) store(gradient + i, g, some);
         return g;
     }
 };
 
-// first = sum(x[i] - shift), second = sum((x[i] - shift)^2), over positions that count
-template <bool Weighted, class T>
-Sums run_moments(const T* x, const Runs& runs, double shift, bool restart, const float* weight, int64_t weight_stride) {
+// to[i] = from[places[i]]; places ascend, and neighbours are copied eight at once
+template <class T>
+INLINE void gather(const T* from, const int64_t* places, int64_t size, T* to) {
+    int64_t i = 0;
+    while (i < size) {
+        if (i + 8 <= size && places[i + 7] == places[i] + 7) {
+            std::memcpy(to + i, from + places[i], 8 * sizeof(T));
+            i += 8;
+        } else {
+            to[i] = from[places[i]];
+            ++i;
+        }
+    }
+}
+
+// first = sum(x[i] - shift), second = sum((x[i] - shift)^2)
+template <class T>
+Sums run_moments(const T* x, const Runs& runs, double shift, bool restart) {
     Accumulator sums;
     sums.template sweep_runs<double>(runs, restart, [&](int64_t r, int64_t i, auto some, int u) INLINE_LAMBDA {
-        Lanes d = load(x + r * runs.stride + i, some) - shift;
-        if constexpr (Weighted) {
-            d = load(weight + r * weight_stride + i, some) > 0 ? d : Lanes{};
-        } else {
-            d = keep(d, some);
-        }
+        const Lanes d = keep(load(x + r * runs.stride + i, some) - shift, some);
         sums.add(u, d, d);
     }, [&](int64_t r, int64_t size) INLINE_LAMBDA { pass_over(x + r * runs.stride, size, runs.length); });
     return sums.total();
@@ -101,17 +111,12 @@ Sums run_grad_sums(const T* g, const T* x, const Runs& runs, double mean, Line<C
     sums.template sweep_runs<Compute, Active>(runs, restart, [&](int64_t r, int64_t i, auto some, int u) INLINE_LAMBDA {
         const T* here = x + r * runs.stride + i;
         V v = load_as<Compute>(g + r * runs.stride + i, some);
-        const float* counted = nullptr;
         if constexpr (Active) {
-            const After<T> after = after_of(r);
             const V z = (load_as<Compute>(here, some) - line.high) * line.scale + line.shift;
-            v = after.template backward<V, Compute>(v, z, i, some);
-            if (after.weight) counted = after.weight + i;
+            v = after_of(r).template backward<V, Compute>(v, z, i, some);
         }
         for (int p = 0; p < kParts<Compute>; ++p) {
-            Lanes d = load(here + p * W, part_of(some, p)) - mean;
-            if (counted) d = load(counted + p * W, part_of(some, p)) > 0 ? d : Lanes{};
-            sums.add(u + p, part_of(v, p), d);
+            sums.add(u + p, part_of(v, p), load(here + p * W, part_of(some, p)) - mean);
         }
     }, [&](int64_t r, int64_t size) INLINE_LAMBDA {
         pass_over(g + r * runs.stride, size, runs.length);
@@ -121,10 +126,11 @@ Sums run_grad_sums(const T* g, const T* x, const Runs& runs, double mean, Line<C
 }
 
 // dx[i] = g[i] * line.scale - ((x[i] - high) * slope + constant), 0 where a position does not count, for all runs; g
-// before the activation, found once more rather than read rounded
+// before the activation, found once more rather than read rounded. Given statistics have no slopes: an infinite x would
+// make NaN of a slope of 0.
 template <class Compute, bool Active, class T, class AfterOf>
 void run_dx(const T* g, const T* x, T* dx, const Runs& runs, Line<Compute> line, Line<Compute> slopes, AfterOf after_of,
-            bool past_caches) {
+            bool past_caches, bool given = false) {
     using V = VectorOf<Compute>;
     for (int64_t r = 0; r < runs.count; ++r, g += runs.stride, x += runs.stride, dx += runs.stride) {
         After<T> after = after_of(r);
@@ -134,7 +140,7 @@ void run_dx(const T* g, const T* x, T* dx, const Runs& runs, Line<Compute> line,
             const V centred = load_as<Compute>(x + i, some) - line.high;
             V before = load_as<Compute>(g + i, some);
             if constexpr (Active) before = after.template backward<V, Compute>(before, centred * line.scale + line.shift, i, some);
-            V v = before * line.scale - (centred * slopes.scale + slopes.shift);
+            V v = before * line.scale - ((Active && given ? V{} : centred) * slopes.scale + slopes.shift);
             if constexpr (Active) {
                 if (after.weight) v = load_as<Compute>(after.weight + i, some) > 0 ? v : V{};
             }

@@ -19,11 +19,11 @@ void run_apply_table(const T* x, T* y, int64_t length, Line<Compute> line, const
     });
 }
 
-// Of R pools at once, `stride` apart: first = sum(gamma[i] * g[i]), second = sum(gamma[i] * g[i] * xhat[i]); and for the
-// parameters dbeta[i] += g[i], dgamma[i] += g[i] * xhat[i]. xhat = (x - high) * scale of a pool's line. The activation is
-// computed in Compute, the sums always in double.
+// Of R pools at once, which begin at `at`: first = sum(gamma[i] * g[i]), second = sum(gamma[i] * g[i] * xhat[i]); and for
+// the parameters dbeta[i] += g[i], dgamma[i] += g[i] * xhat[i]. xhat = (x - high) * scale of a pool's line. The activation
+// is computed in Compute, the sums always in double.
 template <class Compute, int R, bool Active, bool Parameters, class T, class P>
-void run_grad_sums_table(const T* g, const T* x, int64_t length, int64_t stride, const Line<double>* lines, const P* gamma,
+void run_grad_sums_table(const T* g, const T* x, int64_t length, const int64_t* at, const Line<double>* lines, const P* gamma,
                          const P* beta, const After<T>* after, double* dgamma, double* dbeta, Sums* found) {
     using V = VectorOf<Compute>;
     constexpr int parts = kParts<Compute>;
@@ -31,8 +31,8 @@ void run_grad_sums_table(const T* g, const T* x, int64_t length, int64_t stride,
     const auto body = [&](int64_t i, auto some) INLINE_LAMBDA {
         Lanes by_beta[parts] = {}, by_gamma[parts] = {};
         for (int r = 0; r < R; ++r) {
-            const T* here = x + r * stride + i;
-            V v = in_register(load_as<Compute>(g + r * stride + i, some));
+            const T* here = x + at[r] + i;
+            V v = in_register(load_as<Compute>(g + at[r] + i, some));
             if constexpr (Active) {
                 const Line<Compute> line(lines[r].high, lines[r].scale, 0);
                 V z = ((load_as<Compute>(here, some) - line.high) * line.scale + line.shift) * load_as<Compute>(gamma + i, some);

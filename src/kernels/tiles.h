@@ -12,6 +12,8 @@ struct Tile {
     int64_t rows, width, stride;
     bool is_near;      // in a cache from which rows are read side by side at full speed
     bool past_caches;  // where results go
+    const int64_t* chosen = nullptr;  // which rows are summed, where some do not count
+    INLINE int64_t place(int64_t row) const { return chosen ? chosen[row] : row; }
 };
 
 // Rows are read side by side where they are short or near; else memory delivers less well than in order.
@@ -72,14 +74,13 @@ INLINE auto loader(const Compute* table) {
     };
 }
 
-// first[i] += sum over rows of x[r][i] - shift[i], second[i] += sum over rows of (x[r][i] - shift[i])^2, over rows that
-// count
+// first[i] += sum over rows of x[r][i] - shift[i], second[i] += sum over rows of (x[r][i] - shift[i])^2
 template <class T>
-void column_moments(const T* x, const Tile& tile, const double* shift, const float* weight, double* first, double* second) {
+void column_moments(const T* x, const Tile& tile, const double* shift, double* first, double* second) {
     const auto add = [&](const auto& about, int64_t r, int64_t i, auto some, auto vectors, auto* sum, auto* squares) INLINE_LAMBDA {
-        if (weight && !(weight[r] > 0)) return;
+        const T* from = x + tile.place(r) * tile.stride + i;
         for (int u = 0; u < vectors; ++u) {
-            const Lanes d = load(x + r * tile.stride + i + u * W, some) - about.v[u];
+            const Lanes d = load(from + u * W, some) - about.v[u];
             sum[u] += d;
             squares[u] += d * d;
         }
@@ -104,7 +105,7 @@ struct TileAfter {
     template <class V, class Compute, class Some>
     INLINE V backward(V g, V v, int64_t row, int64_t at, Some some) const {
         if (residual) v += load_as<Compute>(residual + at, some);
-        if (activation != kIdentity) g *= derivative(activation, v);
+        g = chain(activation, g, v);
         if (weight && !(weight[row] > 0)) g = V{};
         if (gradient) store(gradient + at, g, some);
         return g;
@@ -159,14 +160,14 @@ void column_grad_sums(const T* g, const T* x, const Tile& tile, const double* me
     using V = VectorOf<Compute>;
     constexpr int width = kWidth<Compute>, parts = kParts<Compute>;
     const auto add = [&](const auto& about, int64_t r, int64_t i, auto some, auto vectors, auto* sum, auto* products) INLINE_LAMBDA {
+        const int64_t row = tile.place(r);
         for (int u = 0; u < vectors; ++u) {
-            const int64_t column = i + u * width, at = r * tile.stride + column;
+            const int64_t column = i + u * width, at = row * tile.stride + column;
             V v = load_as<Compute>(g + at, some);
             if constexpr (Active) {
                 const V high = load_as<Compute>(lines.high + column, some);
                 const V scale = load_as<Compute>(lines.scale + column, some), shift = load_as<Compute>(lines.shift + column, some);
-                v = after.template backward<V, Compute>(v, (load_as<Compute>(x + at, some) - high) * scale + shift, r, at, some);
-                if (after.weight && !(after.weight[r] > 0)) continue;
+                v = after.template backward<V, Compute>(v, (load_as<Compute>(x + at, some) - high) * scale + shift, row, at, some);
             }
             for (int p = 0; p < parts; ++p) {
                 const Lanes d = load(x + at + p * W, part_of(some, p)) - about.v[u * parts + p];
@@ -184,10 +185,11 @@ void column_grad_sums(const T* g, const T* x, const Tile& tile, const double* me
 }
 
 // dx[r][i] = g[r][i] * scale[i] - ((x[r][i] - high[i]) * slope[i] + constant[i]), 0 in rows that do not count; g before the
-// activation, found once more rather than read rounded
+// activation, found once more rather than read rounded. Given statistics have no slopes: an infinite x would make NaN of a
+// slope of 0.
 template <class Compute, bool Active, class T>
 void column_dx(const T* g, const T* x, T* dx, const Tile& tile, const Lines<Compute>& lines, const Compute* slope,
-               const Compute* constant, TileAfter<T> after) {
+               const Compute* constant, TileAfter<T> after, bool given = false) {
     using V = VectorOf<Compute>;
     after.gradient = nullptr;
     sweep_tile<Compute, Active>(tile, [&](int64_t r, int64_t i, auto some, int rows) INLINE_LAMBDA {
@@ -201,7 +203,7 @@ void column_dx(const T* g, const T* x, T* dx, const Tile& tile, const Lines<Comp
                 const V shift = load_as<Compute>(lines.shift + i, some);
                 before = after.template backward<V, Compute>(before, centred * scale + shift, r + u, at, some);
             }
-            V v = before * scale - (centred * by + less);
+            V v = before * scale - ((Active && given ? V{} : centred) * by + less);
             if constexpr (Active) {
                 if (after.weight && !(after.weight[r + u] > 0)) v = V{};
             }

@@ -115,6 +115,16 @@ struct Raw {
     }
 };
 
+// The positions that count, in their order. Sums are taken over these, wherever they are: so no padding changes a bit.
+INLINE int64_t find_places(const float* weight, int64_t size, int64_t* places) {
+    int64_t found = 0;
+    for (int64_t i = 0; i < size; ++i) {
+        places[found] = i;
+        found += weight[i] > 0;
+    }
+    return found;
+}
+
 // What a norm needs of x beside x, one entry per pool. Given statistics take the place of the pools'.
 template <class T>
 struct Statistics {
@@ -123,17 +133,16 @@ struct Statistics {
     Room<double> own_mean, own_m2, rstd, counts;
     // Positions of a sample, which have a weight each: its rows where samples and positions were made one axis.
     const int64_t positions = call.s > 1 ? call.s : most(1, call.sample_rows);
-    Room<int64_t> own_extents;
-    // Of each sample up to where anything counts; null where all do, or where a sample has one position.
-    const int64_t* extents = nullptr;
-    bool is_dense = true;  // whether all positions up to there count, so that the weights need not be looked at
+    const int64_t samples = call.weight ? call.n * call.s / positions : 0;
+    Room<int64_t> own_extents{samples}, counted{samples};  // of each sample how many positions count
+    const int64_t* extents = call.weight ? own_extents.get() : nullptr;  // of each sample up to where anything counts
+    bool is_dense = find_extents();  // whether all positions up to there count, so that the weights need not be looked at
     double *mean, *m2;
     double all = static_cast<double>((call.pool_n ? call.n : call.k) * call.s);
 
     explicit Statistics(const Call& call)
         : call(call), own_mean(call.mean ? 0 : pools, true), own_m2(call.m2 ? 0 : pools), rstd(pools),
-          counts(call.weight ? call.n : 0),
-          own_extents(call.weight && positions > 1 ? call.n * call.s / positions : 0), mean(call.mean ? call.mean : own_mean.get()),
+          counts(call.weight ? call.n : 0), mean(call.mean ? call.mean : own_mean.get()),
           m2(call.m2 ? call.m2 : own_m2.get()) {
         if (call.weight) count_positions();
     }
@@ -150,17 +159,19 @@ struct Statistics {
             counts[n] = static_cast<double>(found * (call.pool_n ? 1 : call.k));
             if (call.pool_n && n > 0) counts[0] += counts[n];
         }
-        is_dense = positions > 1;
-        if (!is_dense) return;
-        extents = own_extents.get();
-        for (int64_t i = 0; i < call.n * call.s / positions; ++i) {
-            const float* counted = call.weight + i * positions;
+    }
+    bool find_extents() {
+        bool is_dense = true;
+        for (int64_t i = 0; i < samples; ++i) {
+            const float* weight = call.weight + i * positions;
             int64_t extent = positions, found = 0;
-            while (extent > 0 && !(counted[extent - 1] > 0)) --extent;
-            for (int64_t s = 0; s < extent; ++s) found += counted[s] > 0;
+            while (extent > 0 && !(weight[extent - 1] > 0)) --extent;
+            for (int64_t s = 0; s < extent; ++s) found += weight[s] > 0;
             own_extents[i] = extent;
+            counted[i] = found;
             is_dense = is_dense && found == extent;
         }
+        return is_dense;
     }
     bool needs_weight() const { return call.weight && !is_dense; }
     // Whether the loops for a bare norm will not do.

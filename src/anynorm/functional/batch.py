@@ -186,7 +186,7 @@ def batch_norm(
     named = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
     check_channels("batch_norm", input.shape[1], **named)
     pooling = FAMILY["batch"].pool(input)
-    if training:
+    if training and mask is None:
         check_more_than_one("batch_norm", pooling.count(input), "channel", input, BATCH_OF_ONE)
     if ops.prefers_torch(input) and mask is None and isinstance(momentum, float | int):
         return finish(
@@ -298,7 +298,8 @@ def instance_norm(
     check_channels("instance_norm", input.shape[1], **named)
     pooling = FAMILY["instance"].pool(input)
     if use_input_stats:
-        check_more_than_one("instance_norm", pooling.count(input), "channel of a sample", input, ONE_POSITION)
+        if mask is None:
+            check_more_than_one("instance_norm", pooling.count(input), "channel of a sample", input, ONE_POSITION)
         if (running_mean is None) != (running_var is None):
             raise ValueError(
                 "instance_norm: running_mean and running_var are given together or not at all; got one of them; "

@@ -122,7 +122,8 @@ def renormalize(
     check_channels("batch_renorm", rows.shape[1], **named)
     check_parameter_dtypes("batch_renorm", rows, **named)
     pooling = FAMILY["renorm"].pool(rows)
-    check_more_than_one("batch_renorm", pooling.count(rows), "channel", rows, BATCH_OF_ONE)
+    if options.get("mask") is None and options.get("lengths") is None:  # Else batch_norm counts.
+        check_more_than_one("batch_renorm", pooling.count(rows), "channel", rows, BATCH_OF_ONE)
     if rows.numel():
         mask = find_mask("batch_renorm", input, (1,), options.get("mask"), options.get("lengths"))
         with torch.no_grad():

@@ -241,7 +241,8 @@ def group_norm(
     activation = check_finish("group_norm", input, activation, residual)
     check_groups("group_norm", input, num_groups)
     check_channels("group_norm", input.shape[1], weight=weight, bias=bias)
-    check_more_than_one("group_norm", input.numel() // max(num_groups, 1), "group", input, FEWER_GROUPS)
+    if mask is None:
+        check_more_than_one("group_norm", input.numel() // max(num_groups, 1), "group", input, FEWER_GROUPS)
     if ops.prefers_torch(input) and mask is None:
         return finish(F.group_norm(input, num_groups, weight, bias, eps), activation, residual)
     check_parameter_dtypes("group_norm", input, weight=weight, bias=bias)

@@ -85,11 +85,15 @@ def ghost_batch_norm(
             "lengths"
         )
     whole = not training or input.dim() < 2 or len(input) <= ghost_size
-    if whole or (ghosts := cut(input.shape, ghost_size)) == (1, 0):
+    if not whole:
+        mask = options["mask"] = find_mask("ghost_batch_norm", input, (1,), mask, lengths)
+        options["lengths"] = None
+    if whole or (ghosts := cut(input.shape, ghost_size, mask)) == (1, 0):
+        if not whole and mask is not None:
+            options["mask"] = mask.squeeze(1)
         return batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps, **options)
     named = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
-    check_ghosts(input, ghost_size, eps, named)
-    mask = find_mask("ghost_batch_norm", input, (1,), mask, lengths)
+    check_ghosts(input, ghost_size, eps, mask is None, named)
     real = None if mask is None else count_real(mask, ghost_size)
     if real is not None and watch.has_memory(real):
         check_real(real, input)
@@ -117,13 +121,14 @@ def check_ghost_size(function: str, ghost_size: Any) -> None:
         )
 
 
-def check_ghosts(input: Tensor, ghost_size: int, eps: float, named: dict[str, Tensor | None]) -> None:
-    """What batch norm checks, and that a ghost has more than one value per channel."""
+def check_ghosts(input: Tensor, ghost_size: int, eps: float, all_real: bool, named: dict[str, Tensor | None]) -> None:
+    """What batch norm checks, and where all is real that a ghost has more than one value per channel."""
     check_floating("ghost_batch_norm", input)
     check_batch_norm(input, True, eps, running_mean=named["running_mean"], running_var=named["running_var"])
     check_channels("ghost_batch_norm", input.shape[1], **named)
     values = ghost_size * prod(input.shape[2:])
-    check_more_than_one("ghost_batch_norm", values, "channel of a ghost", input, ONE_IN_A_GHOST)
+    if all_real:
+        check_more_than_one("ghost_batch_norm", values, "channel of a ghost", input, ONE_IN_A_GHOST)
 
 
 def check_real(real: Tensor, input: Tensor) -> None:
@@ -136,17 +141,19 @@ def check_real(real: Tensor, input: Tensor) -> None:
         )
 
 
-def cut(shape: Any, ghost_size: int) -> tuple[int, int]:
-    """How many full ghosts there are, and the samples of a last one of another size."""
+def cut(shape: Any, ghost_size: int, mask: Tensor | None = None) -> tuple[int, int]:
+    """How many full ghosts there are, and the samples of a last one of another size; `mask` as `find_mask` makes it."""
     full, rest = shape[0] // ghost_size, shape[0] % ghost_size  # no divmod: torch.export's sizes have none
-    if full and rest * prod(shape[2:]) == 1:  # It joins the ghost before.
+    is_known = mask is not None and watch.has_memory(mask)
+    values = int(mask[full * ghost_size :].sum()) if is_known else rest * prod(shape[2:])  # type: ignore[index]
+    if full and rest and values == 1:  # It joins the ghost before.
         full, rest = full - 1, ghost_size + 1
     return (1, 0) if full == 0 else (full, rest)
 
 
 def count_real(mask: Tensor, ghost_size: int) -> Tensor:
     """Real positions of each ghost, (ghosts,); `mask` as `find_mask` makes it."""
-    full, rest = cut(mask.shape, ghost_size)
+    full, rest = cut(mask.shape, ghost_size, mask)
     end = len(mask) - rest
     counts = mask[:end].reshape(full, -1).sum(1)
     return torch.cat([counts, mask[end:].sum().view(1)]) if rest else counts
@@ -168,7 +175,9 @@ def normalize_ghosts(
     if ghosts == 1:
         return normalize_with_running("ghost_batch_norm", x, FAMILY["batch"].pool(x), *how, residual, mask)
     positions = x.shape[2:]
-    if prod(positions) == 1 or find_memory_format(x) != torch.contiguous_format:
+    is_last = x.dim() > 3 and x.stride(1) < min(x.stride()[2:]) if mask is not None else False
+    has_none = prod(positions) == 1 and (mask is None or x.dim() == 2 or is_last)  # One that may be padded is gathered.
+    if has_none or find_memory_format(x) != torch.contiguous_format:
         pooling = FAMILY["ghost"].pool(x, (("m", len(x) // ghosts),))
         return normalize_with_running("ghost_batch_norm", x, pooling, *how, residual, mask)
 

@@ -113,9 +113,10 @@ class _BatchNorm(_Running):
         if is_jagged:
             return len(open_rows("batch_norm", input)) == 1
         x = input if type(input) is Tensor else look_at(input)
-        if x.numel() == self.num_features == x.shape[1]:
-            return True
-        if self.on_single == "error" or (mask is None and lengths is None):
+        is_one = x.numel() == self.num_features == x.shape[1]
+        if mask is None and lengths is None:
+            return is_one
+        if self.on_single == "error" and not is_one:  # The function counts.
             return False
         found = find_mask("batch_norm", input, (1,), mask, lengths)
         return found is not None and int(found.sum()) == 1
