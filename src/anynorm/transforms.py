@@ -137,10 +137,10 @@ class Project(torch.autograd.Function):
         pooling, eps = ctx.how
 
         def project(g: Tensor, x: Tensor) -> Tensor:
-            _, pull = torch.func.vjp(lambda x: plain.compose(x, pooling, None, None, eps, None)[0], x)
+            pull = torch.func.vjp(lambda x: plain.compose(x, pooling, None, None, eps, None)[0], x)[1]
             return pull(g)[0]
 
-        _, pull = torch.func.vjp(project, *ctx.saved_tensors)
+        pull = torch.func.vjp(project, *ctx.saved_tensors)[1]
         return (*pull(t), None, None)
 
     @staticmethod
