@@ -224,7 +224,7 @@ class Recurrent(nn.RNNBase):
         """The parameters and norms of one direction of one layer; what it does not have is None."""
         names = "weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr", "norm_ih", "norm_hh", "norm_cell"
         found: list[Any] = [getattr(self, f"{name}_{tail}", None) for name in names]
-        return Cell(*found, is_counted(self))
+        return Cell(*[*found, is_counted(self)])
 
     def _walk(self, cell: Cell, rows: Tensor, sizes: list[int], state: State) -> tuple[Tensor, State]:
         """One direction of one layer: h at every step, and each sequence's state at its end."""
