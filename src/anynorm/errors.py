@@ -198,7 +198,7 @@ def share_memory(a: Tensor, b: Tensor) -> bool:
 
 def find_addresses(t: Tensor) -> Tensor:
     """The address of every element."""
-    addresses = torch.tensor([t.data_ptr()], device="cpu")
+    addresses = torch.tensor([t.data_ptr()], dtype=torch.int64, device="cpu")
     for size, stride in zip(t.shape, t.stride(), strict=True):
         addresses = (addresses[:, None] + torch.arange(size, device="cpu") * (stride * t.element_size())).flatten()
     return addresses

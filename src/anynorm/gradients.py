@@ -166,9 +166,9 @@ class NormalizeByBlocks(torch.autograd.Function):
 
 
 @torch._disable_dynamo
-def backward_uncompiled(function: Any, ctx: Any, g: Tensor) -> tuple[Any, ...]:
+def backward_uncompiled(function: Any, ctx: Any, *g: Tensor) -> tuple[Any, ...]:
     """Compiled autograd traces the backward of a norm that ran eagerly; a compiler cannot look into the kernels."""
-    return function.backward(ctx, g)
+    return function.backward(ctx, *g)
 
 
 def keep(t: Any) -> Any:

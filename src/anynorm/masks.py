@@ -126,7 +126,7 @@ def mask_of(lengths: Any, size: int) -> Tensor:
         tensor([[ True, False, False],
                 [ True,  True,  True]])
     """
-    lengths = torch.as_tensor(lengths)
+    lengths = lengths if isinstance(lengths, Tensor) else torch.as_tensor(lengths)
     return torch.arange(size, device=lengths.device) < lengths[:, None]
 
 

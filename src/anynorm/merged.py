@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
 
 from . import kernels, memory, ops, plain
-from .gradients import Recipe, Running, keep, like
+from .gradients import Recipe, Running, backward_uncompiled, keep, like
 from .pooling import Pooling
 from .sources import move_running
 from .statistics import Moments, at_least_one, find_moments
@@ -121,6 +121,8 @@ class Merge(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g_mean: Tensor, g_m2: Tensor, *_: Any) -> tuple[Any, ...]:
+        if torch.compiler.is_compiling():
+            return backward_uncompiled(Merge, ctx, g_mean, g_m2)
         offset, slopes = ctx.saved_tensors
         sums = ctx.exchange.merge_sums(torch.stack([g_mean.flatten(), g_m2.flatten()]) / slopes)
         g_mean, g_m2 = (total.view_as(g_mean) for total in (sums * slopes).to(g_mean))
@@ -146,6 +148,8 @@ class NormalizeMerged(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        if torch.compiler.is_compiling():
+            return backward_uncompiled(NormalizeMerged, ctx, g)
         if is_legacy_batchedtensor(g):
             raise RuntimeError(
                 "batch_norm: what is merged over ranks or micro-batches takes one gradient at a time; got a batch of "

@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, _len_
 # Dispatch keys of an ordinary tensor on the CPU, outside and inside inference mode. All else has others: other devices
 # and layouts, subclasses, nested tensors, signs, conjugation or zeros that are only noted, tensors under a transform.
 with torch.inference_mode():
-    PLAIN_KEYS = {_dispatch_keys(torch.empty(0, device="cpu")).raw_repr()}
-PLAIN_KEYS.add(_dispatch_keys(torch.empty(0, device="cpu")).raw_repr())
+    PLAIN_KEYS = {_dispatch_keys(torch.empty(0, dtype=torch.float32, device="cpu")).raw_repr()}
+PLAIN_KEYS.add(_dispatch_keys(torch.empty(0, dtype=torch.float32, device="cpu")).raw_repr())
 
 
 def is_watched() -> bool:

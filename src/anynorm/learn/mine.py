@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -159,8 +160,8 @@ def pool_names(seen: Seen) -> list[str]:
     labels = words.get(seen.kind, ["sample", "position", "row", "column"])
     shape = [view.shape[axis] for axis in kept]
     names = []
-    for index in range(min(MOST_ROWS, int(torch.tensor(shape).prod()))):
-        places = torch.unravel_index(torch.tensor(index), tuple(shape)) if shape else ()
+    for index in range(min(MOST_ROWS, prod(shape))):
+        places = torch.unravel_index(torch.tensor(index, dtype=torch.long, device="cpu"), tuple(shape)) if shape else ()
         # Counted from 0, as the reader's own code counts.
         names.append(", ".join(f"{label} {int(place)}" for label, place in zip(labels, places)) or "all")
     return names
