@@ -72,7 +72,7 @@ def find_address(name: str, t: Tensor | None, size: int) -> int:
     """Where a contiguous tensor begins whose storage holds `size` bytes from there; 0 for none."""
     if t is None:
         return 0
-    if not t.is_cpu or t.untyped_storage().nbytes() < size + t.storage_offset() * t.itemsize:
+    if t.untyped_storage().nbytes() < size or t.storage_offset() or not t.is_cpu:
         check_room(name, t, size)
     return t.data_ptr()
 

@@ -61,7 +61,8 @@ class _BatchNorm(_Running):
         is_jagged = type(input) is not Tensor and is_ragged(input)
         if not is_jagged:
             self._check_input_dim(input)  # torch's hook: subclasses override it
-        from_batch = self.training or (self.running_mean is None and self.running_var is None)
+        mean, var = self.running_mean, self.running_var
+        from_batch = self.training or (mean is None and var is None)
         together = find_together() if from_batch else None
         if together is not None:
             return together.normalize(self, input, options)
@@ -71,7 +72,7 @@ class _BatchNorm(_Running):
         momentum: float | Tensor | None = self.momentum
         moves = self.training and self.track_running_stats and is_counted(self)
         if moves or not self.training:
-            running_mean, running_var = self.running_mean, self.running_var
+            running_mean, running_var = mean, var
             if moves:
                 counter = self.num_batches_tracked
         if momentum is None:

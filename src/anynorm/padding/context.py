@@ -65,6 +65,7 @@ class masked:
     """
 
     opened = 0  # contexts in the process: nothing is looked up where there are none
+    was_opened = False
 
     def __init__(self, *masks: Any, model: nn.Module | None = None) -> None:
         if model is not None and not isinstance(model, nn.Module):
@@ -118,6 +119,7 @@ class masked:
         """Contexts are entered and left by any thread."""
         with LOCK:
             cls.opened += step
+            cls.was_opened = True
 
     def find(self, layer: nn.Module, positions: Sequence[int], x: Any) -> Tensor | None:
         """The mask for an input, None where it has no positions and no mask is about samples alone."""
@@ -173,7 +175,8 @@ def find_part(part: Any, model: nn.Module) -> str:
 
 def may_be_masked() -> bool:
     """Whether a norm must look for a context: one is open, or one may have been left before backward."""
-    return masked.opened > 0 or (not torch.compiler.is_compiling() and len(SERVED) > 0)
+    # An attribute first: it is all that a process costs that never had a context.
+    return masked.opened > 0 or (masked.was_opened and not torch.compiler.is_compiling() and len(SERVED) > 0)
 
 
 def find_current(layer: nn.Module, positions: Sequence[int], x: Any) -> Tensor | None:
