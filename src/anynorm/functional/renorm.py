@@ -136,7 +136,7 @@ def renormalize(
 def join(r: Tensor, d: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """(xhat * r + d) * weight + bias as one scale and one shift of xhat.
 
-    In the precision of r and d: the gradient of a weight of a half type is a sum of two, which may cancel, rounded once.
+    In the precision of r and d: the gradient of a half-typed weight is a sum of two, which may cancel, rounded once.
     """
     if weight is not None:
         weight = weight.to(r.dtype)
