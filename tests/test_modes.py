@@ -54,3 +54,17 @@ def test_flops_are_counted_as_torchs():
             net(torch.randn(2, 3, 8, 8)).sum().backward()
         counts.append(counter.get_total_flops())
     assert counts[0] == counts[1] > 0
+
+
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_a_layout_without_a_walk_has_gradients(activation):
+    """A channels_last map normalized over its last axis: autograd.grad raised inside the operation."""
+    torch.manual_seed(0)
+    norm = anynorm.LayerNormAct(4, activation=activation) if activation else anynorm.LayerNorm(4)
+    x = torch.randn(2, 3, 5, 4).to(memory_format=torch.channels_last).requires_grad_()
+    leaves = [x, *norm.parameters()]
+    plain = torch.autograd.grad(norm(x).pow(3).sum(), leaves)
+    with Operations():
+        watched = torch.autograd.grad(norm(x).pow(3).sum(), leaves)
+    for mine, its in zip(watched, plain, strict=True):
+        torch.testing.assert_close(mine, its, rtol=1e-5, atol=1e-5)

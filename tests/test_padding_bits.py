@@ -72,7 +72,7 @@ def make(kind: str, c: int, axes: int, activation: str | None, choice: random.Ra
         options = {"instance": {"affine": True, "track_running_stats": True}, "renorm": {"warmup": (0, 1, 1)}}
         options["ghost"] = {"ghost_size": choice.choice([2, 3])}
         module = getattr(anynorm, f"{name[kind]}Act{axes}d")(c, activation=activation, **options.get(kind, {}))
-    odd = choice.choice([None, None, 0.0, 1e-33, 1e31] if activation else [None, 0.0])
+    odd = choice.choice([None, None, None, 0.0, 1e-33, 1e31])
     with torch.no_grad():
         for p in module.parameters():
             p.copy_(torch.randn(p.shape))

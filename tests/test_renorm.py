@@ -236,7 +236,7 @@ def test_what_does_not_count_does_not_move_the_schedule():
         (lambda x: functional.batch_renorm(x, None, None, training=True), RuntimeError, "training needs running stat"),
         (lambda x: make()(x[:, :5]), RuntimeError, "batch_renorm: .* must have one element per channel"),
         (lambda x: make()(x[:1, :, :1, :1]), ValueError, "more than 1 value per channel"),
-        (lambda x: make()(x.long()), NotImplementedError, "batch_renorm: input must be a real floating point"),
+        (lambda x: make()(x.long()), NotImplementedError, "batch_renorm: input must be float16"),
     ],
 )
 def test_errors(call, error, sentence):
@@ -275,3 +275,17 @@ def test_what_follows():
     assert fused.extra_state() == plain.extra_state()
     fused.reset_running_stats()
     assert fused.extra_state() == {"batches": 0, "start_share": 1.0}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_of_half_parameters_are_rounded_once(dtype):
+    """Those through r and through d cancel: two roundings were many units in the last place."""
+    x, g = torch.randn(64, 512).to(dtype), torch.randn(64, 512).to(dtype)
+    found = []
+    for kind in (dtype, torch.float32):
+        weight, bias = (torch.full((512,), v, dtype=kind).requires_grad_() for v in (1.0, 0.5))
+        averages = torch.full((512,), 0.5, dtype=kind), torch.ones(512, dtype=kind)
+        y = functional.batch_renorm(x.to(kind), *averages, weight, bias, True)
+        found.append(torch.autograd.grad(y, (weight, bias), g.to(kind)))
+    for half, full in zip(*found, strict=True):
+        assert ((half - full).abs() <= 1.01 * torch.finfo(dtype).eps * full.abs() + 1e-4).all()

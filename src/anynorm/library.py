@@ -157,8 +157,13 @@ def keep(ctx: Any, inputs: Any, output: Any) -> None:
 def differentiate(ctx: Any, g: Tensor, _: Any) -> tuple[Any, ...]:
     x, weight, bias, residual, statistics = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:4])
-    if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or is_legacy_batchedtensor(g)):
-        text, eps, activation = ctx.how
+    text, eps, activation = ctx.how
+    if not torch.compiler.is_compiling() and (
+        torch.is_grad_enabled()
+        or is_legacy_batchedtensor(g)
+        # Inside an operation autograd records nothing, so a formula cannot be differentiated there.
+        or kernels.find_walk(kernels.arrange(x), read_pooling(text)) is None
+    ):
         how = None, eps, activation or None, None, None
         outer = SimpleNamespace(how=how, needs_input_grad=needs)
         return *backward_differentiable(outer, read_pooling(text), g, (x, weight, bias, residual), None)[:4], *[

@@ -134,10 +134,14 @@ def renormalize(
 
 
 def join(r: Tensor, d: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(xhat * r + d) * weight + bias as one scale and one shift of xhat."""
+    """(xhat * r + d) * weight + bias as one scale and one shift of xhat.
+
+    In the precision of r and d: the gradient of a half-typed weight is a sum of two, which may cancel, rounded once.
+    """
     if weight is not None:
+        weight = weight.to(r.dtype)
         r, d = r * weight, d * weight
-    return r, d if bias is None else d + bias
+    return r, d if bias is None else d + bias.to(d.dtype)
 
 
 def check_limits(function: str, r_max: Any, d_max: Any, start_share: Any = 0.0) -> None:
