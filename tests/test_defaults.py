@@ -100,6 +100,7 @@ def run():
         first = torch.autograd.grad(y, leaf, g, create_graph=True)[0]
         found.append(torch.autograd.grad(first.square().sum(), leaf)[0])
         found += [norm.running_mean, norm.running_var] if hasattr(norm, "running_var") else []
+        found += [norm.start_share] if hasattr(norm, "start_share") else []
     for norm in (norms["batch"], anynorm.LayerNorm(8, **options)):
         found.append(norm(packed).data.detach())
     for norm in (norms["instance"], norms["group"]):

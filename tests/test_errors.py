@@ -122,3 +122,38 @@ def test_one_value_per_group_is_said_aloud():
         assert (anynorm.GroupNorm(4, 4)(torch.randn(2, 4)) == 0).all()
     with pytest.warns(UserWarning, match="layer_norm: one value per sample"):
         anynorm.LayerNorm(1)(torch.randn(2, 1))
+
+
+@pytest.mark.parametrize("shape", [(7.0,), [7.0], (True,), "[7]"])
+@pytest.mark.parametrize("name", ["layer_norm", "rms_norm"])
+def test_shapes_that_equal_one_that_was_taken_are_refused(name, shape):
+    """As in torch, the first time and later; (7.0,) equals (7,)."""
+    x = torch.randn(3, 1 if shape == (True,) else 7)
+    ours, theirs = getattr(F, name), getattr(torch.nn.functional, name)
+    for taken in (tuple(x.shape[-1:]), list(x.shape[-1:])):
+        ours(x, taken)
+    for function in (ours, theirs):
+        with pytest.raises(TypeError):
+            function(x, shape)
+
+
+@pytest.mark.parametrize("shape", [(1, 7), (7, 1), (1, 7, 1, 1)])
+def test_parameters_with_other_axes_are_refused_where_torch_refuses_them(shape):
+    """torch's batch norm takes gamma and beta of any axes, and averages of one."""
+    x, row, other = torch.randn(3, 7, 4, 4), torch.ones(7), torch.ones(shape)
+    for place in range(4):
+        given = [other.clone() if place == i else row.clone() for i in range(4)]
+        calls = {
+            "batch_norm": lambda f, given=given: f(x, *given, True),
+            "instance_norm": lambda f, given=given: f(x, *given, True),
+            "group_norm": lambda f, given=given: f(x, 7, *given[2:]),
+        }
+        for name, call in calls.items():
+            refused = []
+            for module in (torch.nn.functional, F):
+                try:
+                    call(getattr(module, name))
+                    refused.append(False)
+                except RuntimeError:
+                    refused.append(True)
+            assert refused[0] == refused[1], (name, place)

@@ -272,3 +272,19 @@ def test_checkpointing_a_batch_that_overflows_is_no_error():
     x[0, 2] = float("inf")
     found = run(layer, [torch.randn(4, 6, 5), x], not_reentrant)
     assert found[3][:, 2].isnan().all() and found[3][:, 3].isfinite().all()
+
+
+def test_composable_checkpoints():
+    """torch.distributed's hooks: no function of a checkpoint is on the stack in forward."""
+    composable = pytest.importorskip("torch.distributed._composable").checkpoint
+    layers = [nn.Linear(6, 6), anynorm.BatchRenorm1d(6, **RENORM), nn.Linear(6, 6), anynorm.BatchRenorm1d(6, **RENORM)]
+    found = []
+    for is_checkpointed in (True, False):
+        model = nn.Sequential(*copy.deepcopy(layers)).double()
+        if is_checkpointed:
+            composable(model)
+        a, b = (torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(n)) for n in (1, 2))
+        for _ in range(3):
+            (model(a).pow(3).sum() + model(b).sum()).backward()
+        found.append([*(p.grad for p in model.parameters()), *model.buffers()])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-9)

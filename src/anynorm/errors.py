@@ -81,12 +81,22 @@ def check_channels(function: str, channels: int, **parameters: Tensor | None) ->
                 f"{function}: {name} must have one element per channel; got {parameter.numel()} elements, input with "
                 f"channels={channels}; build the norm for {channels} channels or move the channels to axis 1"
             )
+        if parameter is not None and parameter.dim() != 1 and not takes_shaped(function, name):
+            raise RuntimeError(
+                f"{function}: {name} must have one axis, of channels; got {tuple(parameter.shape)}; pass "
+                f"{name}.flatten()"
+            )
+
+
+def takes_shaped(function: str, name: str) -> bool:
+    """Whether torch takes a parameter of other axes, too, as gamma and beta of its batch norm."""
+    return name in ("weight", "bias") and function not in ("group_norm", "instance_norm")
 
 
 def check_normalized_shape(
     function: str, x: Tensor, normalized_shape: Sequence[int], **parameters: Tensor | None
 ) -> tuple[int, ...]:
-    if not isinstance(normalized_shape, Sequence):
+    if not isinstance(normalized_shape, Sequence) or isinstance(normalized_shape, str):
         raise TypeError(
             f"{function}: normalized_shape must be a sequence of sizes; got {normalized_shape!r}; "
             f"pass ({normalized_shape},)"
@@ -96,7 +106,7 @@ def check_normalized_shape(
         raise RuntimeError(
             f"{function}: normalized_shape must name at least one axis; got (); pass the last axes' sizes"
         )
-    if any(isinstance(size, float) for size in shape):
+    if any(isinstance(size, float | bool) for size in shape):
         raise TypeError(f"{function}: normalized_shape must be whole numbers; got {shape}; pass ints")
     if x.dim() < len(shape) and function == "rms_norm":
         raise ValueError(

@@ -27,6 +27,13 @@ from ..masks import find_feature_mask, find_mask
 FEWER_GROUPS = "use fewer groups"
 
 
+def find_shape_key(normalized_shape: Any) -> Any:
+    """What tells one shape from another that equals it and is refused, as (7.0,) and (True,) are."""
+    if type(normalized_shape) is tuple:
+        return normalized_shape, *map(type, normalized_shape)
+    return repr(normalized_shape)
+
+
 def layer_norm(
     input: Tensor,
     normalized_shape: Sequence[int],
@@ -65,7 +72,7 @@ def layer_norm(
         >>> layer_norm(torch.tensor([[1.0, 3.0]]), (2,), eps=1e-12)
         tensor([[-1.,  1.]])
     """
-    hashable = normalized_shape if type(normalized_shape) is tuple else str(normalized_shape)
+    hashable = find_shape_key(normalized_shape)
     if mask is not None or lengths is not None:
         given: Any = (input, normalized_shape, weight, bias, eps)
         found = protocol.offer(layer_norm, given, activation, residual, mask, lengths)
@@ -146,7 +153,7 @@ def rms_norm(
         >>> rms_norm(torch.tensor([[3.0, 3.0]]), (2,))
         tensor([[1., 1.]])
     """
-    hashable = normalized_shape if type(normalized_shape) is tuple else str(normalized_shape)
+    hashable = find_shape_key(normalized_shape)
     if mask is not None or lengths is not None:
         given: Any = (input, normalized_shape, weight, eps)
         found = protocol.offer(rms_norm, given, activation, residual, mask, lengths)

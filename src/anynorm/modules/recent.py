@@ -76,7 +76,7 @@ def find_regions() -> tuple[list[Any], Any, Any]:
 
     Regions are taken from the stack, from the innermost on: what lies outside a recomputation was seen by it.
     """
-    inside: list[Any] = []
+    inside: list[Any] = find_hooked_region()
     frame: Any = sys._getframe(2)
     while frame is not None:
         name = frame.f_code.co_name
@@ -87,7 +87,7 @@ def find_regions() -> tuple[list[Any], Any, Any]:
                     return inside, known.get("frame"), (torch._C._current_graph_task_id(), id(frame))
                 started = getattr(known.get("gen"), "gi_frame", None)
                 region = None if started is None else started.f_locals.get("new_frame")
-                if region is not None:
+                if region is not None and region not in inside:
                     inside.append(region)
         elif name == "forward" or name == "backward":
             first = frame.f_code.co_varnames[:1]
@@ -98,3 +98,13 @@ def find_regions() -> tuple[list[Any], Any, Any]:
                 inside.append(region)
         frame = frame.f_back
     return inside, None, None
+
+
+def find_hooked_region() -> list[Any]:
+    """The region whose hooks on saved tensors are innermost: a composable checkpoint has no function on the stack."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    pack = None if hooks is None else hooks[0]
+    if getattr(pack, "__module__", "") != "torch.utils.checkpoint" or getattr(pack, "__name__", "") != "pack_hook":
+        return []
+    known = zip(pack.__code__.co_freevars, pack.__closure__ or (), strict=True)
+    return [cell.cell_contents for name, cell in known if name == "frame"]

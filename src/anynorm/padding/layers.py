@@ -14,6 +14,7 @@ action     layers                                        so that a sample in a b
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import torch
@@ -123,7 +124,7 @@ def run_alone(name: str, layer: Any, x: Tensor, known: Known, like: Tensor) -> t
         pieces.append(F.pad(piece, rest))
     inside = torch.ones([len(x)] + [1] * axes, dtype=torch.bool, device=mask.device)
     for axis in range(1, axes + 1):
-        kept = torch.tensor([one[axis - 1] for one in sizes], device=mask.device)
+        kept = torch.tensor([one[axis - 1] for one in sizes], dtype=torch.int64, device=mask.device)
         if shared[axis - 1]:
             inside = inside & lay((kept > 0)[:, None], axis, axes)
         else:
@@ -137,7 +138,7 @@ def find_box(name: str, real: Tensor) -> list[int]:
     for axis in range(real.dim()):
         line = real.movedim(axis, 0).reshape(real.shape[axis], -1).any(1)
         ends.append(int(line.sum()))
-    if int(real.sum()) != int(torch.tensor(ends).prod()) or not bool(real[tuple(slice(0, end) for end in ends)].all()):
+    if int(real.sum()) != prod(ends) or not bool(real[tuple(slice(0, end) for end in ends)].all()):
         raise ValueError(
             f"{name}: it looks at where a sample ends, so the real positions must come first and without holes; got a "
             "mask with others; move the padding behind each sample"
