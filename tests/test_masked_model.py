@@ -36,10 +36,9 @@ def same_numbers_every_time():
 @pytest.fixture(autouse=True)
 def nothing_is_left_behind():
     yield
-    hooks.SEEN.clear()
-    hooks.close_unused()
     assert anynorm.masked.opened == 0 == hooks.OPEN[0]
     assert not hooks_of_all_modules._global_forward_pre_hooks
+    assert not hooks_of_all_modules._global_forward_hooks
 
 
 def unsettle(net: nn.Module) -> nn.Module:
@@ -464,7 +463,30 @@ def test_nothing_stays_on_the_model():
     assert torch.equal(net(x), plain)
     assert torch.equal(twin(x), plain)
     assert torch.equal(other(x), plain)
-    assert not hooks_of_all_modules._global_forward_pre_hooks  # called again without a mask: nothing to wait for
+
+
+def count_hooks() -> int:
+    return len(hooks_of_all_modules._global_forward_pre_hooks) + len(hooks_of_all_modules._global_forward_hooks)
+
+
+def test_hooks_go_with_the_context_and_with_the_graph_that_would_compute_layers_again():
+    net, x = build(), torch.randn(3, 4, 40, requires_grad=True)
+    with anynorm.masked(anynorm.mask_of(LENGTHS, 40), model=net):
+        y = net(x)
+        assert count_hooks() == 2
+    assert count_hooks() == 0
+    y.sum().backward()
+    for use_reentrant in (True, False):
+        with anynorm.masked(anynorm.mask_of(LENGTHS, 40), model=net):
+            y = checkpoint(net, x, use_reentrant=use_reentrant)
+        assert count_hooks() == 2
+        with pytest.raises(RuntimeError, match="activation checkpointing"):
+            y.sum().backward()
+        assert count_hooks() == 0
+        with anynorm.masked(anynorm.mask_of(LENGTHS, 40), model=net):
+            y = checkpoint(net, x, use_reentrant=use_reentrant)
+        del y
+        assert count_hooks() == 0
 
 
 def test_an_exception_closes_the_context():

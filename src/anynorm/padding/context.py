@@ -14,6 +14,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from ..masks import check_zeros_and_ones, describe
+from ..modules.recent import find_regions
 from . import hooks
 from .known import WHOLE, Known, Masks
 from .model import Layers, name_modules
@@ -189,7 +190,8 @@ def find_current(layer: nn.Module, positions: Sequence[int], x: Any) -> Tensor |
 
 def check_recomputation(layer: nn.Module, context: masked | None) -> None:
     """Activation checkpointing must compute a layer again with the mask that it had."""
-    if torch._C._current_graph_task_id() != -1 and SERVED.get(layer) is not context:
+    if torch._C._current_graph_task_id() != -1 and SERVED.get(layer, hooks.SEEN.get(layer)) is not context:
+        hooks.expect_nothing()
         word = "norm" if hasattr(layer, "find_channel_axes") else "layer"
         raise RuntimeError(
             f"{describe(layer)}: activation checkpointing computes this {word} again outside the anynorm.masked "
@@ -208,14 +210,13 @@ def before(layer: nn.Module, args: Any) -> Any:
     if known is None:
         if layer in hooks.SEEN:
             check_recomputation(layer, None)
-            hooks.forget(layer)
+            hooks.SEEN.pop(layer, None)
         return None
     assert known._layers is not None
     changed = known._layers.before(layer, args)
     if changed is not None:
         check_recomputation(layer, known)
-        SERVED[layer] = known
-        hooks.SEEN.add(layer)
+        hooks.expect_again(layer, known, find_regions()[0])
         known._was_taken = True
     return changed
 
