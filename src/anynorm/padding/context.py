@@ -48,7 +48,8 @@ class masked:
             the padding, or where the layer is one that no mask can be followed through.
 
     Warns:
-        UserWarning: at the end, where no layer took a mask; with `model`, which norms ran and were not told.
+        UserWarning: at the end, where no layer took a mask; with `model`, which norms, attention, and layers that are
+            not torch's and have "conv" or "pool" in their class's name, ran and were not told.
 
     Note:
         Functions are not seen: of `x.mean(-1)`, `F.pad` and attention the context knows nothing. With `model` code from
@@ -103,8 +104,9 @@ class masked:
             named = [f"{name} ({kind})" for name, kind in unheard.items()]
             more = f" and {len(named) - 8} more" if len(named) > 8 else ""
             warnings.warn(
-                f"masked: norms inside took no mask and compute on the padding as well; got {', '.join(named[:8])}"
-                f"{more}; anynorm.accelerate(model) turns torch's norms into ours, not subclasses of them",
+                f"masked: layers inside took no mask and compute on the padding as well; got {', '.join(named[:8])}"
+                f"{more}; anynorm.accelerate(model) turns torch's norms into ours, not subclasses of them; pass "
+                "key_padding_mask=~mask to attention, and the mask to layers of your own",
                 stacklevel=3,
             )
         elif not was_taken:
@@ -221,10 +223,10 @@ def before(layer: nn.Module, args: Any) -> Any:
     return changed
 
 
-def after(layer: nn.Module, args: Any, output: Any) -> Any:
+def after(layer: nn.Module, args: Any, named: Any, output: Any) -> Any:
     """Follow the mask to a layer's output."""
     context = CURRENT.get() if masked.opened else None
     if context is None or not context.knows(layer):
         return None
     assert context._layers is not None
-    return context._layers.after(layer, args, output)
+    return context._layers.after(layer, args, named, output)

@@ -40,7 +40,7 @@ def open_model(before: Callable[..., Any], after: Callable[..., Any]) -> None:
         OPEN[0] += 1
         if not HANDLES:
             HANDLES.append(register_module_forward_pre_hook(eager(before)))
-            HANDLES.append(register_module_forward_hook(eager(after)))
+            HANDLES.append(register_module_forward_hook(eager(after), with_kwargs=True))
 
 
 def hold_compiler() -> Any:
