@@ -36,10 +36,9 @@ def same_numbers_every_time():
 @pytest.fixture(autouse=True)
 def nothing_is_left_behind():
     yield
-    hooks.SEEN.clear()
-    hooks.close_unused()
     assert anynorm.masked.opened == 0 == hooks.OPEN[0]
     assert not hooks_of_all_modules._global_forward_pre_hooks
+    assert not hooks_of_all_modules._global_forward_hooks
 
 
 def unsettle(net: nn.Module) -> nn.Module:
@@ -464,7 +463,30 @@ def test_nothing_stays_on_the_model():
     assert torch.equal(net(x), plain)
     assert torch.equal(twin(x), plain)
     assert torch.equal(other(x), plain)
-    assert not hooks_of_all_modules._global_forward_pre_hooks  # called again without a mask: nothing to wait for
+
+
+def count_hooks() -> int:
+    return len(hooks_of_all_modules._global_forward_pre_hooks) + len(hooks_of_all_modules._global_forward_hooks)
+
+
+def test_hooks_go_with_the_context_and_with_the_graph_that_would_compute_layers_again():
+    net, x = build(), torch.randn(3, 4, 40, requires_grad=True)
+    with anynorm.masked(anynorm.mask_of(LENGTHS, 40), model=net):
+        y = net(x)
+        assert count_hooks() == 2
+    assert count_hooks() == 0
+    y.sum().backward()
+    for use_reentrant in (True, False):
+        with anynorm.masked(anynorm.mask_of(LENGTHS, 40), model=net):
+            y = checkpoint(net, x, use_reentrant=use_reentrant)
+        assert count_hooks() == 2
+        with pytest.raises(RuntimeError, match="activation checkpointing"):
+            y.sum().backward()
+        assert count_hooks() == 0
+        with anynorm.masked(anynorm.mask_of(LENGTHS, 40), model=net):
+            y = checkpoint(net, x, use_reentrant=use_reentrant)
+        del y
+        assert count_hooks() == 0
 
 
 def test_an_exception_closes_the_context():
@@ -624,3 +646,79 @@ def test_the_input_by_name():
 
     with pytest.raises(TypeError, match=r"convolution = Conv1d.*must be its first argument"):
         run(Net(), torch.randn(2, 2, 10), [10, 7])
+
+
+class PaddedByHand(nn.Module):
+    """What the layer takes away at the ends a function gives back, so that the mask of the input fits again."""
+
+    def __init__(self):
+        super().__init__()
+        self.narrow, self.wide = nn.Conv1d(4, 4, 3), nn.ConvTranspose1d(4, 4, 2, 2)
+        self.pool, self.last = nn.MaxPool1d(2), nn.Conv1d(8, 4, 3, padding=1)
+
+    def forward(self, x):
+        x = nn.functional.pad(self.narrow(x), (1, 1))
+        up = self.wide(self.pool(x))
+        return self.last(torch.cat([x, nn.functional.pad(up, (0, x.shape[2] - up.shape[2]))], 1))
+
+
+def test_functions_that_pad_read_zeros_behind_a_sample():
+    net, lengths = unsettle(PaddedByHand()), [41, 18, 7]
+    x = torch.randn(3, 4, 41)
+    out = run(net, x, lengths)
+    for sample, length in enumerate(lengths):
+        alone = net(x[sample : sample + 1, :, :length])
+        torch.testing.assert_close(out[sample : sample + 1, :, :length], alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("weigh", [nn.Softmax(-1), nn.LogSoftmax(2), nn.Softmin(-1), nn.Softmax(1)], ids=str)
+def test_softmax_over_positions(weigh):
+    net = unsettle(nn.Sequential(nn.Conv1d(4, 4, 3, padding=1), weigh, nn.Conv1d(4, 4, 3, padding=1)))
+    x = torch.randn(3, 4, 40, requires_grad=True)
+    out = run(net, x, LENGTHS)
+    for sample, length in enumerate(LENGTHS):
+        alone = net(x[sample : sample + 1, :, :length])
+        torch.testing.assert_close(out[sample : sample + 1, :, :length], alone, atol=1e-5, rtol=1e-5)
+    (gradient,) = torch.autograd.grad(run(net, x, [40, 18, 0]).square().sum(), x)
+    assert gradient.isfinite().all()
+    assert not gradient[1, :, 18:].any()
+
+
+class MeanPool(nn.Module):
+    def forward(self, x):
+        return x.mean(-1)
+
+
+class Attends(nn.Module):
+    def __init__(self, batch_first):
+        super().__init__()
+        self.first, self.batch_first = nn.Conv1d(4, 8, 3, padding=1), batch_first
+        self.attention = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=batch_first)
+
+    def forward(self, x, padding=None):
+        steps = self.first(x).transpose(1, 2)
+        steps = steps if self.batch_first else steps.transpose(0, 1)
+        return self.attention(steps, src_key_padding_mask=padding)
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_attention_that_was_not_told_is_named(batch_first, training):
+    net, x, mask = Attends(batch_first).train(training), torch.randn(3, 4, 40), anynorm.mask_of(LENGTHS, 40)
+    with pytest.warns(UserWarning, match=r"layers inside took no mask .*attention \(TransformerEncoderLayer\)") as told:
+        with anynorm.masked(mask, model=net):
+            net(x)
+    assert "LayerNorm" not in str(told[0].message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with anynorm.masked(mask, model=net):
+            net(x, ~mask)
+        with anynorm.masked(torch.ones_like(mask), model=net):
+            net(x)
+
+
+def test_pooling_of_the_users_own_is_named():
+    net, x = nn.Sequential(nn.Conv1d(4, 4, 3), MeanPool()), torch.randn(3, 4, 40)
+    with pytest.warns(UserWarning, match=r"layers inside took no mask .*got 1 \(MeanPool\)"):
+        with anynorm.masked(anynorm.mask_of(LENGTHS, 40), model=net):
+            net(x)

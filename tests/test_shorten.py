@@ -149,3 +149,13 @@ def test_a_mask_without_samples():
 
 def test_windows_are_one_for_each_axis():
     assert [window.kernel_size for window in make_windows(2, (3, 5), 1, 0, 1, False)] == [3, 5]
+
+
+def test_masks_that_are_none():
+    with pytest.raises(TypeError, match="shorten: mask must be a tensor; got list"):
+        anynorm.shorten([[1, 0]], 3)
+    with pytest.raises(ValueError, match="shorten: mask must be True or 1 at real positions"):
+        anynorm.shorten(torch.full((2, 6), 0.5), 3)
+    with pytest.raises(ValueError, match="the layer's reach must fit into the padded positions; got 1 positions"):
+        anynorm.shorten(torch.ones(2, 1, dtype=torch.bool), torch.nn.ConvTranspose1d(1, 1, 2, 3, padding=1))
+    assert anynorm.shorten(torch.ones(0, 6), 3).shape == (0, 4)

@@ -14,6 +14,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from ..masks import check_zeros_and_ones, describe
+from ..modules.recent import find_regions
 from . import hooks
 from .known import WHOLE, Known, Masks
 from .model import Layers, name_modules
@@ -47,7 +48,8 @@ class masked:
             the padding, or where the layer is one that no mask can be followed through.
 
     Warns:
-        UserWarning: at the end, where no layer took a mask; with `model`, which norms ran and were not told.
+        UserWarning: at the end, where no layer took a mask; with `model`, which norms, attention, and layers that are
+            not torch's and have "conv" or "pool" in their class's name, ran and were not told.
 
     Note:
         Functions are not seen: of `x.mean(-1)`, `F.pad` and attention the context knows nothing. With `model` code from
@@ -103,8 +105,9 @@ class masked:
             named = [f"{name} ({kind})" for name, kind in unheard.items()]
             more = f" and {len(named) - 8} more" if len(named) > 8 else ""
             warnings.warn(
-                f"masked: norms inside took no mask and compute on the padding as well; got {', '.join(named[:8])}"
-                f"{more}; anynorm.accelerate(model) turns torch's norms into ours, not subclasses of them",
+                f"masked: layers inside took no mask and compute on the padding as well; got {', '.join(named[:8])}"
+                f"{more}; anynorm.accelerate(model) turns torch's norms into ours, not subclasses of them; pass "
+                "key_padding_mask=~mask to attention, and the mask to layers of your own",
                 stacklevel=3,
             )
         elif not was_taken:
@@ -192,7 +195,8 @@ def find_current(layer: nn.Module, positions: Sequence[int], x: Any) -> Tensor |
 
 def check_recomputation(layer: nn.Module, context: masked | None) -> None:
     """Activation checkpointing must compute a layer again with the mask that it had."""
-    if torch._C._current_graph_task_id() != -1 and SERVED.get(layer) is not context:
+    if torch._C._current_graph_task_id() != -1 and SERVED.get(layer, hooks.SEEN.get(layer)) is not context:
+        hooks.expect_nothing()
         word = "norm" if hasattr(layer, "find_channel_axes") else "layer"
         raise RuntimeError(
             f"{describe(layer)}: activation checkpointing computes this {word} again outside the anynorm.masked "
@@ -211,22 +215,21 @@ def before(layer: nn.Module, args: Any) -> Any:
     if known is None:
         if layer in hooks.SEEN:
             check_recomputation(layer, None)
-            hooks.forget(layer)
+            hooks.SEEN.pop(layer, None)
         return None
     assert known._layers is not None
     changed = known._layers.before(layer, args)
     if changed is not None:
         check_recomputation(layer, known)
-        SERVED[layer] = known
-        hooks.SEEN.add(layer)
+        hooks.expect_again(layer, known, find_regions()[0])
         known._was_taken = True
     return changed
 
 
-def after(layer: nn.Module, args: Any, output: Any) -> Any:
+def after(layer: nn.Module, args: Any, named: Any, output: Any) -> Any:
     """Follow the mask to a layer's output."""
     context = CURRENT.get() if masked.opened else None
     if context is None or not context.knows(layer):
         return None
     assert context._layers is not None
-    return context._layers.after(layer, args, output)
+    return context._layers.after(layer, args, named, output)

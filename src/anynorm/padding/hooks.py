@@ -1,23 +1,25 @@
 """Hooks on every module of the process while a context knows a model, and eager code instead of compiled code.
 
 They are torch's hooks for all modules, not hooks of the model: so no copy, pickle or trace of a model has them. Every
-module that is called meanwhile pays for a look-up, about a microsecond.
+module that is called meanwhile pays for a look-up, about a microsecond. Behind the context they go, at once or, where
+activation checkpointing will compute layers again, with the graph that would.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from threading import Lock
+from threading import RLock
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, ref
 
 import torch
 import torch.nn as nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-SEEN: WeakSet[nn.Module] = WeakSet()  # layers that had a mask and have not been called without one since
-LOCK = Lock()
+SEEN: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()  # layers to be computed again, and their context
+REGIONS: set[Any] = set()  # weak: the stretches of living graphs that will be computed again
+LOCK = RLock()  # a graph may be collected at any place
 HANDLES: list[Any] = []
 OPEN: list[int] = [0]
 STANCE: list[Any] = []
@@ -38,7 +40,7 @@ def open_model(before: Callable[..., Any], after: Callable[..., Any]) -> None:
         OPEN[0] += 1
         if not HANDLES:
             HANDLES.append(register_module_forward_pre_hook(eager(before)))
-            HANDLES.append(register_module_forward_hook(eager(after)))
+            HANDLES.append(register_module_forward_hook(eager(after), with_kwargs=True))
 
 
 def hold_compiler() -> Any:
@@ -65,14 +67,30 @@ def close_model() -> None:
 def close_unused() -> None:
     """Hooks stay while a layer that had a mask may be computed again by activation checkpointing."""
     with LOCK:
-        if OPEN[0] == 0 and not SEEN:
+        if OPEN[0] == 0 and not REGIONS:
+            SEEN.clear()
             while HANDLES:
                 HANDLES.pop().remove()
 
 
-def forget(layer: nn.Module) -> None:
-    """A layer is called without a mask, and not by activation checkpointing: a new forward."""
-    SEEN.discard(layer)
+def expect_again(layer: nn.Module, context: Any, regions: list[Any]) -> None:
+    """A layer had a mask in stretches of a forward that will be computed again."""
+    with LOCK:
+        if regions:
+            SEEN[layer] = context
+        REGIONS.update(ref(region, drop_region) for region in regions)
+
+
+def drop_region(region: Any) -> None:
+    """The graph is gone, so nothing is computed again."""
+    with LOCK:
+        REGIONS.discard(region)
+    close_unused()
+
+
+def expect_nothing() -> None:
+    """Recomputation ended in an error."""
+    REGIONS.clear()
     close_unused()
 
 

@@ -168,6 +168,10 @@ class Masks:
         """Whether any mask fits these positions."""
         return any(True for known in self.list_all() for _ in known.find_views(wanted))
 
+    def has_padding(self, wanted: Sizes) -> bool:
+        """Whether a mask that is not full fits these positions."""
+        return any(not known.is_full for known in self.list_all() if any(True for _ in known.find_views(wanted)))
+
     def hold(self, mask: Tensor, sizes: Sizes, x: Any, parts: frozenset[str], is_output: bool) -> None:
         """Remember that a mask is this tensor's own."""
         if self.own is not None and isinstance(x, Tensor):

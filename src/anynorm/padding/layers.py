@@ -7,6 +7,8 @@ action     layers                                        so that a sample in a b
 "constant" padding with a constant                       padding is that constant before, the mask is lengthened
 "alone"    whatever looks at where a sample ends         each sample goes through the layer by itself
 "steps"    torch's recurrent layers                      the input is packed
+"weigh"    softmax over positions                        padding is -inf before and 0 behind
+"attend"   torch's attention                             named where it was not given the padding
 "norm"     torch's norms                                 it is told, or refused
 "pass"     activations, dropout, norms of ours           the mask stays the tensor's own
 "refuse"   layers whose positions no mask follows        an error
@@ -46,6 +48,12 @@ TABLE: dict[type, tuple[str, int]] = {
     **{kind: ("steps", 1) for kind in (nn.RNN, nn.LSTM, nn.GRU)},
     **{kind: ("refuse", ANY) for kind in REFUSED + UNPOOLED},
 }
+WEIGHING = (nn.Softmax, nn.LogSoftmax, nn.Softmin)
+# Where attention takes the padding, and what may stand for it: place and name of each.
+ATTENTION: dict[type, list[tuple[int, str]]] = {
+    nn.MultiheadAttention: [(3, "key_padding_mask"), (5, "attn_mask")],
+    nn.TransformerEncoderLayer: [(2, "src_key_padding_mask"), (1, "src_mask")],
+}
 PASSED = ("torch.nn.modules.activation", "torch.nn.modules.dropout")
 
 
@@ -55,6 +63,8 @@ def find_action(layer: Any) -> tuple[str, int] | None:
     A subclass with a forward of its own may do anything with the ends of a sample: pad by hand, standardize weights.
     """
     kind: Any = type(layer)
+    if isinstance(layer, (*WEIGHING, *ATTENTION)):
+        return "weigh" if isinstance(layer, WEIGHING) else "attend", ANY
     if hasattr(kind, "find_channel_axes") or kind is nn.Identity or kind.__module__ in PASSED:
         return "pass", ANY
     if isinstance(layer, NORMS):
@@ -69,6 +79,27 @@ def find_action(layer: Any) -> tuple[str, int] | None:
     if action != "refuse" and (own or looks_at_ends(layer)):
         return "alone", axes
     return ("refuse", axes) if getattr(layer, "return_indices", False) else (action, axes)
+
+
+def weighs_positions(layer: Any, x: Tensor, known: Known | None) -> bool:
+    """Whether a softmax is over positions of (N, C, positions...); of other layouts nothing is known."""
+    if known is None or layer.dim is None or (x.shape[0], *x.shape[2:]) != known.sizes or known.is_full:
+        return False
+    dim = layer.dim % x.dim()
+    return dim > 1 and (x.dim() > 3 or x.shape[1] != x.shape[2])
+
+
+def is_told(layer: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> bool:
+    """Whether attention was given the padding, or a mask of the user's own."""
+    ways = next(ways for kind, ways in ATTENTION.items() if isinstance(layer, kind))
+    given = [named.get(name, args[place] if len(args) > place else None) for place, name in ways]
+    return any(one is not None for one in given)
+
+
+def may_slide(layer: nn.Module) -> bool:
+    """Whether a layer that is not known goes by the name of a convolution or a pooling."""
+    name = type(layer).__name__.lower()
+    return ("conv" in name or "pool" in name) and next(layer.children(), None) is None
 
 
 def looks_at_ends(layer: Any) -> bool:

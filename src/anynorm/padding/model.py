@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ..masks import lengths_of
 from .known import Known, Masks
-from .layers import NORMS, fill, find_action, is_pointwise, run_alone
+from .layers import NORMS, fill, find_action, is_pointwise, is_told, may_slide, run_alone, weighs_positions
 from .shorten import Window, each, find_windows, slide, spread
 
 BLANKS = {"slide": 0.0, "spread": 0.0, "maximum": -torch.inf}
@@ -62,7 +62,7 @@ class Layers:
     def before(self, layer: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """What a layer is called with; None where no mask is about it."""
         action, axes = find_action(layer) or ("", 0)
-        if action in ("", "pass"):
+        if action in ("", "pass", "attend"):
             return None
         if not args:
             raise TypeError(
@@ -72,6 +72,8 @@ class Layers:
         x = args[0]
         if not isinstance(x, Tensor) or x.is_nested:
             return None
+        if action == "weigh":
+            return self.weigh(layer, x)
         if action == "norm":
             self.notice(layer, x)
             return None
@@ -94,16 +96,33 @@ class Layers:
         self.hold(layer, mask, (x.shape[0], *x.shape[2:]), blank)
         return (blank, *args[1:])
 
-    def after(self, layer: Any, args: tuple[Any, ...], output: Any) -> Any:
+    def weigh(self, layer: nn.Module, x: Tensor) -> tuple[Any, ...] | None:
+        """Softmax over positions: padding has no weight."""
+        known = self.masks.find_own(x)
+        if known is None or not weighs_positions(layer, x, known):
+            return None
+        blank = fill(x, known.mask, torch.inf if isinstance(layer, nn.Softmin) else -torch.inf)
+        assert known.sizes is not None
+        self.hold(layer, known.mask, known.sizes, blank)
+        return (blank,)
+
+    def after(self, layer: Any, args: tuple[Any, ...], named: dict[str, Any], output: Any) -> Any:
         """What a layer gives back; its mask is remembered."""
         action, _ = find_action(layer) or ("", 0)
         x: Any = args[0] if args else None
+        if action == "attend" or (action == "" and may_slide(layer)):
+            self.notice_other(layer, action, args, named)
+            return None
         if action == "steps":
             return self.unpack(layer, x, output)
         known = self.masks.find_own(x)
         if known is None or not isinstance(output, Tensor) or action == "":
             return None
-        if action in ("pass", "norm") or is_pointwise(layer):
+        if action == "weigh" and weighs_positions(layer, x, known):
+            output = fill(output, known.mask, 0.0)
+            self.hold(layer, known.mask, (x.shape[0], *x.shape[2:]), output)
+            return output
+        if action in ("pass", "norm", "weigh") or is_pointwise(layer):
             if output.shape == x.shape or (is_pointwise(layer) and output.shape[2:] == x.shape[2:]):
                 assert known.sizes is not None
                 self.hold(layer, known.mask, known.sizes, output)
@@ -119,8 +138,8 @@ class Layers:
             behind = self.masks.intern(mask, sizes)
         else:
             behind = self.masks.intern(self.find_behind(action, layer, known, sizes), sizes)
-            if action == "maximum" and not known.is_full:
-                result = fill(output, behind.mask, 0.0)
+            if action in BLANKS and not known.is_full:
+                result = fill(output, behind.mask, 0.0)  # functions that are not seen read it: F.pad, torch.cat, sums
         self.masks.add(self.parts[layer], behind)
         self.hold(layer, behind.mask, sizes, output if result is None else result)
         return result
@@ -140,7 +159,7 @@ class Layers:
         key = (action, id(known), tuple(shared), sizes)
         if key not in self.behind and action == "spread":
             assert known.sizes is not None
-            usual = [(n - 1) * w.stride - w.before - w.after + w.reach + 1 for n, w in zip(known.sizes[1:], windows)]
+            usual = [window.count_transposed(size) for size, window in zip(known.sizes[1:], windows)]
             self.behind[key] = spread(mask, shared, [size - other for size, other in zip(sizes[1:], usual)])
         elif key not in self.behind:
             self.behind[key] = slide(mask, shared)
@@ -190,11 +209,26 @@ class Layers:
             return
         if by_features:
             wanted = tuple(x.shape[: x.dim() - len(channels)])
-            if self.masks.fits(wanted):
-                return  # one position at a time
+            if self.masks.fits(wanted) or self.masks.fits((*wanted[1::-1], *wanted[2:])):
+                return  # one position at a time, samples first or second
         elif counts(norm) and self.find(norm, x, channels) is not None and is_torchs(norm):
             raise ValueError(self.refuse(norm))
         self.unheard[self.names[norm] or "the model"] = type(norm).__name__
+
+    def notice_other(self, layer: Any, action: str, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        """Attention is called without the padding, or a layer that is not known by the name of one that slides."""
+        inputs = [one for one in (*args, *named.values()) if isinstance(one, Tensor) and not one.is_nested]
+        if not inputs or inputs[0].dim() < 3 or self.is_free(layer):
+            return
+        if action == "attend":
+            keys = inputs[min(1, len(inputs) - 1)]
+            attention = getattr(layer, "self_attn", layer)
+            sizes = tuple(keys.shape[:2]) if attention.batch_first else (keys.shape[1], keys.shape[0])
+            heard = is_told(layer, args, named)
+        else:
+            sizes, heard = (inputs[0].shape[0], *inputs[0].shape[2:]), len(inputs) > 1
+        if not heard and self.masks.has_padding(sizes):
+            self.unheard[self.names[layer] or "the model"] = type(layer).__name__
 
     def refuse(self, norm: nn.Module) -> str:
         """Which norms of the model take no mask."""

@@ -11,6 +11,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..masks import check_zeros_and_ones
+
 POOLS: dict[type, int] = {
     **{nn.MaxPool1d: 1, nn.MaxPool2d: 2, nn.MaxPool3d: 3, nn.AvgPool1d: 1, nn.AvgPool2d: 2, nn.AvgPool3d: 3},
     **{nn.LPPool1d: 1, nn.LPPool2d: 2, nn.LPPool3d: 3},
@@ -43,6 +45,10 @@ class Window(NamedTuple):
         count = -(-room // self.stride) + 1
         return count - 1 if (count - 1) * self.stride >= size + self.before else count
 
+    def count_transposed(self, size: int) -> int:
+        """How many positions a transposed layer makes of so many, without output_padding."""
+        return (size - 1) * self.stride - self.before - self.after + self.reach + 1
+
 
 def shorten(
     mask: Tensor,
@@ -70,7 +76,7 @@ def shorten(
 
     Raises:
         ValueError: axes or sizes that do not fit; a layer that no mask can be shortened for.
-        TypeError: arguments that are no whole numbers.
+        TypeError: a mask that is no tensor; arguments that are no whole numbers.
 
     Note:
         A sample that begins at position a keeps as many as it would alone where the stride divides a.
@@ -82,6 +88,10 @@ def shorten(
         >>> anynorm.shorten(anynorm.mask_of([2, 5], 6), torch.nn.Conv1d(8, 8, 3, stride=2, padding=1)).shape
         torch.Size([2, 3])
     """
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"shorten: mask must be a tensor; got {type(mask).__name__}; pass mask_of(lengths, size)")
+    if mask.dtype != torch.bool:
+        check_zeros_and_ones("shorten", mask)
     axes = mask.dim() - 1
     if not 1 <= axes <= 3:
         raise ValueError(
@@ -92,15 +102,15 @@ def shorten(
     else:
         windows = make_windows(axes, kernel_size, stride, padding, dilation, ceil_mode)
     alike = [window if axes == 1 or mask.shape[axis] != 1 else None for axis, window in enumerate(windows, 1)]
-    if isinstance(kernel_size, nn.modules.conv._ConvTransposeNd):
-        return spread(mask.bool(), alike, each("output_padding", kernel_size.output_padding, axes))
-    for size, window in zip(mask.shape[1:], alike):
-        if window is not None and window.count(size) < 1:
+    transposed = isinstance(kernel_size, nn.modules.conv._ConvTransposeNd)
+    more = each("output_padding", kernel_size.output_padding, axes) if transposed else [0] * axes
+    for size, window, rest in zip(mask.shape[1:], alike, more):
+        if window is not None and (window.count_transposed(size) + rest if transposed else window.count(size)) < 1:
             raise ValueError(
                 f"shorten: the layer's reach must fit into the padded positions; got {size} positions, {window}; "
                 "the layer refuses such a batch, too"
             )
-    return slide(mask.bool(), alike)
+    return spread(mask.bool(), alike, more) if transposed else slide(mask.bool(), alike)
 
 
 def find_windows(layer: Any, axes: int) -> list[Window]:
@@ -164,7 +174,7 @@ def find_ends(mask: Tensor, axis: int) -> tuple[Tensor, Tensor]:
 
 def lay(values: Tensor, axis: int, axes: int) -> Tensor:
     """(N, size) in the axes of a mask."""
-    return values.view([values.shape[0], *(-1 if other == axis else 1 for other in range(1, axes + 1))])
+    return values.view([values.shape[0], *(values.shape[1] if other == axis else 1 for other in range(1, axes + 1))])
 
 
 def slide(mask: Tensor, windows: Sequence[Window | None]) -> Tensor:
@@ -215,8 +225,7 @@ def spread(mask: Tensor, windows: Sequence[Window | None], more: Sequence[int]) 
             continue
         begin, end = (t[:, None] for t in find_ends(mask, axis))
         extra = window.reach + rest + 1 - window.before - window.after
-        size = (mask.shape[axis] - 1) * window.stride + extra
-        place = torch.arange(size, device=mask.device)
+        place = torch.arange(window.count_transposed(mask.shape[axis]) + rest, device=mask.device)
         real = (place >= begin * window.stride) & (place < (end - 1) * window.stride + extra)
         inside = inside & lay(real, axis, axes)
     return inside
