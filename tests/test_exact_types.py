@@ -116,6 +116,33 @@ def test_a_fused_norm_has_no_per_sample_gradients_instead_of_wrong_ones():
         norm(torch.randn(3, 4, 5)).sum().backward()
 
 
+@pytest.mark.parametrize("functorch", [False, True])
+@pytest.mark.parametrize("name", ["LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm1d"])
+def test_masked_calls_have_no_per_sample_gradients_instead_of_wrong_ones(name, functorch):
+    """Opacus keeps the positional arguments of a call and reads the first: those of padding would be counted."""
+    norm = make(getattr(anynorm, name))
+    model = GradSampleModule(nn.Sequential(norm), force_functorch=functorch)
+    x = torch.randn(2, 4, 4)
+    mask = anynorm.mask_of([4, 2], 4)
+    for options in ({"mask": mask}, {"lengths": [4, 2]}):
+        with pytest.raises(NotImplementedError, match=f"{name}: Opacus' per-sample gradients know no mask"):
+            norm(x, **options)
+    with pytest.raises(NotImplementedError, match="leave the mask out"), anynorm.masked(mask):
+        model(x)
+    model(x).sum().backward()
+    assert norm.weight.grad_sample.shape == (2, 4)
+    model.remove_hooks()
+    norm.register_forward_hook(lambda *_: None)
+    norm(x, mask=mask)
+
+
+def test_a_residual_has_no_per_sample_gradients_by_functorch_either():
+    norm = anynorm.GroupNormAct(2, 4)
+    GradSampleModule(norm, force_functorch=True)
+    with pytest.raises(NotImplementedError, match="know no residual"):
+        norm(torch.randn(2, 4, 5), torch.randn(2, 4, 5))
+
+
 BEHIND = "; from opacus.validators import ModuleValidator as V; assert not V.is_valid(m)"
 MAKE = "from torch import nn; import anynorm; m = nn.Sequential(anynorm.BatchNorm1d(4))"
 

@@ -211,11 +211,7 @@ def test_one_real_position_in_a_ghost(on_single):
         (lambda x: make("GhostBatchNorm1d", 1)(x[..., 0, 0]), ValueError, "more than 1 value per channel of a ghost"),
         (lambda x: make()(x[:, :5]), RuntimeError, "ghost_batch_norm: .* must have one element per channel"),
         (lambda x: make()(x[..., 0]), ValueError, "expected 4D input"),
-        (
-            lambda x: make()(x.long()),
-            NotImplementedError,
-            "ghost_batch_norm: input must be float16, bfloat16, float32 or",
-        ),
+        (lambda x: make()(x.long()), NotImplementedError, "ghost_batch_norm: input must be float16, bfloat16"),
         (lambda x: make(on_single="no"), ValueError, "on_single must be one of error, running, skip"),
     ],
 )

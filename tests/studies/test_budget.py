@@ -15,7 +15,13 @@ from anynorm.studies.plan import Study
 from anynorm.studies.screen import Screen
 from anynorm.studies.session import Session
 
-CONTEXT = {"data": "d", "models": {"mlp": "m"}, "versions": {"anynorm": "1", "torch": "2"}, "data_sizes": [3, 3, 3]}
+CONTEXT = {
+    "data": "d",
+    "models": {"mlp": "m"},
+    "versions": {"anynorm": "1", "torch": "2"},
+    "data_sizes": [3, 3, 3],
+    "guessing": 10.0,
+}
 RUN_SECONDS = {"none": 1.0, "batch": 3.0, "layer": 10.0}
 
 

@@ -15,6 +15,7 @@ from anynorm.studies.screen import say_cell
 from anynorm.studies.sentences import say_choice, say_unjudged, say_verdict
 
 FACTORIES = """
+import copy
 from torch import nn
 
 def never(norm):
@@ -26,6 +27,10 @@ def unused(norm):
 
 def short(norm):
     return nn.Sequential(nn.Linear(8, 4), norm(4), nn.Linear(4, 3))
+
+def cloned(norm):
+    layer = nn.Sequential(nn.Linear(8, 8), norm(8, 0))
+    return nn.Sequential(copy.deepcopy(layer), copy.deepcopy(layer), nn.Linear(8, 3))
 
 def right(norm):
     return nn.Sequential(nn.Linear(8, 4), norm(num_features=4, dims=0), nn.ReLU(), nn.Linear(4, 3))
@@ -69,6 +74,11 @@ def test_a_factory_that_cannot_answer_is_refused(study, name, said):
 def test_a_file_names_a_network(study):
     assert study("right") == {}
     assert find_model("own_nets.py:right", (8,), 3).fingerprint != find_model("own_nets.py:never", (8,), 3).fingerprint
+
+
+def test_a_network_of_copies_runs_its_norms(study):
+    """As nn.TransformerEncoder, which copies the layer that it is given and never runs that one."""
+    assert study("cloned") == {}
 
 
 def test_one_norm_alone_needs_no_call(study, monkeypatch):

@@ -21,7 +21,7 @@ from ..masks import find_mask
 from ..padding.context import may_be_masked
 from ..plain import blank
 from . import batch, instance, renorm, sample, small_batch, sync
-from .state import Norm, name_given, record_call
+from .state import Norm, check_hooks, name_given, record_call
 
 
 class Fused(Norm):
@@ -69,6 +69,8 @@ class Fused(Norm):
             return record_call(self, *given, **name_given(mask=mask, lengths=lengths))
         if mask is None and lengths is None and may_be_masked():
             mask = self.find_mask(input)
+        if self._forward_hooks and not (mask is None and lengths is None and residual is None):
+            check_hooks(self, "mask" if residual is None else "residual")
         if self.add is not None and residual is not None and not fits(residual, input):
             activation = check_activation(type(self).__name__, self.activation)
             y = finish(self.add(self.normalize(input, mask=mask, lengths=lengths), residual), activation, None)

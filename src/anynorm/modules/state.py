@@ -37,6 +37,8 @@ class Norm(nn.Module):
             return record_call(self, input, **name_given(mask=mask, lengths=lengths))
         if mask is None and lengths is None and may_be_masked():
             mask = self.find_mask(input)
+        if self._forward_hooks and not (mask is None and lengths is None):
+            check_hooks(self, "mask")
         return self.normalize(input, mask=mask, lengths=lengths)
 
     def normalize(self, input: Tensor, **options: Any) -> Tensor:
@@ -92,3 +94,16 @@ def record_call(module: nn.Module, *inputs: Any, **options: Any) -> Any:
             "trace torch.nn.Sequential(norm)"
         )
     return tracer.create_proxy("call_module", path, inputs, options)
+
+
+def check_hooks(layer: nn.Module, what: str) -> None:
+    """Opacus keeps the tensor that is normalized alone: per-sample gradients would be those of a call without `what`.
+
+    Raises:
+        NotImplementedError: a hook of Opacus is on the layer.
+    """
+    if any((getattr(hook, "__module__", None) or "").startswith("opacus.") for hook in layer._forward_hooks.values()):
+        raise NotImplementedError(
+            f"{type(layer).__name__}: Opacus' per-sample gradients know no {what}, and would be silently wrong; leave "
+            f"the {what} out"
+        )

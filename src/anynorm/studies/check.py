@@ -47,6 +47,10 @@ class Use:
         module.register_forward_hook(self.count)
         return module
 
+    def __deepcopy__(self, memo: object) -> Use:
+        """Itself: a network of copies, as nn.TransformerEncoder makes of a layer, runs what norm returned."""
+        return self
+
     def count(self, *_: object) -> None:
         """Count a call."""
         self.run += 1

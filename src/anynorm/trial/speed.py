@@ -196,7 +196,9 @@ def _write_seconds(rounds: Rounds, name: str) -> tuple[str, str]:
 
 
 def _write_ratio(ratios: list[float]) -> str:
-    """Return the median of ratios and its quartiles, three digits each."""
+    """Return the median of ratios and its quartiles, three digits each; narrow, or the table would not fit."""
     low, high = find_quartiles(ratios)
-    middle, low_text, high_text = (f"{r:.2f}" if r < 10 else f"{r:.3g}" for r in (statistics.median(ratios), low, high))
+    middle, low_text, high_text = (
+        f"{r:.2f}" if r < 10 else f"{r:.3g}" if r < 1000 else f"{r:.0f}" for r in (statistics.median(ratios), low, high)
+    )
     return f"{middle} {low_text}-{high_text}"
