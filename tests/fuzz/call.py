@@ -215,7 +215,8 @@ def compare(got: Tensor, true: np.ndarray, off: np.ndarray, what: str) -> None:
     rounding = info.eps * (1 if got.dtype in HALF else 0.5)
     value = got.detach().double().numpy().reshape(true.shape)
     off = off + rounding * np.abs(true) + 2 * info.smallest_normal * info.eps
-    beyond = (np.abs(true) + off > info.max) & (np.abs(value) >= info.max * (1 - 1e-6)) & (value * true > 0)
+    beyond = (np.abs(true) + off > info.max) & (np.abs(value) >= info.max * (1 - 1e-6))
+    beyond &= (value * true > 0) | (off > info.max)
     error = np.where(beyond, 0, np.abs(value - true))
     wrong = ~(error <= off)
     if wrong.any():
