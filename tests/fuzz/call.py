@@ -151,6 +151,7 @@ def find_truth(case: Case, t: Inputs) -> dict[str, Bounded]:
         given=averages if case.given else None,
         averages=averages if case.norm == "renorm" and not case.given else None,
         limits=(3.0, 5.0),
+        sums=1e-6 if case.given and case.path == "watched" else 4e-8,  # there in the precision of x, see plain.compose
     )  # fmt: skip
     if case.given or case.norm not in RUNNING:
         return join([answer(q)])
@@ -214,7 +215,8 @@ def compare(got: Tensor, true: np.ndarray, off: np.ndarray, what: str) -> None:
     rounding = info.eps * (1 if got.dtype in HALF else 0.5)
     value = got.detach().double().numpy().reshape(true.shape)
     off = off + rounding * np.abs(true) + 2 * info.smallest_normal * info.eps
-    beyond = (np.abs(true) + off > info.max) & (np.abs(value) >= info.max * (1 - 1e-6)) & (value * true > 0)
+    beyond = (np.abs(true) + off > info.max) & (np.abs(value) >= info.max * (1 - 1e-6))
+    beyond &= (value * true > 0) | (off > info.max)
     error = np.where(beyond, 0, np.abs(value - true))
     wrong = ~(error <= off)
     if wrong.any():

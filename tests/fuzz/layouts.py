@@ -13,7 +13,8 @@ LAYOUTS = ("contiguous", "channels_last", "transposed", "strided", "sliced chann
 def lay_out(t: torch.Tensor, layout: str) -> torch.Tensor:
     """t with its axes in another order of memory, or with gaps between its elements."""
     if layout == "channels_last":
-        return t.movedim(1, -1).contiguous().movedim(-1, 1)
+        last = t.movedim(1, -1).contiguous()
+        return last.flatten().view(last.shape).movedim(-1, 1)  # one position: strides that tell it from contiguous
     if layout == "transposed":
         return t.permute(*reversed(range(t.dim()))).contiguous().permute(*reversed(range(t.dim())))
     if layout == "strided":

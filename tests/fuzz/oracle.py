@@ -42,6 +42,7 @@ class Question:
     activation: str | None = None
     averages: tuple[Array, Array] | None = None  # batch renormalization reads them
     limits: tuple[float, float] = (1.0, 0.0)
+    sums: float = 4e-8  # of the sum of the sizes of the terms
 
 
 def find_moments(q: Question) -> tuple[Array, Array, Array]:
@@ -127,7 +128,7 @@ def add_up(q: Question, terms: Array, sizes: Array, most: Array, off: Array) -> 
     if not q.narrow:
         return total, q.tolerance * np.sum(most, axis=axes, keepdims=True) + off
     step = 1.5e-45 * terms.size / total.size
-    return total, np.maximum(q.tolerance * largest(most, axes), 4e-8 * size) + off + step
+    return total, np.maximum(q.tolerance * largest(most, axes), q.sums * size) + off + step
 
 
 def largest(t: Array, axes: tuple[int, ...]) -> Array:

@@ -49,11 +49,17 @@ def check_oracle(case: Case) -> None:
         torch.testing.assert_close(value, want, rtol=1e-7, atol=1e-7, msg=lambda told, name=name: f"{name}: {told}")
 
 
+def is_off_the_kink(case: Case) -> bool:
+    """Where y can be exactly 0, torch's rounding decides on which side of a kink it is."""
+    is_moved = case.residual or (case.affine == "both" and case.norm != "rms" and case.spread > 0)
+    return is_allowed(case) and (is_moved or case.activation not in ("relu", "leaky_relu"))
+
+
 def test_oracle():
     tame = {"data": st.sampled_from((normal, with_a_mean, few_levels, alternating)), "gradient": normal}
     fixed = {"dtype": torch.float64, "mask": "", "layout": "contiguous", "eps": st.sampled_from((1e-5, 1.0))}
     norms = ("batch", "instance", "group", "layer", "rms")
-    drive(check_oracle, cases(norms, path="kernels", **tame, **fixed).filter(is_allowed))
+    drive(check_oracle, cases(norms, path="kernels", **tame, **fixed).filter(is_off_the_kink))
 
 
 @pytest.mark.parametrize("norm", ["batch", "group", "layer"])
