@@ -118,6 +118,12 @@ def normalize(
     x = arranged
     walk = kernels.find_walk(x, pooling, 0 if given is None else 1, mask is not None)
     is_bare = activation is None and residual is None and mask is None
+    if walk is None and not is_bare and not x.is_contiguous():  # A copy costs less than the formula in float64.
+        flat = x.contiguous()
+        walk = kernels.find_walk(flat, pooling, 0 if given is None else 1, mask is not None)
+        if walk is not None:
+            y = run((pooling, walk), flat, weight, bias, eps, given, activation, residual, running, mask)
+            return plain.lay_out(y, plain.find_memory_format(x))
     if walk is None and (not is_bare or x.numel() == 0):
         return compose(x, pooling, weight, bias, eps, given, activation, residual, running, mask)
     if walk is None:
