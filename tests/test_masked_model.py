@@ -722,3 +722,21 @@ def test_pooling_of_the_users_own_is_named():
     with pytest.warns(UserWarning, match=r"layers inside took no mask .*got 1 \(MeanPool\)"):
         with anynorm.masked(anynorm.mask_of(LENGTHS, 40), model=net):
             net(x)
+
+
+@pytest.mark.parametrize("kind", [nn.LayerNorm, anynorm.LayerNorm])
+@pytest.mark.parametrize("shape", [(4, 40), 40])
+def test_layer_norm_over_positions_is_named_or_refused(kind, shape):
+    net, x = nn.Sequential(nn.Conv1d(4, 4, 3, padding=1), kind(shape)), torch.randn(3, 4, 40)
+    if kind is anynorm.LayerNorm and shape == 40:
+        with pytest.raises(ValueError, match=r"no mask of anynorm\.masked fits"):
+            run(net, x, LENGTHS)
+        return
+    with pytest.warns(UserWarning, match=r"layers inside took no mask .*got 1 \(LayerNorm\)"):
+        run(net, x, LENGTHS)
+
+
+def test_empty_sequences_before_a_recurrent_layer():
+    net = nn.LSTM(4, 4, batch_first=True)
+    with pytest.raises(ValueError, match=r"LSTM.*at least one real step, as in torch; got lengths \[40, 0, 6\]"):
+        run(net, torch.randn(3, 40, 4), [40, 0, 6])

@@ -48,6 +48,8 @@ class Layers:
 
     def find_by_sizes(self, layer: nn.Module, sizes: tuple[int, ...], x: Tensor) -> Tensor | None:
         """The mask of a layer's input of so many samples and positions."""
+        if len(sizes) < 2 and isinstance(x, Tensor):
+            self.notice_whole(layer, x)
         parts = self.parts[layer]
         return self.masks.find(self.tell(layer), parts, sizes, x, is_named=self.names[layer] in parts)
 
@@ -183,6 +185,11 @@ class Layers:
         if known is not None and known.is_full:
             return args
         lengths = lengths_of(self.tell(layer), mask.expand(steps.shape[:2]))
+        if not bool(lengths.all()):
+            raise ValueError(
+                f"{self.tell(layer)}: sequences must have at least one real step, as in torch; got lengths "
+                f"{lengths.tolist()}; leave empty sequences out of the batch"
+            )
         packed = nn.utils.rnn.pack_padded_sequence(x, lengths.cpu(), layer.batch_first, enforce_sorted=False)
         self.hold(layer, mask, tuple(steps.shape[:2]), packed.data)
         return (packed, *args[1:])
@@ -205,7 +212,9 @@ class Layers:
         """
         by_features = isinstance(norm, nn.LayerNorm | nn.RMSNorm)
         channels = tuple(range(x.dim() - len(norm.normalized_shape), x.dim())) if by_features else (1,)
-        if x.dim() - len(channels) < 2 or self.is_free(norm):
+        if x.dim() - len(channels) < 2:
+            return self.notice_whole(norm, x)
+        if self.is_free(norm):
             return
         if by_features:
             wanted = tuple(x.shape[: x.dim() - len(channels)])
@@ -214,6 +223,12 @@ class Layers:
         elif counts(norm) and self.find(norm, x, channels) is not None and is_torchs(norm):
             raise ValueError(self.refuse(norm))
         self.unheard[self.names[norm] or "the model"] = type(norm).__name__
+
+    def notice_whole(self, norm: nn.Module, x: Tensor) -> None:
+        """A layer norm over features and positions together counts the padding."""
+        ways = [(x.shape[0], *x.shape[2:]), tuple(x.shape[:-1])]
+        if x.dim() > 2 and not self.is_free(norm) and any(self.masks.has_padding(way) for way in ways):
+            self.unheard[self.names[norm] or "the model"] = type(norm).__name__
 
     def notice_other(self, layer: Any, action: str, args: tuple[Any, ...], named: dict[str, Any]) -> None:
         """Attention is called without the padding, or a layer that is not known by the name of one that slides."""
