@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import time
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 from typer.testing import CliRunner
 
@@ -137,6 +139,16 @@ def test_speed_prints_layers_and_steps(monkeypatch):
     assert printed.stdout.count("torch.nn ") >= 2
     assert max(map(len, printed.stdout.splitlines())) <= 80
     assert "…" not in printed.stdout
+
+
+@pytest.mark.parametrize(("times", "busy"), [([1.0, 1.1, 1.2], False), ([1.0, 2.0, 1500.0], True)])
+def test_a_table_measured_on_a_busy_machine_says_so_and_fits(monkeypatch, times, busy):
+    monkeypatch.setattr(speed, "_time_case", lambda *_: Rounds({"torch": times, "anynorm": [1.0] * 3}))
+    console = Console(file=io.StringIO(), width=80)
+    speed._print_cases(console, [TINY], 0.0)
+    printed = console.file.getvalue()
+    assert ("The machine was busy" in printed) == busy
+    assert "…" not in printed
 
 
 def test_the_usual_layers_are_a_dozen_different_ones_of_every_norm():

@@ -37,7 +37,8 @@ CASES = (
 MODELS: dict[str, Callable[[], nn.Module]] = {"ResNet-18": ResNet18, "MobileNetV2": MobileNetV2}
 # Shares of the time: all layers, each model, each model once more after tune_allocator.
 FOR_CASES, FOR_MODEL, FOR_TUNED = 0.25, 0.22, 0.12
-BUSY = 1.3  # third over first quartile of the same step
+BUSY = 1.3  # third over first quartile of what should always be the same
+WAS_BUSY = "The machine was busy"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,12 +117,15 @@ def _print_cases(console: Console, cases: Sequence[Case], seconds: float) -> Non
     heading(console, "Layers: the time of torch.nn's over that of anynorm's (half of the rounds)")
     table = plain_table("layer", *MODES)
     ratios: dict[str, list[float]] = {mode: [] for mode in MODES}
+    spreads = []
     for case in cases:
         cells = []
         for mode in MODES:
             with console.status(f"{case.name} {mode}"):
                 rounds = _time_case(case, mode, seconds / len(cases) / len(MODES))
             ratios[mode].append(rounds.ratio("torch", "anynorm"))
+            low, high = find_quartiles(rounds.ratios("torch", "anynorm"))
+            spreads.append(high / low)
             cells.append(_write_ratio(rounds.ratios("torch", "anynorm")))
         table.add_row(case.name + (", last" if case.channels_last else ""), *cells)
     table.add_row("geometric mean", *(f"{statistics.geometric_mean(ratios[mode]):.2f}" for mode in MODES))
@@ -130,6 +134,8 @@ def _print_cases(console: Console, cases: Sequence[Case], seconds: float) -> Non
     table.add_row("slower by more than 5 %", *losses)
     console.print(table)
     say(console, "last: in channels_last")
+    if statistics.median(spreads) > BUSY:
+        say(console, f"{WAS_BUSY}: the ratios of one layer differ widely, and a table like this says little.")
 
 
 def _time_case(case: Case, mode: str, seconds: float) -> Rounds:
@@ -165,7 +171,7 @@ def _print_step(console: Console, step: Step, rounds: Rounds) -> None:
     say(console, step.words)
     low, high = rounds.quartiles("torch.nn")
     if high > BUSY * low:
-        say(console, "The machine was busy: the same step took very different times. Repeat, perhaps with --threads 1.")
+        say(console, f"{WAS_BUSY}: the same step took very different times. Repeat, perhaps with --threads 1.")
 
 
 def _print_tuned(console: Console, steps: Sequence[Step], before: Sequence[Rounds], end: float) -> None:
