@@ -79,6 +79,18 @@ def test_the_longest_time_is_kept_whatever_a_call_takes():
     assert time.perf_counter() - start < 5.0
 
 
+def test_a_slow_machine_gets_fewer_images():
+    asked = []
+
+    def step(each: float):
+        return lambda count: asked.append(count) or each * count
+
+    assert [speed.find_count(16, 50.0, step(each)) for each in (0.1, 0.9, 0.5, 30.0)] == [16, 2, 5, 2]
+    assert speed.find_count(1, 50.0, step(9.0)) == 1
+    assert speed.find_count(16, -1.0, step(0.1)) == 2
+    assert asked == [2, 2, 2, 2, 1, 2]
+
+
 def test_what_is_left_of_the_time_is_shared():
     end = time.perf_counter() + 10.0
     assert 4.0 < speed.find_share(end, 0.2, 0.4) <= 5.0
