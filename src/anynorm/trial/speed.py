@@ -88,7 +88,7 @@ def print_speed(
         say(console, f"{torch.get_num_threads()} CPU threads, torch {torch.__version__}; above 1 anynorm is faster")
         say(
             console,
-            f"This takes about {seconds:.0f} seconds (--seconds), unless a step of {FEWEST_IMAGES} images takes several.",
+            f"This takes about {seconds:.0f} seconds (--seconds), unless a step of two images takes several.",
         )
         _print_cases(console, CASES, FOR_CASES * seconds)
         most, side = images
