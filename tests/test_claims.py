@@ -170,3 +170,24 @@ def test_a_wrong_number_is_found():
     assert not agree(["1.0", "256"], "tensor(1.0312) tensor(257.4)")
     assert not agree(["2.7"], "2.63")
     assert not agree(["2.7"], "")
+
+
+FILE = re.compile(r"[`\s/(]((?:\w+/)*\w+\.(?:py|h|cpp))\b")
+STAND_INS = ("file.py", "utils.py", "helpers.py")  # a name for any file, and those that there are not
+TOLD = ("", "accumulation", "functional", "modules", "padding", "surgery")  # whose every file architecture.md names
+
+
+@every_page
+def test_files_that_a_page_names_exist(page):
+    """By the end of their path, as pages shorten it; blocks hold files of the reader's own."""
+    files = [path for path in README.parent.rglob("*.*") if ".venv" not in path.parts]
+    there = [f"/{path.relative_to(README.parent)}" for path in files]
+    for name in FILE.findall(cut_blocks(page.read_text())):
+        assert name in STAND_INS or any(path.endswith(f"/{name}") for path in there), f"{page.name} names {name}"
+
+
+def test_every_file_of_the_engine_has_its_place_on_the_page():
+    named = {name.rsplit("/", 1)[-1] for name in FILE.findall((README.parent / "docs/architecture.md").read_text())}
+    files = {path.name for folder in TOLD for path in (README.parent / "src/anynorm" / folder).glob("*.py")}
+    missing = files - named - {"__init__.py"}
+    assert not missing, f"docs/architecture.md names no {', '.join(sorted(missing))}"

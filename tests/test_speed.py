@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import time
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 from typer.testing import CliRunner
 
@@ -77,6 +79,18 @@ def test_the_longest_time_is_kept_whatever_a_call_takes():
     assert time.perf_counter() - start < 5.0
 
 
+def test_a_slow_machine_gets_fewer_images():
+    asked = []
+
+    def step(each: float):
+        return lambda count: asked.append(count) or each * count
+
+    assert [speed.find_count(16, 50.0, step(each)) for each in (0.1, 0.9, 0.5, 30.0)] == [16, 2, 5, 2]
+    assert speed.find_count(1, 50.0, step(9.0)) == 1
+    assert speed.find_count(16, -1.0, step(0.1)) == 2
+    assert asked == [2, 2, 2, 2, 1, 2]
+
+
 def test_what_is_left_of_the_time_is_shared():
     end = time.perf_counter() + 10.0
     assert 4.0 < speed.find_share(end, 0.2, 0.4) <= 5.0
@@ -137,6 +151,16 @@ def test_speed_prints_layers_and_steps(monkeypatch):
     assert printed.stdout.count("torch.nn ") >= 2
     assert max(map(len, printed.stdout.splitlines())) <= 80
     assert "…" not in printed.stdout
+
+
+@pytest.mark.parametrize(("times", "busy"), [([1.0, 1.1, 1.2], False), ([1.0, 2.0, 1500.0], True)])
+def test_a_table_measured_on_a_busy_machine_says_so_and_fits(monkeypatch, times, busy):
+    monkeypatch.setattr(speed, "_time_case", lambda *_: Rounds({"torch": times, "anynorm": [1.0] * 3}))
+    console = Console(file=io.StringIO(), width=80)
+    speed._print_cases(console, [TINY], 0.0)
+    printed = console.file.getvalue()
+    assert ("The machine was busy" in printed) == busy
+    assert "…" not in printed
 
 
 def test_the_usual_layers_are_a_dozen_different_ones_of_every_norm():

@@ -37,7 +37,10 @@ CASES = (
 MODELS: dict[str, Callable[[], nn.Module]] = {"ResNet-18": ResNet18, "MobileNetV2": MobileNetV2}
 # Shares of the time: all layers, each model, each model once more after tune_allocator.
 FOR_CASES, FOR_MODEL, FOR_TUNED = 0.25, 0.22, 0.12
-BUSY = 1.3  # third over first quartile of the same step
+STEPS = 20  # how many training steps of one size should fit into the time that the layers leave
+FEWEST_IMAGES = 2  # batch norm of one image may have one value in a channel
+BUSY = 1.3  # third over first quartile of what should always be the same
+WAS_BUSY = "The machine was busy"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,9 +74,10 @@ def print_speed(
     """Measure and print layers, then training steps, then the steps once more after `anynorm.tune_allocator()`.
 
     Args:
-        seconds: how long it takes, setting up included; longer only where two rounds of the steps do not fit in.
+        seconds: how long it takes, setting up included; longer only where two rounds of the steps do not fit in, be it
+            with two images.
         threads: CPU threads; where None, as many as torch is set to.
-        images: how many, and their side in pixels, for the training steps.
+        images: how many, at most, and their side in pixels, for the training steps.
         console: where to print; where None, standard output.
     """
     console = console or open_console()
@@ -84,12 +88,15 @@ def print_speed(
         say(console, f"{torch.get_num_threads()} CPU threads, torch {torch.__version__}; above 1 anynorm is faster")
         say(
             console,
-            f"This takes about {seconds:.0f} seconds (--seconds), unless a training step takes several of them.",
+            f"This takes about {seconds:.0f} seconds (--seconds), unless a step of two images takes several.",
         )
         _print_cases(console, CASES, FOR_CASES * seconds)
-        count, side = images
+        most, side = images
+        count = find_count(most, end - time.perf_counter(), lambda count: _time_step(count, side))
         steps = [_make_step(name, make, torch.randn(count, 3, side, side)) for name, make in MODELS.items()]
         heading(console, f"A training step (forward and backward), {count}x3x{side}x{side}")
+        if count < most:
+            say(console, f"{count} images instead of {most}, to keep to the time: the machine is slow, or busy.")
         say(console, "speed: the median over rounds of torch.nn's time over the form's")
         found = []
         for index, step in enumerate(steps):
@@ -99,6 +106,30 @@ def print_speed(
         _print_tuned(console, steps, found, end)
     finally:
         torch.set_num_threads(usual)
+
+
+def find_count(most: int, seconds: float, time_step: Callable[[int], float]) -> int:
+    """Return how many images, `most` or fewer, the training steps can have to fit into `seconds`.
+
+    Args:
+        most: images.
+        seconds: for all steps.
+        time_step: seconds that a step takes, from its number of images.
+    """
+    fewest = min(most, FEWEST_IMAGES)
+    each = time_step(fewest) / fewest
+    return max(fewest, min(most, int(seconds / STEPS / each)))
+
+
+def _time_step(count: int, side: int) -> float:
+    """Return the seconds of the first model's training step; the faster of two, as the first one sets up."""
+    model, call = next(iter(MODELS.values()))().train(), Call((torch.randn(count, 3, side, side),))
+    found = []
+    for _ in range(2):
+        start = time.perf_counter()
+        take_step(model, call)
+        found.append(time.perf_counter() - start)
+    return min(found)
 
 
 def find_share(end: float, share: float, waiting: float) -> float:
@@ -116,12 +147,15 @@ def _print_cases(console: Console, cases: Sequence[Case], seconds: float) -> Non
     heading(console, "Layers: the time of torch.nn's over that of anynorm's (half of the rounds)")
     table = plain_table("layer", *MODES)
     ratios: dict[str, list[float]] = {mode: [] for mode in MODES}
+    spreads = []
     for case in cases:
         cells = []
         for mode in MODES:
             with console.status(f"{case.name} {mode}"):
                 rounds = _time_case(case, mode, seconds / len(cases) / len(MODES))
             ratios[mode].append(rounds.ratio("torch", "anynorm"))
+            low, high = find_quartiles(rounds.ratios("torch", "anynorm"))
+            spreads.append(high / low)
             cells.append(_write_ratio(rounds.ratios("torch", "anynorm")))
         table.add_row(case.name + (", last" if case.channels_last else ""), *cells)
     table.add_row("geometric mean", *(f"{statistics.geometric_mean(ratios[mode]):.2f}" for mode in MODES))
@@ -130,6 +164,8 @@ def _print_cases(console: Console, cases: Sequence[Case], seconds: float) -> Non
     table.add_row("slower by more than 5 %", *losses)
     console.print(table)
     say(console, "last: in channels_last")
+    if statistics.median(spreads) > BUSY:
+        say(console, f"{WAS_BUSY}: the ratios of one layer differ widely, and a table like this says little.")
 
 
 def _time_case(case: Case, mode: str, seconds: float) -> Rounds:
@@ -165,7 +201,7 @@ def _print_step(console: Console, step: Step, rounds: Rounds) -> None:
     say(console, step.words)
     low, high = rounds.quartiles("torch.nn")
     if high > BUSY * low:
-        say(console, "The machine was busy: the same step took very different times. Repeat, perhaps with --threads 1.")
+        say(console, f"{WAS_BUSY}: the same step took very different times. Repeat, perhaps with --threads 1.")
 
 
 def _print_tuned(console: Console, steps: Sequence[Step], before: Sequence[Rounds], end: float) -> None:
