@@ -93,7 +93,7 @@ sanitize: $(READY) $(VENV)/.sanitize ## the kernel tests under address, undefine
 	bash tests/sanitize/run.sh $(BIN)/python
 
 accuracy: $(READY) ## measure the errors against float64 and write docs/accuracy.md
-	$(BIN)/python benchmarks/accuracy.py
+	$(BIN)/python -m benchmarks.accuracy
 
 format: $(READY) ## format the code
 	$(BIN)/ruff format .
