@@ -19,6 +19,9 @@ from torch.autograd.function import BackwardCFunction
 
 from ..masks import describe
 
+COMPOSABLE = "torch.distributed._composable.checkpoint_activation"
+CONTRACT = "torch.distributed._composable.contract"
+
 # For each region what each layer's calls in it read, as long as the graph lives; and how many of them came again.
 READ: WeakKeyDictionary[Any, WeakKeyDictionary[nn.Module, list[Any]]] = WeakKeyDictionary()
 AGAIN: WeakKeyDictionary[Any, tuple[Any, WeakKeyDictionary[nn.Module, int]]] = WeakKeyDictionary()
@@ -72,12 +75,17 @@ def find_stranger(layer: nn.Module) -> RuntimeError:
 
 
 def find_regions() -> tuple[list[Any], Any, Any]:
+    """`walk_stack`, which a loaded compiler must not trace: it cannot follow the stack."""
+    return (walk_stack_uncompiled if "torch._dynamo" in sys.modules else walk_stack)()
+
+
+def walk_stack() -> tuple[list[Any], Any, Any]:
     """The regions that this call lies in for the first time, the one that is computed again, and which time that is.
 
     Regions are taken from the stack, from the innermost on: what lies outside a recomputation was seen by it.
     """
-    inside: list[Any] = find_hooked_region()
-    frame: Any = sys._getframe(2)
+    inside: list[Any] = []
+    frame: Any = sys._getframe(3)
     while frame is not None:
         name = frame.f_code.co_name
         if name == "checkpoint" or name == "unpack_hook":
@@ -87,8 +95,12 @@ def find_regions() -> tuple[list[Any], Any, Any]:
                     return inside, known.get("frame"), (torch._C._current_graph_task_id(), id(frame))
                 started = getattr(known.get("gen"), "gi_frame", None)
                 region = None if started is None else started.f_locals.get("new_frame")
-                if region is not None and region not in inside:
+                if region is not None:
                     inside.append(region)
+        elif name == "_call_impl" and COMPOSABLE in sys.modules:
+            region = find_composable_region(frame.f_locals.get("self"))
+            if region is not None:
+                inside.append(region)
         elif name == "forward" or name == "backward":
             first = frame.f_code.co_varnames[:1]
             region = None if first in ((), ("self",)) else frame.f_locals.get(first[0])
@@ -100,11 +112,17 @@ def find_regions() -> tuple[list[Any], Any, Any]:
     return inside, None, None
 
 
-def find_hooked_region() -> list[Any]:
-    """The region whose hooks on saved tensors are innermost: a composable checkpoint has no function on the stack."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    pack = None if hooks is None else hooks[0]
-    if getattr(pack, "__module__", "") != "torch.utils.checkpoint" or getattr(pack, "__name__", "") != "pack_hook":
-        return []
-    known = zip(pack.__code__.co_freevars, pack.__closure__ or (), strict=True)
-    return [cell.cell_contents for name, cell in known if name == "frame"]
+walk_stack_uncompiled = torch._disable_dynamo(walk_stack)  # loads the compiler where it is called
+
+
+def find_composable_region(module: Any) -> Any:
+    """The region that torch.distributed's composable checkpoint has opened around a module, by a hook of the module.
+
+    It has no function on the stack. Hooks on saved tensors that are in force do not tell: where a forward raised, torch
+    may leave them behind.
+    """
+    if not isinstance(module, nn.Module) or sys.modules[CONTRACT].STATE_KEY not in vars(module):
+        return None
+    state = sys.modules[COMPOSABLE].checkpoint.state(module)  # writes on a module that has none
+    started = getattr(getattr(state, "_ac_generator", None), "gi_frame", None)
+    return None if started is None else started.f_locals.get("new_frame")

@@ -10,6 +10,7 @@ from torch.fx import Proxy
 
 from ..errors import check_state
 from ..padding.context import find_current, may_be_masked
+from ..protocol import look_at
 from ..ragged import is_ragged
 from .checkpoints import repair_state
 
@@ -47,10 +48,11 @@ class Norm(nn.Module):
 
     def find_mask(self, input: Tensor) -> Tensor | None:
         """What `anynorm.masked` has for this input; nested tensors of either layout and packed ones have no padding."""
-        if is_ragged(input) or input.is_nested:
+        seen = look_at(input)
+        if is_ragged(seen) or seen.is_nested:
             return None
-        channels = self.find_channel_axes(input)
-        positions = [size for axis, size in enumerate(input.shape) if axis not in channels]
+        channels = self.find_channel_axes(seen)
+        positions = [size for axis, size in enumerate(seen.shape) if axis not in channels]
         return find_current(self, positions, input)
 
     def find_channel_axes(self, input: Tensor) -> tuple[int, ...]:
