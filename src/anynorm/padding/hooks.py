@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary, ref
 
 import torch
 import torch.nn as nn
+import torch.nn.modules.module as modules
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 SEEN: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()  # layers to be computed again, and their context
@@ -70,7 +71,10 @@ def close_unused() -> None:
         if OPEN[0] == 0 and not REGIONS:
             SEEN.clear()
             while HANDLES:
-                HANDLES.pop().remove()
+                handle = HANDLES.pop()
+                handle.remove()
+                # torch leaves this entry, and torch.compile would warn of hooks for ever.
+                getattr(modules, "_global_forward_hooks_with_kwargs", {}).pop(handle.id, None)
 
 
 def expect_again(layer: nn.Module, context: Any, regions: list[Any]) -> None:
