@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import anynorm
-from anynorm.trial.rounds import time_in_turn
-from anynorm.zoo import ResidualBlock
+from anynorm.apps.trial.rounds import time_in_turn
+from anynorm.apps.zoo import ResidualBlock
 
 from .allocator import read_memory
 from .machine import Watch, describe_load, find_facts

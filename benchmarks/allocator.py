@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 import anynorm
-from anynorm.zoo import ResNet18
+from anynorm.apps.zoo import ResNet18
 
 from .machine import Watch, describe_load, find_facts
 

@@ -13,9 +13,9 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
+from anynorm.apps.terminal import open_console
+from anynorm.apps.trial.cases import Case
 from anynorm.errors import UserError
-from anynorm.terminal import open_console
-from anynorm.trial.cases import Case
 
 from . import page, plot
 from .grid import find_cases

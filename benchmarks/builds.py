@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 import anynorm
-from anynorm import kernels
-from anynorm.trial.cases import Case, make_call, needs_grad
-from anynorm.trial.rounds import time_in_turn
+from anynorm.apps.trial.cases import Case, make_call, needs_grad
+from anynorm.apps.trial.rounds import time_in_turn
+from anynorm.engine import kernels
 
 SECONDS = 1.0  # for a case in a mode
 CASES = (

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 import anynorm
+from anynorm.engine.paths import describe_environment
 from anynorm.errors import UserError
-from anynorm.ops import describe_environment
 
 from .limits import find_caches
 

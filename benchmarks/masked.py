@@ -15,8 +15,8 @@ import torch.nn as nn
 from torch import Tensor
 
 import anynorm
-from anynorm.trial.cases import Case, make_call, needs_grad
-from anynorm.trial.rounds import Rounds, time_in_turn
+from anynorm.apps.trial.cases import Case, make_call, needs_grad
+from anynorm.apps.trial.rounds import Rounds, time_in_turn
 
 from .machine import Watch, describe_load, find_facts
 

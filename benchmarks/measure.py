@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from anynorm.trial.cases import MODES, Case, needs_grad
-from anynorm.trial.rounds import time_in_turn
+from anynorm.apps.trial.cases import MODES, Case, needs_grad
+from anynorm.apps.trial.rounds import time_in_turn
 
 from .peers import Mismatch, make_contest
 from .results import Row, make_rows

@@ -12,9 +12,9 @@ import torch.nn as nn
 from torch import Tensor
 
 import anynorm
+from anynorm.apps.trial.cases import Case, make_call, needs_grad
+from anynorm.apps.trial.rounds import Call
 from anynorm.errors import UserError
-from anynorm.trial.cases import Case, make_call, needs_grad
-from anynorm.trial.rounds import Call
 
 # Compile in this process: a pool of compilers would be other work, and its time would not be known as ours.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")

@@ -12,8 +12,8 @@ import torch
 from torch.optim.swa_utils import update_bn
 
 import anynorm
-from anynorm.trial.rounds import time_in_turn
-from anynorm.zoo import resnet18
+from anynorm.apps.trial.rounds import time_in_turn
+from anynorm.apps.zoo import resnet18
 
 from .machine import Watch, describe_load, find_facts
 

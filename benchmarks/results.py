@@ -8,8 +8,8 @@ import io
 from collections.abc import Iterable
 from pathlib import Path
 
-from anynorm.trial.cases import Case
-from anynorm.trial.rounds import Rounds, find_quartiles
+from anynorm.apps.trial.cases import Case
+from anynorm.apps.trial.rounds import Rounds, find_quartiles
 
 from .limits import find_bytes, is_out_of_cache
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import anynorm
-from anynorm.ranks import FRAME, HEADER, Ranks
+from anynorm.ranks.exchange import FRAME, HEADER, Ranks
 
 from .machine import Watch, describe_load, find_facts
 

@@ -20,9 +20,9 @@ from typing import Annotated
 import torch
 import typer
 
+from anynorm.apps.studies.judge import Interval, find_interval
+from anynorm.apps.terminal import heading, open_console, plain_table, say
 from anynorm.errors import UserError
-from anynorm.studies.judge import Interval, find_interval
-from anynorm.terminal import heading, open_console, plain_table, say
 from batch_size_run import BATCH, NETWORKS, Job, Outcome, load, run_job
 
 SIZES = (32, 16, 8, 4, 2)

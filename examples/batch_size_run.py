@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import anynorm
-from anynorm.studies.data import load_data
-from anynorm.studies.models import cnn, mlp
-from anynorm.studies.norms import NORMS
+from anynorm.apps.studies.data import load_data
+from anynorm.apps.studies.models import cnn, mlp
+from anynorm.apps.studies.norms import NORMS
 
 BATCH = 32  # of SGD, always; the statistics are over `size` of its images
 IMAGES = 1_000

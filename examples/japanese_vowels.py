@@ -16,9 +16,9 @@ from typing import Annotated
 import torch
 import typer
 
+from anynorm.apps.studies.judge import Interval, find_interval
+from anynorm.apps.terminal import heading, open_console, plain_table, say
 from anynorm.errors import UserError
-from anynorm.studies.judge import Interval, find_interval
-from anynorm.terminal import heading, open_console, plain_table, say
 from vowels_data import check_packages
 from vowels_models import ARMS
 from vowels_run import SIZES, Job, Outcome, run_job

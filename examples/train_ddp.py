@@ -24,8 +24,8 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 import anynorm
-from anynorm.studies.data import load_data
-from anynorm.terminal import open_console, plain_table, say
+from anynorm.apps.studies.data import load_data
+from anynorm.apps.terminal import open_console, plain_table, say
 
 Activation = Literal["SiLU", "ReLU"]
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}  # of the largest value of a tensor, after all steps

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import anynorm
 from anynorm.errors import SyncError
-from anynorm.ranks import Ranks
+from anynorm.ranks.exchange import Ranks
 
 Sizes = list[int]
 

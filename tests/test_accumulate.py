@@ -266,7 +266,9 @@ def test_estimate_of_one_micro_batch_is_exact():
 def test_estimate_is_the_same_by_kernels_and_by_the_formula(monkeypatch):
     states = []
     for off in (False, True):
-        monkeypatch.setattr(anynorm.merged, "is_plain", anynorm.watch.is_plain if not off else lambda *_: False)
+        monkeypatch.setattr(
+            anynorm.engine.merged, "is_plain", anynorm.engine.watch.is_plain if not off else lambda *_: False
+        )
         model = make_blocks()
         anynorm.accumulate(model, cut(draw(13), SIZES), find_loss, mode="estimate")
         states.append(find_state(model))
@@ -275,7 +277,7 @@ def test_estimate_is_the_same_by_kernels_and_by_the_formula(monkeypatch):
 
 def test_parts_by_kernels_and_by_the_formula_go_together(monkeypatch):
     """Sums mean the same on both paths."""
-    monkeypatch.setattr(anynorm.merged, "is_plain", lambda x, *_: len(x) > 3)
+    monkeypatch.setattr(anynorm.engine.merged, "is_plain", lambda x, *_: len(x) > 3)
     accumulate_and_compare(make_blocks(), SIZES, draw(13))
 
 

@@ -13,7 +13,8 @@ import pytest
 from typer.testing import CliRunner
 
 import anynorm
-from anynorm import allocator, cli
+from anynorm.apps import cli
+from anynorm.engine import allocator
 
 glibc_only = pytest.mark.skipif(allocator.find_obstacle() is not None, reason=f"{allocator.find_obstacle()}")
 
@@ -24,7 +25,7 @@ import ctypes, json, os, resource, sys, warnings
 import anynorm, torch
 torch.set_num_threads(1)
 case = sys.argv[1]
-anynorm.allocator.describe()  # As anynorm env asks; it must not make a tensor.
+anynorm.engine.allocator.describe()  # As anynorm env asks; it must not make a tensor.
 if case in ("late", "asked"):
     torch.ones(1)
 reports = []
@@ -67,7 +68,7 @@ libc.malloc_trim(0)
 found["trimmed"] = resident()
 found["reports"] = [[bool(r), r.settings, r.huge_pages, str(r)] for r in reports]
 found["warnings"] = [str(w.message) for w in caught]
-found["line"] = anynorm.allocator.describe()["allocator"]
+found["line"] = anynorm.engine.allocator.describe()["allocator"]
 found["variable"] = os.environ.get("THP_MEM_ALLOC_ENABLE")
 print(json.dumps(found))
 """
@@ -173,7 +174,7 @@ STRANGE = {
 def test_where_it_can_do_nothing_it_says_so(monkeypatch, case):
     changes, reason = STRANGE[case]
     for name, value in changes.items():
-        monkeypatch.setattr(f"anynorm.allocator.{name}", value)
+        monkeypatch.setattr(f"anynorm.engine.allocator.{name}", value)
     before = allocator.done
     with pytest.warns(UserWarning, match=f"tune_allocator: nothing was done, because .*{reason}"):
         report = anynorm.tune_allocator()

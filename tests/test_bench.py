@@ -13,9 +13,9 @@ import torch
 from rich.console import Console
 
 import anynorm
+from anynorm.apps.trial.cases import MODES, Case
+from anynorm.apps.trial.rounds import Rounds
 from anynorm.errors import UserError
-from anynorm.trial.cases import MODES, Case
-from anynorm.trial.rounds import Rounds
 from benchmarks import bench, limits, machine, masked, page, peers, plot, results, tables, verdicts
 from benchmarks.grid import BATCHES, find_cases
 from benchmarks.results import Row

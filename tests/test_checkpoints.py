@@ -13,7 +13,7 @@ import torch
 import torch.nn as nn
 
 import anynorm
-from anynorm.modules.recurrent_norms import _BatchRows
+from anynorm.modules.recurrent.norms import _BatchRows
 
 WITH_COUNTER = {
     "batch": lambda: anynorm.BatchNorm1d(3),

@@ -7,10 +7,10 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from anynorm import cli
+from anynorm.apps import cli
+from anynorm.apps.explain.table import shorten
 from anynorm.errors import UserError
 from anynorm.family import FAMILY
-from anynorm.learn.table import shorten
 
 
 def run_main(monkeypatch, *arguments):
@@ -65,7 +65,7 @@ def test_another_value_error_is_a_defect_and_keeps_its_traceback(monkeypatch):
     def fail(*_, **__):
         raise ValueError("a defect")
 
-    monkeypatch.setattr("anynorm.learn.table.print_family", fail)
+    monkeypatch.setattr("anynorm.apps.explain.table.print_family", fail)
     monkeypatch.setattr(sys, "argv", ["anynorm", "list"])
     with pytest.raises(ValueError, match="a defect"):
         cli.main()
@@ -76,12 +76,12 @@ def test_exit_codes(monkeypatch, raised, code):
     def fail(*_, **__):
         raise raised
 
-    monkeypatch.setattr("anynorm.learn.table.print_family", fail)
+    monkeypatch.setattr("anynorm.apps.explain.table.print_family", fail)
     assert run_main(monkeypatch, "list") == code
 
 
 def test_a_reader_that_goes_away_is_no_error():
-    command = f"{sys.executable} -c 'from anynorm.cli import main; main()' list | true"
+    command = f"{sys.executable} -c 'from anynorm.apps.cli import main; main()' list | true"
     ended = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True)
     assert "Traceback" not in ended.stderr
     assert "BrokenPipe" not in ended.stderr

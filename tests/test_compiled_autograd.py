@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._dynamo import compiled_autograd
 
 import anynorm
-from anynorm import kernels
+from anynorm.engine import kernels
 from anynorm.functional.merged import merged_batch_norm
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 import typer.main
 
-from anynorm import cli
+from anynorm.apps import cli
 from anynorm.family import FAMILY, Scheme
 
 ROOT = Path(__file__).parents[1]

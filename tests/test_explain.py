@@ -12,14 +12,15 @@ from torch import nn
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
-from anynorm import cli, reference
+from anynorm import reference
+from anynorm.apps import cli
+from anynorm.apps.explain import numbers
+from anynorm.apps.explain.explain import print_explanation
+from anynorm.apps.explain.mine import evaluate, watch
+from anynorm.apps.explain.words import COLOURS, SENTENCES, SHOWN
+from anynorm.apps.trial.call import Call
+from anynorm.apps.trial.target import Target, resolve
 from anynorm.errors import UserError
-from anynorm.learn import numbers
-from anynorm.learn.explain import print_explanation
-from anynorm.learn.mine import evaluate, watch
-from anynorm.learn.words import COLOURS, SENTENCES, SHOWN
-from anynorm.trial.call import Call
-from anynorm.trial.target import Target, resolve
 
 
 def close(found, expected, tolerance=1e-12):
@@ -198,7 +199,7 @@ def test_every_norm_of_the_family_can_be_shown(capsys, monkeypatch, norm, shape,
     mean, _ = seen.statistics(seen.x)
     assert mean.numel() == pools
     close(mean[0], first(seen.x).mean(), 1e-6)
-    monkeypatch.setattr("anynorm.learn.mine.resolve", lambda spec: own(norm, *shape))
+    monkeypatch.setattr("anynorm.apps.explain.mine.resolve", lambda spec: own(norm, *shape))
     print_explanation(mine="own", console=Console(width=80, highlight=False))
     printed = capsys.readouterr().out
     assert f"{pools} mean" in printed

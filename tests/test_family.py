@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import anynorm
-from anynorm import FAMILY, plain
+from anynorm import FAMILY
+from anynorm.engine import plain
 from specimens import LAYOUTS, SPECIMENS, TRACKING, Specimen, assert_close, wide
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import anynorm
+from anynorm.apps.zoo import ZOO
 from anynorm.modules.fused import Fused
 from anynorm.surgery import accelerate as surgery
 from anynorm.surgery import fuse, trace
-from anynorm.zoo import ZOO
 
 NORMS = {
     "BatchNorm1d": (nn.BatchNorm1d, (6,), (5, 6, 4)),
@@ -938,7 +938,7 @@ def test_an_optimizer_made_before_goes_on():
 
 
 def test_the_new_model_can_be_copied_pickled_compiled_and_accelerated_again():
-    model = anynorm.zoo.ResidualBlock(3, 6, 2).double()
+    model = anynorm.apps.zoo.ResidualBlock(3, 6, 2).double()
     before, x = copy.deepcopy(shake(model)), draw(2, 3, 8, 8).double()
     new = anynorm.accelerate(model, fuse=True).model
     for twin in (copy.deepcopy(new), pickle.loads(pickle.dumps(new))):

@@ -17,8 +17,9 @@ import torch.nn as nn
 from torch.func import functional_call, grad, jvp, vmap
 
 import anynorm
-from anynorm import FAMILY, activations, ops
+from anynorm import FAMILY, activations
 from anynorm.activations import ACTIVATIONS
+from anynorm.engine import paths as ops
 from anynorm.modules.fused import Fused
 from specimens import ARGUMENTS, SIZES, SPECIMENS, TRACKING, Specimen, assert_close, wide
 

@@ -6,12 +6,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import anynorm
-from anynorm.terminal import open_console
-from anynorm.trial.call import Call
-from anynorm.trial.dependence import find_batch_dependence, find_padding_dependence
-from anynorm.trial.run import print_trial
-from anynorm.trial.timing import Timing
-from anynorm.trial.words import describe_finding, describe_speed
+from anynorm.apps.terminal import open_console
+from anynorm.apps.trial.call import Call
+from anynorm.apps.trial.dependence import find_batch_dependence, find_padding_dependence
+from anynorm.apps.trial.run import print_trial
+from anynorm.apps.trial.timing import Timing
+from anynorm.apps.trial.words import describe_finding, describe_speed
 
 
 class NormAct(nn.BatchNorm2d):

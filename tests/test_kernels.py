@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import anynorm
-from anynorm import kernels, plain, walks
+from anynorm.engine import kernels, plain, walks
 from anynorm.family import FAMILY
 from anynorm.pooling import Pooling, find_pooling
 from specimens import assert_close, wide
@@ -211,7 +211,7 @@ def test_one_openmp_runtime_is_mapped_and_it_is_torchs():
     text = run(
         "import torch, anynorm, os; torch.randn(2000, 2000).sum(); anynorm.LayerNorm(500)(torch.randn(900, 500));"
         "print(len({l.split()[-1] for l in open('/proc/self/maps') if 'omp' in os.path.basename(l.split()[-1])}));"
-        "print(anynorm.kernels.compiled.thread_runtime())"
+        "print(anynorm.engine.kernels.compiled.thread_runtime())"
     )
     count, path = text.splitlines()
     assert count == "1"

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from anynorm import cli
-from anynorm.terminal import open_console, plain_table, say
+from anynorm.apps import cli
+from anynorm.apps.terminal import open_console, plain_table, say
 
 NAMES = ("train", "[bold]x[/bold]", ":train:")
 CODE = """

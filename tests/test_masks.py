@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import anynorm
-from anynorm import FAMILY, functional, kernels, reference
+from anynorm import FAMILY, functional, reference
+from anynorm.engine import kernels
 from specimens import SPECIMENS, TRACKING, Specimen, assert_close, wide
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

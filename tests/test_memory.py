@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 
 import anynorm
-from anynorm import functional, kernels
+from anynorm import functional
+from anynorm.engine import kernels
 
 MAKES: dict[str, Callable[[], torch.nn.Module]] = {
     "batch": lambda: anynorm.BatchNorm2d(8),

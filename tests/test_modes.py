@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import anynorm
-from anynorm import kernels
+from anynorm.engine import kernels
 
 
 class Operations(TorchDispatchMode):

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import anynorm
-from anynorm import kernels
+from anynorm.engine import kernels
 
 pytestmark = pytest.mark.skipif(bool(kernels.OFF), reason="sums of torch's operations depend on the shape")
 

@@ -70,7 +70,7 @@ def test_norms_nobody_named(pattern, affine, sizes, view, axes, gamma, layout):
 
 
 def test_first_axis_with_gamma_over_several_blocks(monkeypatch):
-    monkeypatch.setattr(anynorm.plain, "BLOCK", 10)
+    monkeypatch.setattr(anynorm.engine.plain, "BLOCK", 10)
     norm = AnyNorm("c n -> c", affine="c", c=6)
     x = torch.randn(6, 5, requires_grad=True)
     torch.testing.assert_close(norm(x), nn.BatchNorm1d(6)(x.T).T, rtol=1e-5, atol=1e-5)

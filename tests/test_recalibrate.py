@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import anynorm
 from anynorm.modules import batch as ours
 from anynorm.statistics import Moments
-from anynorm.surgery.recalibrate_statistics import KEPT, Tally, merge_groups
+from anynorm.surgery.recalibration.statistics import KEPT, Tally, merge_groups
 
 
 def draw(*shape: int, seed: int = 0, mean: float = 0.0, std: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -407,13 +407,13 @@ def test_an_error_while_the_results_are_written_changes_nothing(monkeypatch):
             raise KeyboardInterrupt
         return copy_(self, source)
 
-    plain = anynorm.surgery.recalibrate.write
+    plain = anynorm.surgery.recalibration.recalibrate.write
 
     def write(*given: Any) -> None:
         monkeypatch.setattr(Tensor, "copy_", stop)
         plain(*given)
 
-    monkeypatch.setattr("anynorm.surgery.recalibrate.write", write)
+    monkeypatch.setattr("anynorm.surgery.recalibration.recalibrate.write", write)
     with pytest.raises(KeyboardInterrupt):
         anynorm.recalibrate(model, IMAGES)
     assert len(copied) > 4 and photograph(model) == before

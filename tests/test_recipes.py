@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 import anynorm
-from anynorm import functional, ops
+from anynorm import functional
+from anynorm.engine import paths as ops
 
 X, RESIDUAL, G = (torch.randn(6, 4, 7, generator=torch.Generator().manual_seed(seed)) for seed in range(3))
 MASK = torch.rand(6, 7, generator=torch.Generator().manual_seed(3)) > 0.2

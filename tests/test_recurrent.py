@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 import anynorm
 import recurrent_formula as formula
 from anynorm import UserError
-from anynorm.modules.packing import find_flip
+from anynorm.modules.recurrent.packing import find_flip
 
 KINDS = ("LSTM", "GRU")
 NORMS = {"layer": {}, "batch-per-step": {"max_steps": 4}, "batch-sequence": {}}
@@ -83,7 +83,7 @@ def pack(x: torch.Tensor, layer: nn.Module, enforce_sorted: bool) -> PackedSeque
 
 def run_with_lengths(layer: nn.Module, x: torch.Tensor, hx):
     """`lengths=` for ours, and what it stands for with torch's."""
-    if isinstance(layer, anynorm.modules.recurrence.Recurrent):
+    if isinstance(layer, anynorm.modules.recurrent.recurrence.Recurrent):
         return layer(x, hx, torch.tensor(LENGTHS))
     output, state = layer(pack(x, layer, False), hx)
     return pad_packed_sequence(output, layer.batch_first, total_length=STEPS)[0], state

@@ -78,7 +78,7 @@ def test_equals_the_formula_written_out(kind, layout, dtype):
 def test_some_limits_clip_and_some_do_not():
     """The tests above see every branch."""
     norm, x = make(), lay_out(SHAPES["BatchRenorm2d"], "contiguous")
-    moments = anynorm.ops.find_moments(x, anynorm.FAMILY["renorm"].pool(x))
+    moments = anynorm.engine.paths.find_moments(x, anynorm.FAMILY["renorm"].pool(x))
     r, d = anynorm.sources.correct(moments, norm.running_mean, norm.running_var, norm.eps, (3.0, 5.0))
     assert {float(r[5]), float(d[3]), float(d[4])} == {1 / 3, -5.0, 5.0}
     assert 0.3 < float(r[0]) < 3 and 0 < abs(float(d[0])) < 5

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 import anynorm
+from anynorm.apps.zoo import resnet18
 from anynorm.modules.fused import Fused
 from anynorm.surgery.fuse import NO_ACTIVATION
-from anynorm.zoo import resnet18
 
 # Norms that are none of torch's
 

@@ -12,11 +12,11 @@ from torch import nn
 from typer.testing import CliRunner
 
 import anynorm
-from anynorm import cli
-from anynorm.allocator import AllocatorReport
-from anynorm.trial import speed
-from anynorm.trial.cases import MODES, Case, make_call
-from anynorm.trial.rounds import Rounds, time_in_turn
+from anynorm.apps import cli
+from anynorm.apps.trial import speed
+from anynorm.apps.trial.cases import MODES, Case, make_call
+from anynorm.apps.trial.rounds import Rounds, time_in_turn
+from anynorm.engine.allocator import AllocatorReport
 
 TINY = Case("tiny", "BatchNorm2d", (4,), (6, 4, 2, 2), channels_last=True)
 

@@ -12,7 +12,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import anynorm
-from anynorm import kernels, ops, plain
+from anynorm.engine import kernels, plain
+from anynorm.engine import paths as ops
 
 X = torch.randn(4, 6, 5, 3, generator=torch.Generator().manual_seed(3)) + 2
 

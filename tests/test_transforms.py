@@ -8,7 +8,7 @@ import torch
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 
 import anynorm
-from anynorm import kernels, plain, transforms
+from anynorm.engine import kernels, plain, transforms
 
 MAKE = {
     "group": (lambda: anynorm.GroupNorm(4, 16), (5, 16, 6, 4)),

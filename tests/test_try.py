@@ -10,15 +10,15 @@ from torch import nn
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
-from anynorm import cli
+from anynorm.apps import cli
+from anynorm.apps.trial.accuracy import compare_outputs, largest_difference
+from anynorm.apps.trial.call import Call, find_tensors
+from anynorm.apps.trial.dependence import find_batch_dependence, find_padding_dependence
+from anynorm.apps.trial.run import print_trial
+from anynorm.apps.trial.target import keep_random_state, resolve
+from anynorm.apps.trial.timing import FEWEST_PAIRS, Timing, time_steps
+from anynorm.apps.trial.words import describe_finding, describe_speed
 from anynorm.errors import UserError
-from anynorm.trial.accuracy import compare_outputs, largest_difference
-from anynorm.trial.call import Call, find_tensors
-from anynorm.trial.dependence import find_batch_dependence, find_padding_dependence
-from anynorm.trial.run import print_trial
-from anynorm.trial.target import keep_random_state, resolve
-from anynorm.trial.timing import FEWEST_PAIRS, Timing, time_steps
-from anynorm.trial.words import describe_finding, describe_speed
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -133,7 +133,7 @@ class Last(nn.Module):
     ],
 )
 def test_a_workable_input_is_found(monkeypatch, factory, shape):
-    monkeypatch.setattr("anynorm.trial.target.ZOO", {"own": factory})
+    monkeypatch.setattr("anynorm.apps.trial.target.ZOO", {"own": factory})
     (example,) = resolve("own").call.args
     assert tuple(example.shape) == shape
 
@@ -169,7 +169,7 @@ def test_a_model_without_norms_is_no_error(models):
 
 def test_the_users_model_and_random_state_stay(monkeypatch):
     model = nn.Sequential(nn.Linear(7, 5), nn.BatchNorm1d(5)).eval()
-    monkeypatch.setattr("anynorm.trial.target.ZOO", {"own": lambda: model})
+    monkeypatch.setattr("anynorm.apps.trial.target.ZOO", {"own": lambda: model})
     before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()  # noqa: NPY002
     state = {name: value.clone() for name, value in model.state_dict().items()}
     threads = torch.get_num_threads()
@@ -335,7 +335,7 @@ def time_slow(monkeypatch):
 
     def measure(before, after, seconds):
         clock = Clock()
-        monkeypatch.setattr("anynorm.trial.timing.time", clock)
+        monkeypatch.setattr("anynorm.apps.trial.timing.time", clock)
         call = Call((torch.randn(2, 3),))
         return time_steps(Slow(clock, before), Slow(clock, after), call, seconds), clock.now
 
@@ -407,7 +407,9 @@ def test_outputs_in_dicts_and_tuples_work_and_what_was_left_is_said(models, tmp_
 
 
 def test_lazy_layers_are_refused_in_one_sentence(monkeypatch):
-    monkeypatch.setattr("anynorm.trial.target.ZOO", {"own": lambda: nn.Sequential(nn.LazyLinear(4), nn.LayerNorm(4))})
+    monkeypatch.setattr(
+        "anynorm.apps.trial.target.ZOO", {"own": lambda: nn.Sequential(nn.LazyLinear(4), nn.LayerNorm(4))}
+    )
     with pytest.raises(UserError, match="call the model once before returning it"):
         resolve("own")
 
@@ -456,6 +458,6 @@ def test_a_model_that_fails_in_evaluation_or_backward_ends_in_one_sentence(monke
             return y
 
     for model, sentence in ((Fails, "in evaluation mode the model raised"), (Spoils, "a training step raised")):
-        monkeypatch.setattr("anynorm.trial.target.ZOO", {"own": lambda model=model: (model(), torch.randn(4, 5))})
+        monkeypatch.setattr("anynorm.apps.trial.target.ZOO", {"own": lambda model=model: (model(), torch.randn(4, 5))})
         with pytest.raises(UserError, match=sentence):
             print_trial("own", seconds=0.05)

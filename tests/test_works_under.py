@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import anynorm
-from anynorm import plain, watch
+from anynorm.engine import plain, watch
 from specimens import SPECIMENS, TRACKING
 
 OTHERS = {
@@ -372,7 +372,7 @@ def test_fast_path_leaves_tracing():
 )
 def test_compiled_calls_of_the_kernels_equal_eager(kind, layout):
     """Inputs large enough to be given to the kernels, in one graph; small ones are traced, see test_accuracy."""
-    from anynorm import kernels, library
+    from anynorm.engine import kernels, library
 
     shape = (4, 32, 24, 24)
     assert kernels.OFF or torch.Size(shape).numel() >= library.LEAST

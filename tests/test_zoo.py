@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from anynorm.zoo import ZOO, mobilenetv2, resnet18
+from anynorm.apps.zoo import ZOO, mobilenetv2, resnet18
 
 NORMS = {
     "resnet18": {"BatchNorm2d": 20},

@@ -7,10 +7,10 @@
 
 from . import functional, reference
 from .accumulation.accumulate import accumulate
-from .allocator import tune_allocator
+from .engine.allocator import tune_allocator
+from .engine.paths import exact
 from .errors import PatternError, SyncError, UserError
 from .family import FAMILY
-from .masks import mask_of
 from .modules.batch import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from .modules.counting import update_once
 from .modules.extra import extra_state, load_extra_state
@@ -32,6 +32,7 @@ from .modules.fused import (
     RMSNormAct,
     SyncBatchNormAct,
 )
+from .modules.ghost import GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d
 from .modules.instance import InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
 from .modules.lazy import (
     LazyBatchNorm1d,
@@ -42,17 +43,16 @@ from .modules.lazy import (
     LazyInstanceNorm3d,
 )
 from .modules.pattern import AnyNorm
-from .modules.recurrent import GRU, LSTM
+from .modules.recurrent.layers import GRU, LSTM
 from .modules.renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 from .modules.sample import GroupNorm, LayerNorm, RMSNorm
-from .modules.small_batch import GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d
 from .modules.sync import SyncBatchNorm
-from .ops import exact
 from .padding.context import masked
+from .padding.masks import mask_of
 from .padding.shorten import shorten
 from .surgery import exact_types
 from .surgery.accelerate import accelerate
-from .surgery.recalibrate import recalibrate
+from .surgery.recalibration.recalibrate import recalibrate
 from .surgery.sync import sync
 
 exact_types.listen()

@@ -89,7 +89,8 @@ class Watch(TorchDispatchMode):
 @contextmanager
 def along(path: str) -> Iterator[None]:
     """Have the kernels serve, or plain's blocks as without compiled kernels, or the formula in torch's operations."""
-    from anynorm import kernels, ops
+    from anynorm.engine import kernels
+    from anynorm.engine import paths as ops
 
     if path == "kernels":
         yield

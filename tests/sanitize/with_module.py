@@ -15,7 +15,7 @@ def main() -> int:
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
-    from anynorm import kernels
+    from anynorm.engine import kernels
 
     assert kernels.compiled is module
     return pytest.main(sys.argv[2:])

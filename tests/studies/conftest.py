@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from anynorm.studies.judge import Findings, choose_all
-from anynorm.studies.plan import Study
-from anynorm.studies.train import Run
+from anynorm.apps.studies.judge import Findings, choose_all
+from anynorm.apps.studies.plan import Study
+from anynorm.apps.studies.train import Run
 
 MEANS = {"none": 0.80, "batch": 0.90, "layer": 0.89, "instance": 0.86, "group": 0.88, "rms": 0.885}
 
@@ -65,7 +65,7 @@ def make_findings():
 @pytest.fixture(scope="session")
 def make_results():
     """The content of results.json for invented findings."""
-    from anynorm.studies.sentences import say_effects, say_unjudged, say_verdict
+    from anynorm.apps.studies.sentences import say_effects, say_unjudged, say_verdict
 
     def make(findings, choices, data="mnist"):
         return {

@@ -7,13 +7,13 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from anynorm.studies import session as sessions
-from anynorm.studies.compare import compare
-from anynorm.studies.journal import Journal
-from anynorm.studies.options import Options
-from anynorm.studies.plan import Study
-from anynorm.studies.screen import Screen
-from anynorm.studies.session import Session
+from anynorm.apps.studies import session as sessions
+from anynorm.apps.studies.compare import compare
+from anynorm.apps.studies.journal import Journal
+from anynorm.apps.studies.options import Options
+from anynorm.apps.studies.plan import Study
+from anynorm.apps.studies.screen import Screen
+from anynorm.apps.studies.session import Session
 
 CONTEXT = {
     "data": "d",

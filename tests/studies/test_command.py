@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from anynorm import cli
+from anynorm.apps import cli
 
-COMMAND = [sys.executable, "-c", "from anynorm.cli import main; main()", "compare", "--minutes", "60"]
+COMMAND = [sys.executable, "-c", "from anynorm.apps.cli import main; main()", "compare", "--minutes", "60"]
 SMALL = ["--data", "table.npz", "--model", "net:make", "--norms", "none,batch,layer,instance", "--batch-sizes", "32,2"]
 SMALL += ["--rates", "0.01,0.1", "--seeds", "2", "--images", "128"]
 # Seconds until a process is taken to hang. A slow machine needs a fraction of it, and a sound one never waits for it.
@@ -235,7 +235,7 @@ class NoWorkers:
 @pytest.mark.parametrize(("option", "value", "said"), BAD, ids=[f"{o}={v}" for o, v, _ in BAD])
 def test_bad_input_ends_in_one_sentence(monkeypatch, capsys, tmp_path, option, value, said):
     monkeypatch.setattr(NoWorkers, "started", [], raising=False)
-    monkeypatch.setattr("anynorm.studies.compare.Workers", NoWorkers)
+    monkeypatch.setattr("anynorm.apps.studies.compare.Workers", NoWorkers)
     (tmp_path / "broken.npz").write_bytes(b"no archive")
     (tmp_path / "broken_module.py").write_text("def make(:\n")
     (tmp_path / "leaving_module.py").write_text("raise SystemExit(7)\n")

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
+from anynorm.apps.studies.data import load_data, split
 from anynorm.errors import UserError
-from anynorm.studies.data import load_data, split
 
 
 @pytest.mark.parametrize(

@@ -5,14 +5,14 @@ import dataclasses
 import numpy as np
 import pytest
 
+from anynorm.apps.studies.check import find_impossible
+from anynorm.apps.studies.data import check_labels, load_data
+from anynorm.apps.studies.judge import choose_all
+from anynorm.apps.studies.models import NORMS, find_model
+from anynorm.apps.studies.plan import Study
+from anynorm.apps.studies.screen import say_cell
+from anynorm.apps.studies.sentences import say_choice, say_unjudged, say_verdict
 from anynorm.errors import UserError
-from anynorm.studies.check import find_impossible
-from anynorm.studies.data import check_labels, load_data
-from anynorm.studies.judge import choose_all
-from anynorm.studies.models import NORMS, find_model
-from anynorm.studies.plan import Study
-from anynorm.studies.screen import say_cell
-from anynorm.studies.sentences import say_choice, say_unjudged, say_verdict
 
 FACTORIES = """
 import copy

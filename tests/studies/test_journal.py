@@ -3,9 +3,9 @@ from dataclasses import replace
 
 import pytest
 
+from anynorm.apps.studies.journal import JOURNAL, REPORT, RESULTS, Journal, set_aside, write_atomically
+from anynorm.apps.studies.train import Run
 from anynorm.errors import UserError
-from anynorm.studies.journal import JOURNAL, REPORT, RESULTS, Journal, set_aside, write_atomically
-from anynorm.studies.train import Run
 
 RUN = Run("mlp", "batch", "8", 0.1, 0, 64, True)
 CONTEXT = {"data": "d", "models": {"mlp": "m"}, "versions": {"anynorm": "1", "torch": "2", "python": "3"}}

@@ -1,8 +1,8 @@
 import pytest
 from scipy import stats
 
-from anynorm.studies.judge import Choice, Interval, choose_all, compare_pair, cover, find_common, find_interval
-from anynorm.studies.sentences import (
+from anynorm.apps.studies.judge import Choice, Interval, choose_all, compare_pair, cover, find_common, find_interval
+from anynorm.apps.studies.sentences import (
     join,
     say_choice,
     say_effects,

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from anynorm.studies.models import find_model
+from anynorm.apps.studies.models import find_model
 
 FILES = {
     "project/net.py": """

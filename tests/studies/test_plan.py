@@ -1,7 +1,7 @@
 import pytest
 
-from anynorm.studies.plan import Clock, Study
-from anynorm.studies.train import Run, draw_order, find_steps
+from anynorm.apps.studies.plan import Clock, Study
+from anynorm.apps.studies.train import Run, draw_order, find_steps
 
 RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 

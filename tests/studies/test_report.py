@@ -7,9 +7,9 @@ import subprocess
 
 import pytest
 
-from anynorm.studies.judge import plain_sizes
-from anynorm.studies.plots import COLOURS, find_limits
-from anynorm.studies.report import write_report
+from anynorm.apps.studies.judge import plain_sizes
+from anynorm.apps.studies.plots import COLOURS, find_limits
+from anynorm.apps.studies.report import write_report
 
 EVIL = ["<img src=x onerror=alert(1)>", "a\"b'c&lt;</svg><script>alert(2)</script>$x_1$"]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")

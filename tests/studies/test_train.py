@@ -3,12 +3,12 @@ import pytest
 import torch
 from torch import nn
 
-from anynorm.studies.check import find_impossible
-from anynorm.studies.data import split
-from anynorm.studies.models import build
-from anynorm.studies.norms import NORMS, CannotNormalize, choose_groups
-from anynorm.studies.plan import Study
-from anynorm.studies.train import Run, compare_modes, is_hopeless, probe, train, untouched
+from anynorm.apps.studies.check import find_impossible
+from anynorm.apps.studies.data import split
+from anynorm.apps.studies.models import build
+from anynorm.apps.studies.norms import NORMS, CannotNormalize, choose_groups
+from anynorm.apps.studies.plan import Study
+from anynorm.apps.studies.train import Run, compare_modes, is_hopeless, probe, train, untouched
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..engine.merged import Exchange
 from ..functional.batch import BATCH_OF_ONE
 from ..functional.merged import merged_batch_norm
-from ..masks import describe
-from ..merged import Exchange
 from ..modules.parts import TOGETHER
-from ..ragged import close_rows, is_ragged, open_rows
+from ..padding.masks import describe
+from ..padding.ragged import close_rows, is_ragged, open_rows
 from ..statistics import Moments
 from .refuse import check_layer, differ, find_inner_gradient
 
@@ -83,7 +83,7 @@ class Stop(BaseException):
 
 
 class Known:
-    """A call whose moments are known, in a pass that looks for nothing: an `anynorm.merged.Exchange`."""
+    """A call whose moments are known, in a pass that looks for nothing: an `anynorm.engine.merged.Exchange`."""
 
     def __init__(self, call: Call) -> None:
         self.call = call
@@ -167,7 +167,7 @@ class Estimated(Known):
 
 
 class Outside:
-    """A call's exchange, for a backward that is not part of the loss: an `anynorm.merged.Exchange`."""
+    """A call's exchange, for a backward that is not part of the loss: an `anynorm.engine.merged.Exchange`."""
 
     def __init__(self, exchange: Known, running: Pass) -> None:
         self.exchange, self.running = exchange, running

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from ..activations import IDENTITY
-from ..masks import find_mask
+from ..engine.plain import find_memory_format, lay_out
 from ..modules.parts import TOGETHER
-from ..plain import find_memory_format, lay_out
-from ..ragged import close_rows, is_ragged, open_residual, open_rows
+from ..padding.masks import find_mask
+from ..padding.ragged import close_rows, is_ragged, open_residual, open_rows
 from .passes import Parts, split_loss
 from .refuse import check_layer, differ, find_inner_gradient
 

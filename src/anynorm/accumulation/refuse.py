@@ -8,10 +8,10 @@ import torch
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..masks import describe
 from ..modules import batch
 from ..modules.pattern import AnyNorm
-from ..modules.recurrent_norms import _BatchRows
+from ..modules.recurrent.norms import _BatchRows
+from ..padding.masks import describe
 from ..pooling import parse
 
 OWN_WAY = "it pools or corrects in its own way; accumulate anynorm.BatchNorm1d/2d/3d, or call it batch by batch"

@@ -6,9 +6,9 @@ Each function answers the three questions with its line of `family.FAMILY` and l
 import torch.fx
 
 from .batch import batch_norm, instance_norm
+from .ghost import ghost_batch_norm
 from .renorm import batch_renorm
 from .sample import group_norm, layer_norm, rms_norm
-from .small_batch import ghost_batch_norm
 
 __all__ = ["batch_norm", "batch_renorm", "ghost_batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"]
 

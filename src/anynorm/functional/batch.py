@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import ops, protocol, ragged, watch
 from ..activations import check_activation, check_finish, finish
+from ..engine import paths as ops
+from ..engine import protocol, watch
 from ..errors import (
     check_batch_norm,
     check_channels,
@@ -22,7 +23,8 @@ from ..errors import (
     check_parameter_dtypes,
 )
 from ..family import FAMILY
-from ..masks import find_mask
+from ..padding import ragged
+from ..padding.masks import find_mask
 from ..pooling import Pooling
 
 BATCH_OF_ONE = (
@@ -132,7 +134,7 @@ def batch_norm(
         momentum: weight of the new value in the running averages; a tensor is allowed.
         eps: in units of x squared.
         activation, residual: y = activation(norm(input) + residual), see `anynorm.activations`.
-        mask, lengths: which positions count, see `anynorm.masks`: (N, *), or for (N, C, L) a length for each sample.
+        mask, lengths: which positions count, see `padding.masks`: (N, *), or for (N, C, L) a length for each sample.
 
     Returns:
         Shape and dtype of input; channels_last where input is.
@@ -238,7 +240,7 @@ def instance_norm(
         momentum: weight of the new value in the running averages.
         eps: in units of x squared.
         activation, residual: y = activation(norm(input) + residual), see `anynorm.activations`.
-        mask, lengths: which positions count, see `anynorm.masks`: (N, *), or for (N, C, L) a length for each sample.
+        mask, lengths: which positions count, see `padding.masks`: (N, *), or for (N, C, L) a length for each sample.
 
     Returns:
         Shape and dtype of input; channels_last where input is (torch returns contiguous, pytorch#72341).

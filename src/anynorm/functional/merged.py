@@ -7,17 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import merged, protocol, ragged, watch
 from ..activations import check_finish
-from ..errors import (
-    check_batch_norm,
-    check_channels,
-    check_floating,
-    check_no_overlap,
-    check_parameter_dtypes,
-)
+from ..engine import merged, protocol, watch
+from ..errors import check_batch_norm, check_channels, check_floating, check_no_overlap, check_parameter_dtypes
 from ..family import FAMILY
-from ..masks import find_mask
+from ..padding import ragged
+from ..padding.masks import find_mask
 
 
 @torch._disable_dynamo  # Nothing that waits for others can be part of a graph.

@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import ops, protocol, ragged
 from ..activations import check_finish
+from ..engine import paths as ops
+from ..engine import protocol
 from ..errors import check_batch_norm, check_channels, check_floating, check_more_than_one, check_parameter_dtypes
 from ..family import FAMILY
-from ..masks import find_mask
+from ..padding import ragged
+from ..padding.masks import find_mask
 from ..sources import correct
 from ..statistics import Moments
 from .batch import BATCH_OF_ONE, batch_norm

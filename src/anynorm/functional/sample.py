@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import ops, protocol, ragged, watch
 from ..activations import check_activation, check_finish, finish
+from ..engine import paths as ops
+from ..engine import protocol, watch
 from ..errors import (
     check_channels,
     check_floating,
@@ -22,7 +23,8 @@ from ..errors import (
     warn_of_one_value,
 )
 from ..family import FAMILY
-from ..masks import find_feature_mask, find_mask
+from ..padding import ragged
+from ..padding.masks import find_feature_mask, find_mask
 
 FEWER_GROUPS = "use fewer groups"
 
@@ -56,7 +58,7 @@ def layer_norm(
         weight, bias: normalized_shape, gamma and beta.
         eps: in units of x squared.
         activation, residual: y = activation(norm(input) + residual), see `anynorm.activations`.
-        mask, lengths: which positions count, see `anynorm.masks`: the input's axes before normalized_shape, or for
+        mask, lengths: which positions count, see `padding.masks`: the input's axes before normalized_shape, or for
             (N, L, *) a length for each sample.
 
     Returns:
@@ -137,7 +139,7 @@ def rms_norm(
         eps: in units of x squared; None takes the machine epsilon of the computation in torch: that of float32 for
             half types and float32, of float64 for float64.
         activation, residual: y = activation(norm(input) + residual), see `anynorm.activations`.
-        mask, lengths: which positions count, see `anynorm.masks`: the input's axes before normalized_shape, or for
+        mask, lengths: which positions count, see `padding.masks`: the input's axes before normalized_shape, or for
             (N, L, *) a length for each sample.
 
     Returns:
@@ -210,7 +212,7 @@ def group_norm(
         weight, bias: (C,), gamma and beta.
         eps: in units of x squared.
         activation, residual: y = activation(norm(input) + residual), see `anynorm.activations`.
-        mask, lengths: which positions count, see `anynorm.masks`: (N, *), or for (N, C, L) a length for each sample.
+        mask, lengths: which positions count, see `padding.masks`: (N, *), or for (N, C, L) a length for each sample.
 
     Returns:
         Shape and dtype of input; channels_last where input is.

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from .. import functional
 from ..activations import finish
+from ..engine.merged import Exchange
+from ..engine.plain import blank
+from ..engine.protocol import look_at
 from ..errors import check_axes
 from ..functional.batch import BATCH_OF_ONE
 from ..functional.merged import merged_batch_norm
-from ..masks import find_mask
-from ..merged import Exchange
-from ..plain import blank
-from ..protocol import look_at
-from ..ragged import close_rows, is_ragged, open_residual, open_rows
+from ..padding.masks import find_mask
+from ..padding.ragged import close_rows, is_ragged, open_residual, open_rows
 from ..sources import find_momentum
 from .counting import Guard, count_batch, is_counted, mark_counted
 from .parts import find_together

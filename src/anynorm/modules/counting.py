@@ -15,7 +15,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ..masks import describe
+from ..padding.masks import describe
 from ..sources import find_momentum, update_running
 from ..statistics import Moments
 

@@ -17,10 +17,11 @@ from torch import Tensor
 from torch.fx import Proxy
 
 from ..activations import IDENTITY, check_activation, finish
-from ..masks import find_mask
+from ..engine.plain import blank
 from ..padding.context import may_be_masked
-from ..plain import blank
-from . import batch, instance, renorm, sample, small_batch, sync
+from ..padding.masks import find_mask
+from . import batch, instance, renorm, sample, sync
+from . import ghost as small_batch
 from .state import Norm, check_hooks, name_given, record_call
 
 

@@ -9,7 +9,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from .. import functional
-from ..ragged import is_ragged, open_rows
+from ..padding.ragged import is_ragged, open_rows
 from .batch import _Running
 from .counting import is_counted, mark_counted
 

@@ -17,7 +17,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
-from ..masks import describe
+from ..padding.masks import describe
 
 COMPOSABLE = "torch.distributed._composable.checkpoint_activation"
 CONTRACT = "torch.distributed._composable.contract"

@@ -10,14 +10,14 @@ import torch.nn as nn
 from torch import Tensor
 
 from .. import functional
+from ..engine.watch import has_memory
 from ..errors import has_values
 from ..functional.renorm import check_limits, renormalize
 from ..sources import correct, find_momentum
 from ..statistics import Moments
-from ..watch import has_memory
 from . import batch
+from .ghost import show_options
 from .recent import recall
-from .small_batch import show_options
 
 Warmup = tuple[int, int, int] | Callable[[Tensor], tuple[Any, Any]]
 PAPERS_WARMUP = (5_000, 40_000, 25_000)

@@ -8,10 +8,10 @@ import torch.nn as nn
 from torch import Tensor
 from torch.fx import Proxy
 
+from ..engine.protocol import look_at
 from ..errors import check_state
 from ..padding.context import find_current, may_be_masked
-from ..protocol import look_at
-from ..ragged import is_ragged
+from ..padding.ragged import is_ragged
 from .checkpoints import repair_state
 
 

@@ -12,9 +12,9 @@ import torch.nn as nn
 from torch import Tensor
 
 from ..functional.batch import BATCH_OF_ONE
-from ..masks import describe
-from ..ragged import is_ragged, open_rows
-from ..ranks import BACKWARD, DTYPES, FORWARD, Call, Ranks
+from ..padding.masks import describe
+from ..padding.ragged import is_ragged, open_rows
+from ..ranks.exchange import BACKWARD, DTYPES, FORWARD, Call, Ranks
 from ..statistics import Moments
 from . import batch
 
@@ -24,7 +24,7 @@ class OneValueError(ValueError):
 
 
 class RankExchange:
-    """One call of a layer, on all ranks: an `anynorm.merged.Exchange`."""
+    """One call of a layer, on all ranks: an `anynorm.engine.merged.Exchange`."""
 
     def __init__(self, ranks: Ranks, layer: _Synchronized, call: dict[str, Any]) -> None:
         self.ranks, self.layer, self.call = ranks, layer, call

@@ -13,10 +13,10 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ..masks import check_zeros_and_ones, describe
 from ..modules.recent import find_regions
 from . import hooks
 from .known import WHOLE, Known, Masks
+from .masks import check_zeros_and_ones, describe
 from .model import Layers, name_modules
 
 Given = Tensor | Sequence[Tensor] | None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..watch import has_memory
+from ..engine.watch import has_memory
 
 Sizes = tuple[int, ...]
 WHOLE = ""  # the name of the model itself among its parts

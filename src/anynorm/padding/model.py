@@ -10,9 +10,9 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from ..masks import lengths_of
 from .known import Known, Masks
 from .layers import NORMS, fill, find_action, is_pointwise, is_told, may_slide, run_alone, weighs_positions
+from .masks import lengths_of
 from .shorten import Window, each, find_windows, slide, spread
 
 BLANKS = {"slide": 0.0, "spread": 0.0, "maximum": -torch.inf}

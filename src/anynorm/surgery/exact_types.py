@@ -17,9 +17,10 @@ from typing import Any
 
 import torch.nn as nn
 
-from ..modules import batch, instance, lazy, renorm, sample, small_batch, sync
+from ..modules import batch, instance, lazy, renorm, sample, sync
+from ..modules import ghost as small_batch
 from ..modules.pattern import AnyNorm
-from ..modules.recurrent import GRU, LSTM
+from ..modules.recurrent.layers import GRU, LSTM
 from ..pooling import parse
 from .report import FUSED, PAIRS, describe
 

@@ -8,7 +8,7 @@ import torch.nn as nn
 
 from ..modules import batch, fused
 from ..modules.sync import SyncBatchNorm, _Synchronized
-from ..ranks import find_id
+from ..ranks.exchange import find_id
 from .report import Entry, Report, describe, is_ours
 
 PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, batch.BatchNorm1d, batch.BatchNorm2d, batch.BatchNorm3d)

@@ -1,0 +1,170 @@
+"""The command line: one function per command, each importing what it needs only when it runs."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="anynorm",
+    help="Normalization layers as one formula: see the family, try it on your model, learn how it works.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+MODEL_HELP = (
+    "A built-in model (resnet18, mobilenetv2, mlp, unet, transformer, transformer-rms, lstm) "
+    "or your own as module:factory."
+)
+
+
+def _print_version(wanted: bool) -> None:
+    """Print the installed version and end, where --version was given."""
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"anynorm {version('anynorm')}")
+        raise typer.Exit
+
+
+@app.callback()
+def anynorm(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Normalization layers as one formula: see the family, try it on your model, learn how it works."""
+
+
+@app.command("list")
+def list_family() -> None:
+    """Show every norm of the family and how it answers the formula's three questions."""
+    from anynorm.apps.explain.table import print_family
+
+    print_family()
+
+
+@app.command("try")
+def try_model(
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    seconds: Annotated[float, typer.Option("--seconds", min=0.1, max=600, help="How long to measure speed.")] = 6.0,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="CPU threads; 1 is steadier on a busy machine.")
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option("--batch", min=2, help="Samples per batch, where the example is ours.")
+    ] = None,
+) -> None:
+    """Try anynorm on a model without data: speed, differences, and what a sample's output depends on."""
+    from anynorm.apps.trial.run import print_trial
+
+    print_trial(model, seconds=seconds, threads=threads, batch=batch)
+
+
+@app.command("speed")
+def show_speed(
+    seconds: Annotated[
+        float, typer.Option("--seconds", min=0.1, max=3600, help="How long it takes, setting up included.")
+    ] = 70.0,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="CPU threads; 1 is steadier on a busy machine.")
+    ] = None,
+    batch: Annotated[int, typer.Option("--batch", min=2, help="Images of a training step.")] = 16,
+    side: Annotated[int, typer.Option("--side", min=32, help="Their side in pixels.")] = 224,
+) -> None:
+    """Time anynorm against torch on this machine: a dozen layers, and whole training steps of two networks."""
+    from anynorm.apps.trial.speed import print_speed
+
+    print_speed(seconds=seconds, threads=threads, images=(batch, side))
+
+
+@app.command("explain")
+def explain(
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Also draw the page as a picture (.png, .svg or .pdf).")
+    ] = None,
+    mine: Annotated[
+        str | None, typer.Option("--mine", metavar="MODEL", help="Explain a layer of a model: " + MODEL_HELP)
+    ] = None,
+    layer: Annotated[
+        str | None, typer.Option("--layer", metavar="NAME", help="With --mine: which layer (the first norm).")
+    ] = None,
+) -> None:
+    """Explain normalization in real numbers, on a small batch or on a layer of your own model."""
+    from anynorm.apps.explain.explain import print_explanation
+
+    print_explanation(out=out, mine=mine, layer=layer)
+
+
+@app.command("compare")
+def compare_norms(
+    data: Annotated[
+        str, typer.Option("--data", metavar="mnist|digits|PATH.npz", help="What to learn; a file holds x and y.")
+    ] = "mnist",
+    model: Annotated[
+        str, typer.Option("--model", help="cnn, mlp or your own as module:factory or file.py:factory; commas between.")
+    ] = "cnn,mlp",
+    norms: Annotated[str, typer.Option("--norms", help="Which norms to compare.")] = (
+        "none,batch,layer,instance,group,rms"
+    ),
+    batch_sizes: Annotated[
+        str, typer.Option("--batch-sizes", help="Sizes with commas between; 64:8 changes from 64 to 8 halfway.")
+    ] = "64,8,2",
+    rates: Annotated[str, typer.Option("--rates", help="Learning rates, the same for every norm.")] = (
+        "0.0003,0.001,0.003,0.01,0.03,0.1,0.3"
+    ),
+    seeds: Annotated[str, typer.Option("--seeds", help="How many seeds each norm gets at its best rate.")] = "5",
+    images: Annotated[str, typer.Option("--images", help="How many images a full run sees.")] = "2048",
+    minutes: Annotated[str, typer.Option("--minutes", help="Time for everything, from start to report.")] = "3",
+    out: Annotated[str, typer.Option("--out", help="Where journal, results and report go.")] = "anynorm-compare",
+) -> None:
+    """Which normalization should this network use, on this data, at this batch size? Trains it with each."""
+    from anynorm.apps.studies.options import read_options
+
+    options = read_options(
+        data=data,
+        model=model,
+        norms=norms,
+        batch_sizes=batch_sizes,
+        rates=rates,
+        seeds=seeds,
+        images=images,
+        minutes=minutes,
+        out=out,
+    )
+    from anynorm.apps.studies.compare import compare, process_start
+
+    raise typer.Exit(compare(options, started=process_start()))
+
+
+@app.command("env")
+def show_environment() -> None:
+    """Show versions, whether the compiled kernels are in use, and how memory is allocated."""
+    from anynorm.engine.allocator import describe
+    from anynorm.engine.paths import describe_environment
+
+    for name, value in {**describe_environment(), **describe()}.items():
+        typer.echo(f"{name:12} {value}")
+
+
+def main() -> None:
+    """Run the command line; what the user can repair ends in one sentence and exit code 2."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader went away (`anynorm list | head`); Python would complain once more while it closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except ValueError as problem:
+        # Imported here only: it brings torch with it, and --help should not wait for that.
+        from anynorm.errors import UserError
+
+        if not isinstance(problem, UserError):
+            raise
+        print(f"anynorm: {problem}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,178 @@
+"""`anynorm compare`: which normalization should this network use, on this data, at this batch size?"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import time
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from anynorm.apps.terminal import open_console
+from anynorm.errors import UserError
+
+from .data import Data, load_data
+from .journal import REPORT, RESULTS, Journal, set_aside, write_atomically
+from .judge import Choice, Findings, choose_all
+from .options import Options
+from .plan import Study
+from .screen import Screen, print_tables
+from .sentences import say_choice, say_effects, say_unjudged, say_verdict
+from .session import Session, time_plot
+from .train import parse_batch
+from .workers import Workers
+
+
+def compare(options: Options, *, started: float | None = None, console: Console | None = None) -> int:
+    """Run the study within its time budget, and write journal, results and report into the out directory.
+
+    Args:
+        options: what to compare.
+        started: when the budget began, by time.monotonic(); now where None.
+        console: where to show progress and tables.
+
+    Returns:
+        Exit code: 0, 1 where not one full run could be finished, 130 where Ctrl-C ended it.
+    """
+    started = time.monotonic() if started is None else started
+    console = console or open_console()
+    budget = 60 * options.minutes
+    journal, workers = None, Workers()
+    try:
+        with Screen(console, started + budget) as screen:
+            screen.show(0, 0, "loading torch, data and networks", [])
+            data = load_data(options.data)
+            study, context = prepare(options, data)
+            journal = Journal(options.out, context)
+            for name in set_aside(options.out, context["configuration"]):
+                screen.say(f"Results of other options were kept as {name}.")
+            workers.send_data(data)
+            session = Session(study, journal, workers, screen, started, budget, time_plot())
+            code = 0
+            try:
+                session.run()
+            except KeyboardInterrupt:
+                code = 130
+            workers.stop()
+            screen.show(0, 0, "writing the report", [])
+            findings = Findings(study, journal.find, context["data_sizes"], context["guessing"])
+            choices = choose_all(findings)
+            facts = {"options": describe_options(options), "seconds": time.monotonic() - started, **context}
+            write_results(options, journal, findings, choices, facts)
+        conclude(console, options, findings, choices, code)
+        return code or (0 if choices else 1)
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        workers.stop()
+        if journal is not None:
+            journal.close()
+
+
+def prepare(options: Options, data: Data) -> tuple[Study, dict[str, Any]]:
+    """The plan with what cannot exist left out, and what identifies the study."""
+    import torch
+
+    import anynorm
+
+    from .check import find_impossible
+    from .models import find_model
+
+    models = [find_model(name, data.sample_shape, data.classes) for name in options.models]
+    sizes = [size for batch in options.batches for size in parse_batch(batch)]
+    if max(sizes) > len(data.train_x):
+        raise UserError(
+            f"compare --batch-sizes: a batch must fit in the {len(data.train_x):,} training samples of "
+            f"{options.data!r}; got {max(sizes)}; try a smaller size."
+        )
+    least = max(sum(parse_batch(batch)) if ":" in batch else int(batch) for batch in options.batches)
+    if options.images < 2 * max(sizes) or options.images < least:
+        raise UserError(
+            f"compare --images: a run must have 2 batches of the largest size at least; got {options.images} images "
+            f"with batch {max(sizes)}; try --images {16 * max(sizes)}."
+        )
+    versions = {
+        "anynorm": getattr(anynorm, "__version__", "unknown"),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }
+    study = Study(options.models, options.norms, options.batches, options.rates, options.seeds, options.images)
+    study.impossible.update(find_impossible(study, data))
+    if not study.cells:
+        reasons = "; ".join(dict.fromkeys(study.impossible.values()))
+        raise UserError(f"compare: nothing can be run, because {reasons}; change --model, --norms or --data.")
+    identity = {
+        "data": data.fingerprint,
+        "models": {model.name: model.fingerprint for model in models},
+        "versions": {name: versions[name] for name in ("anynorm", "torch")},
+        "options": [options.norms, options.batches, options.rates, options.seeds, options.images],
+    }
+    context = {
+        "configuration": hashlib.sha256(json.dumps(identity).encode()).hexdigest(),
+        "data": data.fingerprint,
+        "data_sizes": [len(data.train_x), len(data.validation_x), len(data.test_x)],
+        "guessing": 100 * float(np.bincount(data.test_y).max()) / len(data.test_y),
+        "sample_shape": list(data.sample_shape),
+        "classes": data.classes,
+        "models": identity["models"],
+        "about": {model.name: model.about for model in models},
+        "versions": versions,
+        "machine": {"system": platform.platform(), "cores": os.cpu_count(), "torch_threads_per_run": 1},
+    }
+    return study, context
+
+
+def describe_options(options: Options) -> dict[str, Any]:
+    """Options as JSON holds them."""
+    return {**asdict(options), "out": str(options.out)}
+
+
+def write_results(
+    options: Options, journal: Journal, findings: Findings, choices: list[Choice], facts: dict[str, Any]
+) -> None:
+    """results.json and report.html, each replaced in one step."""
+    from .report import write_report
+
+    study = findings.study
+    runs = [record for run in study.order(journal.find) if (record := journal.find(run)) is not None]
+    results = {
+        **facts,
+        "planned_runs": study.count(),
+        "finished_runs": len(runs),
+        "verdict": say_verdict(findings, choices),
+        "not_judged": say_unjudged(findings, choices),
+        "choices": [asdict(choice) | {"said": say_choice(findings, choice)} for choice in choices],
+        "effects": say_effects(findings),
+        "impossible": [[*cell, reason] for cell, reason in study.impossible.items()],
+        "failed": [[*cell, reason] for cell, reason in findings.failures.items()],
+        "runs": runs,
+    }
+    write_atomically(options.out / RESULTS, json.dumps(results, indent=1))
+    write_atomically(options.out / REPORT, write_report(findings, choices, results))
+
+
+def conclude(console: Console, options: Options, findings: Findings, choices: list[Choice], code: int) -> None:
+    """Print the tables, the verdict and where the report is."""
+    print_tables(console, findings, choices)
+    lines = [f"  {say_choice(findings, choice)}" for choice in choices]
+    for line in filter(None, [say_verdict(findings, choices), say_unjudged(findings, choices), *lines]):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    note = "Interrupted; the same command goes on from here. " if code == 130 else ""
+    console.print(f"{note}Report: {options.out / REPORT}", markup=False, highlight=False, soft_wrap=True)
+
+
+def process_start() -> float:
+    """When this process began, by time.monotonic(), so that imports count; the best guess where unknown."""
+    try:
+        with open("/proc/self/stat", "rb") as file:
+            ticks = int(file.read().rpartition(b")")[2].split()[19])
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError, AttributeError):
+        age = time.process_time()
+    return time.monotonic() - max(0.0, age)

@@ -1,0 +1,249 @@
+"""The compiled path: the formula once more, in C++, for tensors in ordinary memory.
+
+`walks` says how memory is walked; what has no walk goes to `plain`, and so does everything where the compiled module is
+missing or ANYNORM_KERNELS=0.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..activations import ACTIVATIONS, IDENTITY
+from ..pooling import Pooling
+from ..statistics import Moments
+from . import memory
+from .memory import CPU, find_address, ready
+from .plain import find_memory_format
+from .walks import Plan, compiled, find_plan
+
+CHOICES = {IDENTITY: 0} | {name: code for code, name in enumerate((None, *ACTIVATIONS))}  # as enum Activation counts
+PLANS_KEPT = 4096  # for each pooling
+
+Statistics = Tensor | tuple[Tensor, Tensor]  # all pools' mean and m2 in one, or a given mean and variance
+Running = tuple[Tensor, Tensor, float]  # running mean and variance, and the weight of the new value
+
+
+def why_off() -> str:
+    """Why the kernels are not in use, or an empty string."""
+    if os.environ.get("ANYNORM_KERNELS", "1") == "0":
+        return "ANYNORM_KERNELS=0"
+    if compiled is None:
+        return "the compiled module is not installed (was there a C++ compiler?)"
+    wanted = os.environ.get("ANYNORM_ISA", "")
+    if not compiled.choose_instruction_set(wanted):
+        return f"ANYNORM_ISA={wanted}: this machine has {', '.join(compiled.instruction_sets())}"
+    return ""
+
+
+OFF = why_off()
+
+
+def describe() -> dict[str, str]:
+    """What is in use, for people."""
+    if OFF:
+        return {"kernels": f"off, the plain path serves: {OFF}"}
+    isas = ", ".join(compiled.instruction_sets())
+    return {
+        "kernels": f"{compiled.instruction_set()} (this machine has {isas}; ANYNORM_ISA chooses)",
+        "threads": compiled.thread_runtime() or "none: torch has no OpenMP runtime that can be shared",
+    }
+
+
+def arrange(x: Tensor) -> Tensor:
+    """x itself where its result is laid out alike, else a contiguous copy: cheaper than walks in torch operations."""
+    return x if x.is_contiguous() else x.contiguous(memory_format=find_memory_format(x))
+
+
+def address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def find_walk(x: Tensor, pooling: Pooling, given: int = 0, masked: bool = False) -> Plan | None:
+    """The plan of x, remembered with its pooling; None where `plain` must serve."""
+    key = (x.shape, x.stride(), x.dtype, given, masked)
+    try:
+        return pooling.plans[key]
+    except KeyError:
+        plan = None if OFF or x.numel() == 0 else find_plan(pooling, *key)
+        if len(pooling.plans) >= PLANS_KEPT:
+            pooling.plans.clear()
+        pooling.plans[key] = plan
+        return plan
+
+
+def forward(
+    x: Tensor,
+    plan: Plan,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    statistics: Statistics | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    running: Running | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """y = activation(norm(x) + residual), see `plain.forward`.
+
+    Args:
+        x: as `arrange` leaves it.
+        statistics: room for mean and m2, or the given mean and variance; None where nobody wants them.
+        running: averages to move.
+        mask: as in `ops.normalize`.
+    """
+    gamma, beta = ready("weight", weight, plan), ready("bias", bias, plan)
+    if residual is not None:
+        residual = memory.arrange("residual", residual, plan)
+    mean, m2 = find_addresses(statistics, plan)
+    averages: tuple[int, int, int, float] = (0, 0, 0, 0.0)
+    if running is not None:
+        size = plan.parameter_bytes
+        moved = find_address("running_mean", running[0], size), find_address("running_var", running[1], size)
+        averages = *moved, 0, running[2]
+    start = find_address("input", x, plan.bytes)
+    y = torch.empty_like(x, memory_format=plan.memory_format)
+    compiled.forward(
+        plan.walk, eps, torch.get_num_threads(), CHOICES[activation],
+        start, find_address("residual", residual, plan.bytes), y.data_ptr(),
+        find_address("weight", gamma, plan.parameter_bytes), find_address("bias", beta, plan.parameter_bytes),
+        mean, m2, find_weight(mask, plan), *averages,
+    )  # fmt: skip
+    return y
+
+
+def make_statistics(plan: Plan) -> Tensor:
+    """Room for the means and then the m2 of all pools; of an uncentred norm for the m2 alone."""
+    return torch.empty(plan.pools * (2 if plan.centred else 1), dtype=torch.float64, device=CPU)
+
+
+def find_addresses(statistics: Statistics | None, plan: Plan) -> tuple[int, int]:
+    """Where mean and m2, or a given mean and variance, are."""
+    if statistics is None:
+        return 0, 0
+    if isinstance(statistics, tuple):
+        size = plan.pools * plan.given.itemsize
+        return find_address("mean", statistics[0], size), find_address("variance", statistics[1], size)
+    start = find_address("statistics", statistics, 8 * plan.pools * (2 if plan.centred else 1))
+    return (start, start + 8 * plan.pools) if plan.centred else (0, start)
+
+
+def open_statistics(statistics: Tensor, plan: Plan, mask: Tensor | None = None) -> Moments:
+    """What the kernels left in the room for statistics."""
+    count: int | Tensor = plan.count if mask is None else find_count(mask, plan)
+    if not plan.centred:
+        return Moments(count, None, statistics.view(plan.shape))
+    mean, m2 = statistics.view(2, *plan.shape).unbind()
+    return Moments(count, mean, m2)
+
+
+def find_weight(mask: Tensor | None, plan: Plan) -> int:
+    """Where the mask is: one float for each of n and s, in this order, as a contiguous mask has them."""
+    if mask is None:
+        return 0
+    n, _, _, s, *_ = plan.packed
+    if mask.numel() != n * s or not mask.is_contiguous() or mask.dtype is not torch.float32:
+        raise RuntimeError(f"kernels: a mask must be {n * s} contiguous floats; got {mask.numel()} of {mask.dtype}")
+    return find_address("mask", mask, 4 * n * s)
+
+
+def find_count(mask: Tensor, plan: Plan) -> Tensor:
+    """Elements of each pool that count, as they broadcast over its mean."""
+    n, _, k, s, _, pool_n, *_ = plan.packed
+    if pool_n:
+        return mask.sum(dtype=torch.float64)
+    count = mask.view(n, s).sum(1, dtype=torch.float64) * k
+    return count.view([size if axis == 0 else 1 for axis, size in enumerate(plan.shape)])
+
+
+def ready_statistics(given: tuple[Tensor, Tensor], plan: Plan) -> tuple[Tensor, Tensor]:
+    """A given mean and variance as the kernels read them."""
+    return ready("running_mean", given[0], plan, plan.pools), ready("running_var", given[1], plan, plan.pools)
+
+
+def recover_statistics(kept: Statistics, plan: Plan) -> Statistics:
+    """What came back from forward, which hooks on saved tensors may have laid out anew."""
+    if isinstance(kept, tuple):
+        mean, var = kept
+        how = plan.given, plan.pools
+        return memory.recover("mean", mean, *how), memory.recover("variance", var, *how)
+    return memory.recover("statistics", kept, torch.float64, plan.pools * (2 if plan.centred else 1))
+
+
+def find_moments(x: Tensor, pooling: Pooling, mask: Tensor | None = None) -> Moments | None:
+    """Statistics alone, as synchronization and recalibration need them; None where x has no walk."""
+    x = arrange(x)
+    plan = find_walk(x, pooling, masked=mask is not None)
+    if plan is None:
+        return None
+    return open_statistics(find_statistics(x, plan, mask), plan, mask)
+
+
+def find_statistics(x: Tensor, plan: Plan, mask: Tensor | None = None) -> Tensor:
+    """What `forward` leaves in the room for statistics, alone."""
+    statistics = make_statistics(plan)
+    mean, m2 = find_addresses(statistics, plan)
+    compiled.forward(
+        plan.walk, 0.0, torch.get_num_threads(), 0,
+        find_address("input", x, plan.bytes), 0, 0, 0, 0, mean, m2,
+        find_weight(mask, plan), 0, 0, 0, 0.0,
+    )  # fmt: skip
+    return statistics
+
+
+def can_move(plan: Plan, mean: Tensor, var: Tensor, momentum: float | Tensor) -> bool:
+    """Whether the kernels can move running averages: in memory, as wide as parameters are, by a plain number."""
+    dtype = plan.parameter
+    return (
+        not plan.packed[2] > 1
+        and type(momentum) is float
+        and momentum >= 0
+        and mean.dtype is dtype
+        and var.dtype is dtype
+        and mean.is_contiguous()
+        and var.is_contiguous()
+        and mean.numel() == var.numel() == plan.channels
+    )
+
+
+def backward(
+    g: Tensor,
+    x: Tensor,
+    plan: Plan,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    statistics: Statistics,
+    eps: float,
+    needs: Sequence[bool],
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, gamma, beta and the residual, see `plain.backward`.
+
+    Args:
+        x: as `arrange` left it for `forward`.
+        needs: which of the four are wanted.
+    """
+    g, x = memory.arrange("gradient", g, plan), memory.arrange("input", x, plan)
+    gamma, beta = ready("weight", weight, plan), ready("bias", bias, plan)
+    if residual is not None:
+        residual = memory.arrange("residual", residual, plan)
+    statistics = recover_statistics(statistics, plan)
+    mean, m2 = find_addresses(statistics, plan)
+    mask = mask if mask is None else mask.contiguous()
+    read = find_address("gradient", g, plan.bytes), find_address("input", x, plan.bytes)
+    dx = torch.empty_like(x, memory_format=plan.memory_format) if needs[0] else None
+    dgamma = torch.empty(plan.channels, dtype=plan.parameter, device=CPU) if needs[1] else None
+    dbeta = torch.empty(plan.channels, dtype=plan.parameter, device=CPU) if needs[2] else None
+    dresidual = torch.empty_like(x, memory_format=plan.memory_format) if needs[3] else None
+    compiled.backward(
+        plan.walk, eps, torch.get_num_threads(), CHOICES[activation],
+        *read, find_address("residual", residual, plan.bytes), address(dx), address(dresidual),
+        find_address("weight", gamma, plan.parameter_bytes), find_address("bias", beta, plan.parameter_bytes),
+        mean, m2, find_weight(mask, plan), address(dgamma), address(dbeta),
+    )  # fmt: skip
+    return dx, dgamma, dbeta, dresidual

@@ -1,0 +1,176 @@
+"""How compilers see the kernels: two operations of torch.library, with shapes and gradients registered.
+
+torch.compile cannot look into a compiled module, so `ops.normalize` puts one of these into the graph where statistics
+come from x. Given statistics leave one multiplication, which compilers join with what stands around it. Eager calls
+never come here: an operation of torch.library costs more than a small norm.
+"""
+
+from __future__ import annotations
+
+from ast import literal_eval
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
+from torch.library import Library, register_autograd, register_fake
+
+from ..pooling import Pooling, remember
+from ..statistics import Moments
+from . import kernels, plain
+from .gradients import backward_differentiable
+from .walks import CODES
+
+LIBRARY = Library("anynorm", "FRAGMENT")
+AFTER = "Tensor? weight, Tensor? bias, Tensor? residual, str pooling, float eps, str activation"
+LIBRARY.define(f"forward(Tensor x, {AFTER}) -> (Tensor, Tensor)")
+LIBRARY.define(
+    f"backward(Tensor g, Tensor x, Tensor statistics, {AFTER}, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+# Below this many elements a compiler's own loops are faster than the call of an operation.
+LEAST = 1 << 15
+
+
+def write_pooling(pooling: Pooling) -> str:
+    """A pooling as text, which means the same in every process that reads a cached graph."""
+    return repr((pooling.splits, pooling.pooled, pooling.affine, pooling.samples, pooling.centred, pooling.ghosts))
+
+
+@remember
+def read_pooling(text: str) -> Pooling:
+    return Pooling(*literal_eval(text))
+
+
+def count_pools(x: Tensor, pooling: Pooling) -> Any:
+    """How many elements share nothing; a symbol where sizes are."""
+    pools = 1
+    for axis, size in enumerate(pooling.open(x).shape):
+        pools = pools if axis in pooling.pooled else pools * size
+    return pools
+
+
+def serves(x: Tensor) -> bool:
+    """Whether a compiler should call the kernels for x."""
+    return not kernels.OFF and x.device.type == "cpu" and x.dtype in CODES and x.numel() >= LEAST
+
+
+def normalize(
+    x: Tensor,
+    pooling: Pooling,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    activation: str | None,
+    residual: Tensor | None,
+) -> tuple[Tensor, Moments]:
+    """One operation in a compiler's graph, and the moments it found."""
+    y, statistics = torch.ops.anynorm.forward(x, weight, bias, residual, write_pooling(pooling), eps, activation or "")
+    view = pooling.open(x)
+    shape = [1 if axis in pooling.pooled else size for axis, size in enumerate(view.shape)]
+    count = pooling.count(view)
+    if not pooling.centred:
+        return y, Moments(count, None, statistics.view(shape))
+    return y, Moments(count, statistics[0].view(shape), statistics[1].view(shape))
+
+
+def forward_cpu(
+    x: Tensor, weight: Any, bias: Any, residual: Any, text: str, eps: float, activation: str
+) -> tuple[Tensor, Tensor]:
+    pooling = read_pooling(text)
+    x = kernels.arrange(x)
+    walk = kernels.find_walk(x, pooling)
+    if walk is not None:
+        statistics = kernels.make_statistics(walk)
+        y = kernels.forward(x, walk, weight, bias, eps, statistics, activation or None, residual)
+        return y, statistics.view(2 if pooling.centred else 1, -1)
+    y, moments = plain.compose(x, pooling, weight, bias, eps, None, activation or None, residual)
+    parts = [t.double().flatten() for t in (moments.mean, moments.m2) if t is not None]
+    return torch.empty_like(x).copy_(y), torch.stack(parts)
+
+
+def backward_cpu(
+    g: Tensor,
+    x: Tensor,
+    statistics: Tensor,
+    weight: Any,
+    bias: Any,
+    residual: Any,
+    text: str,
+    eps: float,
+    activation: str,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    pooling = read_pooling(text)
+    x = kernels.arrange(x)
+    walk = kernels.find_walk(x, pooling)
+    inputs = (x, weight, bias, residual)
+    if walk is not None:
+        found = kernels.backward(g, x, walk, weight, bias, statistics, eps, needs, activation or None, residual)
+    else:
+        with torch.enable_grad():
+            leaves = [t if t is None else t.detach().requires_grad_() for t in inputs]
+            y, _ = plain.compose(leaves[0], pooling, leaves[1], leaves[2], eps, None, activation or None, leaves[3])  # type: ignore[arg-type]
+        wanted = [t for t, need in zip(leaves, needs, strict=True) if need and t is not None]
+        gradients = iter(torch.autograd.grad(y, wanted, g))
+        found = tuple(
+            next(gradients) if need and t is not None else None for t, need in zip(leaves, needs, strict=True)
+        )  # type: ignore[assignment]
+    return tuple(
+        x.new_empty(0) if f is None else f.reshape(t.shape).to(t.dtype) for f, t in zip(found, inputs, strict=True)
+    )
+
+
+LIBRARY.impl("forward", forward_cpu, "CPU")
+LIBRARY.impl("backward", backward_cpu, "CPU")
+
+
+def empty_output(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=plain.find_memory_format(x))
+
+
+@register_fake("anynorm::forward")
+def _(x: Tensor, weight: Any, bias: Any, residual: Any, text: str, eps: float, activation: str) -> Any:
+    pooling = read_pooling(text)
+    rows = 2 if pooling.centred else 1
+    return empty_output(x), x.new_empty((rows, count_pools(x, pooling)), dtype=torch.float64)
+
+
+@register_fake("anynorm::backward")
+def _(g: Tensor, x: Tensor, _: Any, weight: Any, bias: Any, residual: Any, *rest: Any) -> Any:
+    needs = rest[-1]
+    found = [empty_output(x) if needs[0] else x.new_empty(0)]
+    for t, need in zip((weight, bias), needs[1:3], strict=True):
+        found.append(t.new_empty(t.shape) if need else x.new_empty(0))
+    found.append(empty_output(x) if needs[3] else x.new_empty(0))
+    return tuple(found)
+
+
+def keep(ctx: Any, inputs: Any, output: Any) -> None:
+    x, weight, bias, residual, *how = inputs
+    ctx.save_for_backward(x, weight, bias, residual, output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.how = how
+
+
+def differentiate(ctx: Any, g: Tensor, _: Any) -> tuple[Any, ...]:
+    x, weight, bias, residual, statistics = ctx.saved_tensors
+    needs = list(ctx.needs_input_grad[:4])
+    text, eps, activation = ctx.how
+    if not torch.compiler.is_compiling() and (
+        torch.is_grad_enabled()
+        or is_legacy_batchedtensor(g)
+        # Inside an operation autograd records nothing, so a formula cannot be differentiated there.
+        or kernels.find_walk(kernels.arrange(x), read_pooling(text)) is None
+    ):
+        how = None, eps, activation or None, None, None
+        outer = SimpleNamespace(how=how, needs_input_grad=needs)
+        return *backward_differentiable(outer, read_pooling(text), g, (x, weight, bias, residual), None)[:4], *[
+            None
+        ] * 3
+    found = torch.ops.anynorm.backward(g, x, statistics, weight, bias, residual, *ctx.how, needs)
+    return (*(f if need else None for f, need in zip(found, needs, strict=True)), None, None, None)
+
+
+register_autograd("anynorm::forward", differentiate, setup_context=keep, lib=LIBRARY)

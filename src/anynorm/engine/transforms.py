@@ -1,0 +1,157 @@
+"""The kernels under torch.func: per-sample gradients by vmap and grad, and any vmaps around one grad.
+
+    xhat = (x - mean) * rstd,        y = xhat * gamma + beta
+    dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) =: P(g, x)        symmetric: P is its own transpose in g
+
+Gamma and beta follow in torch's operations, because a transform wants their gradients for each sample. What a vmap adds
+is one more axis that keeps statistics of its own. Deeper derivatives are taken from `plain.compose`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import _dispatch_keys
+from torch._C._functorch import TransformType, get_interpreter_stack, get_unwrapped, is_functorch_wrapped_tensor
+from torch.autograd import forward_ad
+from torch.overrides import _len_torch_function_stack
+from torch.utils._python_dispatch import _len_torch_dispatch_stack
+
+from ..activations import finish
+from ..affine import scale_shift, spread
+from ..pooling import Pooling, remember
+from ..statistics import find_moments, find_wide_dtype
+from . import kernels, plain
+from .walks import CODES
+from .watch import PLAIN_KEYS
+
+# Below this many elements, over all samples, what torch.func does around an autograd function costs more than float64.
+LEAST = 1 << 14
+HALVES = (torch.bfloat16, torch.float16)
+
+
+def serves(x: Tensor) -> bool:
+    """Whether x is plain memory under vmaps and at most one grad, and nothing else watches."""
+    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+        return False
+    levels = [interpreter.key() for interpreter in get_interpreter_stack() or ()]
+    if not levels or any(level not in (TransformType.Vmap, TransformType.Grad) for level in levels):
+        return False
+    if levels.count(TransformType.Grad) > 1 or _len_torch_dispatch_stack() or _len_torch_function_stack():
+        return False
+    if x.dtype not in CODES or not x.numel():
+        return False
+    while is_functorch_wrapped_tensor(x):
+        x = get_unwrapped(x)
+    return type(x) is Tensor and x.numel() >= LEAST and _dispatch_keys(x).raw_repr() in PLAIN_KEYS
+
+
+def normalize(
+    x: Tensor,
+    pooling: Pooling,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    activation: str | None,
+    residual: Tensor | None,
+) -> Tensor:
+    """`plain.compose` with statistics from x; half types are widened first and rounded once."""
+    wide = x.float() if x.dtype in HALVES else x
+    xhat = pooling.open(Standardize.apply(wide, pooling, eps))
+    gamma, beta = (spread(p, pooling, xhat, wide.dtype) for p in (weight, bias))
+    added = None if residual is None else pooling.open(residual).to(wide.dtype)
+    y = scale_shift(xhat, gamma, beta) if gamma is None or beta is None else torch.addcmul(beta, xhat, gamma)
+    return finish(y, activation, added).to(x.dtype).reshape(x.shape)
+
+
+def find_place(pooling: Pooling) -> int:
+    """Where a new axis goes: in front, or beside the channels where memory before them is pooled."""
+    return pooling.affine[0] if 0 in pooling.pooled and pooling.affine and 0 not in pooling.affine else 0
+
+
+@remember
+def add_axis(pooling: Pooling, place: int) -> Pooling:
+    """The same norm of a tensor with one more axis, at `place`, that keeps statistics of its own."""
+
+    def move(axes: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(axis if axis < place else axis + 1 for axis in axes)
+
+    splits = tuple((move((axis,))[0], sizes) for axis, sizes in pooling.splits)
+    affine = (place, *move(pooling.affine)) if place else move(pooling.affine)
+    return Pooling(splits, move(pooling.pooled), affine, (), pooling.centred)
+
+
+class Standardize(torch.autograd.Function):
+    """xhat of x."""
+
+    @staticmethod
+    def forward(x: Tensor, pooling: Pooling, eps: float) -> Tensor:
+        x = kernels.arrange(x)
+        walk = kernels.find_walk(x, pooling)
+        if walk is None:
+            return plain.forward(x, pooling, None, None, eps)[0]
+        return kernels.forward(x, walk, None, None, eps)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, *ctx.how = inputs
+        ctx.save_for_backward(x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        return Project.apply(g, *ctx.saved_tensors, *ctx.how), None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], x: Tensor, pooling: Pooling, eps: float) -> tuple[Tensor, int]:
+        place = find_place(pooling)
+        return Standardize.apply(x.movedim(in_dims[0], place), add_axis(pooling, place), eps), place
+
+
+class Project(torch.autograd.Function):
+    """P(g, x)."""
+
+    @staticmethod
+    def forward(g: Tensor, x: Tensor, pooling: Pooling, eps: float) -> Tensor:
+        x = kernels.arrange(x)
+        needs = (True, False, False, False)
+        walk = kernels.find_walk(x, pooling)
+        if walk is not None:
+            statistics = kernels.find_statistics(x, walk)
+            dx = kernels.backward(g, x, walk, None, None, statistics, eps, needs)[0]
+        else:
+            wide = pooling.open(x).to(find_wide_dtype(x))
+            moments = find_moments(wide, pooling, wide.dtype == x.dtype)
+            dx = plain.backward(g, x, pooling, None, moments, eps, given=False, needs=needs)[0]
+        assert dx is not None
+        return dx
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        g, x, *ctx.how = inputs
+        ctx.save_for_backward(g, x)
+
+    @staticmethod
+    def backward(ctx: Any, t: Tensor) -> tuple[Any, ...]:
+        pooling, eps = ctx.how
+
+        def project(g: Tensor, x: Tensor) -> Tensor:
+            pull = torch.func.vjp(lambda x: plain.compose(x, pooling, None, None, eps, None)[0], x)[1]
+            return pull(g)[0]
+
+        pull = torch.func.vjp(project, *ctx.saved_tensors)[1]
+        return (*pull(t), None, None)
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[Any, ...], g: Tensor, x: Tensor, pooling: Pooling, eps: float
+    ) -> tuple[Tensor, int]:
+        place = find_place(pooling)
+        g, x = (
+            t.unsqueeze(place).expand(*t.shape[:place], info.batch_size, *t.shape[place:])
+            if axis is None
+            else t.movedim(axis, place)
+            for t, axis in ((g, in_dims[0]), (x, in_dims[1]))
+        )
+        return Project.apply(g, x, add_axis(pooling, place), eps), place

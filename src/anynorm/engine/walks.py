@@ -1,0 +1,156 @@
+"""Which walk over memory serves a tensor? A pooling and a tensor's strides become ten integers, a `Plan`."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+
+from ..pooling import Pooling, remember
+from .plain import suggest_memory_format
+
+try:
+    from .. import _kernels as compiled  # type: ignore[attr-defined]
+except ImportError:
+    compiled = None
+
+CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+# Axes in the order of memory, one letter for each run of alike: n keeps statistics of its own, a does and has a gamma
+# of its own, p is pooled, b is pooled and has a gamma of its own.
+SAMPLES_FIRST = re.compile("n?a?b?p?")
+SAMPLES_LAST = re.compile("n?pa?b?")
+BATCH = re.compile("p?ap?|p")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a tensor is walked.
+
+    Attributes:
+        walk: sizes, as the compiled module keeps them.
+        packed: the same, to look at: n, g, k, s, channels last, pooled over n, centred, dtype, given, rows of a sample.
+        pools: how many elements share nothing: the size of mean and m2.
+        channels: the size of gamma and beta.
+        shape: of mean and m2, as they broadcast over the view.
+        count: elements of a pool.
+        memory_format: of results, which differ from x at most in the strides of axes of size 1.
+        sizes, strides, dtype: of x.
+        parameter: the dtype that kernels read gamma and beta in.
+        given: the dtype of given statistics; float64 where they come from x.
+        bytes, parameter_bytes: of x, and of gamma as kernels read it.
+    """
+
+    walk: Any
+    packed: tuple[int, ...]
+    pools: int
+    channels: int
+    shape: tuple[int, ...]
+    count: int
+    centred: bool
+    memory_format: torch.memory_format
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    parameter: torch.dtype
+    given: torch.dtype
+    bytes: int
+    parameter_bytes: int
+
+
+def open_sizes(pooling: Pooling, shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[list[int], list[int]]:
+    """Sizes and strides of the opened view, without making it."""
+    sizes, steps = list(shape), list(strides)
+    for axis, parts in pooling.splits:
+        known = -prod(parts)
+        parts = tuple(sizes[axis] // known if part == -1 else part for part in parts)
+        step = steps[axis]
+        inner = [step * prod(parts[i + 1 :]) for i in range(len(parts))]
+        sizes[axis : axis + 1], steps[axis : axis + 1] = parts, inner
+    return sizes, steps
+
+
+@remember
+def find_plan(
+    pooling: Pooling,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    dtype: torch.dtype,
+    given: int,
+    masked: bool = False,
+) -> Plan | None:
+    """The walk over x, or None where it is not one of the two.
+
+    Args:
+        shape, strides: of x.
+        given: 1 where statistics are given in the dtype of the parameters, 2 in float64, one for every channel, so that
+            samples share them; else 0.
+        masked: whether a mask will tell which positions count.
+    """
+    if dtype not in CODES:
+        return None
+    extents, steps = open_sizes(pooling, shape, strides)
+    hidden = {*pooling.pooled, *pooling.samples} if given else set(pooling.pooled)
+    letters, sizes = find_letters(pooling, hidden, extents, steps)
+    n, g, k, s = (sizes[letters.index(letter)] if letter in letters else 1 for letter in "nabp")
+    last = pool_n = False
+    if BATCH.fullmatch(letters):
+        before, _, after = letters.partition("a")
+        n, s = (sizes[0] if before else 1), (sizes[-1] if after else 1)
+        pool_n = True
+    elif given:
+        return None
+    elif SAMPLES_LAST.fullmatch(letters) and not SAMPLES_FIRST.fullmatch(letters):
+        last = True
+    elif not SAMPLES_FIRST.fullmatch(letters):
+        return None
+    statistics = tuple(1 if axis in hidden else extent for axis, extent in enumerate(extents))
+    sample_rows = 0
+    if masked and s == 1 and not last:
+        follows = letters != "p" and has_lone_position(pooling, extents)
+        is_last = len(shape) > 3 and strides[1] < min(strides[2:])
+        last = follows and is_last and not pool_n
+        sample_rows = 0 if last or (follows and not is_last) else max(1, n // shape[0]) if pool_n else 1
+    packed = (n, g, k, s, last, pool_n, pooling.centred, CODES[dtype], given, sample_rows)
+    count = n * s if pool_n else k * s
+    parameter = torch.float64 if dtype is torch.float64 else torch.float32
+    return Plan(
+        compiled.Plan(*packed), packed, prod(statistics), g * k, statistics, count, pooling.centred,
+        suggest_memory_format(shape, strides), shape, strides, dtype, parameter,
+        parameter if given == 1 else torch.float64, prod(shape) * dtype.itemsize, g * k * parameter.itemsize,
+    )  # fmt: skip
+
+
+def has_lone_position(pooling: Pooling, sizes: list[int]) -> bool:
+    """Whether channels are followed by positions, but by one: padded, as by more, it must be walked alike."""
+    behind = range(max(pooling.affine, default=-1) + 1, len(sizes))
+    return any(axis in pooling.pooled and sizes[axis] == 1 for axis in behind)
+
+
+def find_letters(pooling: Pooling, hidden: set[int], sizes: list[int], strides: list[int]) -> tuple[str, list[int]]:
+    """Letters and sizes of the axes in the order of memory, alike neighbours as one.
+
+    "?" where memory has holes, or where statistics or parameters are not in the order of memory.
+    """
+    axes = sorted((a for a, size in enumerate(sizes) if size > 1), key=lambda a: strides[a], reverse=True)
+    expected = 1
+    for axis in reversed(axes):
+        if strides[axis] != expected:
+            return "?", [0]
+        expected *= sizes[axis]
+    for ordered in ([a for a in axes if a not in hidden], [a for a in axes if a in pooling.affine]):
+        if ordered != sorted(ordered):
+            return "?", [0]
+    letters = ""
+    merged: list[int] = []
+    for axis in axes:
+        letter = ("np", "ab")[axis in pooling.affine][axis in hidden]
+        if letters.endswith(letter):
+            merged[-1] *= sizes[axis]
+        else:
+            letters += letter
+            merged.append(sizes[axis])
+    return letters, merged

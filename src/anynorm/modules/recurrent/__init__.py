@@ -1,0 +1,1 @@
+"""Recurrent layers with norms inside the recurrence."""

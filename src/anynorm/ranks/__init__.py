@@ -1,0 +1,1 @@
+"""What the ranks of a process group say to each other."""

@@ -1,0 +1,1 @@
+"""Population statistics of the batch norms of a model."""

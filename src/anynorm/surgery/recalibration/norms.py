@@ -1,0 +1,238 @@
+"""Which norms are recalibrated, what do they hear, and how is all they were put back?
+
+A pre-hook takes the moments of what reaches a norm. The norms are the only modules whose mode is touched: they
+normalize by their batch (training mode), or by averages that are put in (evaluation mode).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache, partial
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from ...engine import paths as ops
+from ...family import FAMILY
+from ...modules import batch, fused, state
+from ...modules.renorm import _Renorm
+from ...modules.sync import SyncBatchNorm, _Synchronized
+from ...padding.context import may_be_masked
+from ...padding.masks import find_mask
+from ...padding.ragged import is_ragged, open_rows
+from ...statistics import Moments
+from ..report import Entry, describe, is_ours
+from .statistics import Tally
+
+BASES = (nn.modules.batchnorm._BatchNorm, batch._BatchNorm)
+FORWARDS = (nn.modules.batchnorm._BatchNorm.forward, nn.SyncBatchNorm.forward, state.Norm.forward, fused.Fused.forward)
+SYNCHRONIZED = (_Synchronized, nn.SyncBatchNorm)
+NOT_CALLED = "the model did not call it"
+
+
+def find_norms(model: nn.Module, trust: tuple[type, ...]) -> tuple[dict[str, Any], list[Entry]]:
+    """The norms to recalibrate, by name, and what else keeps running averages, with the reason why it is left.
+
+    Raises:
+        ValueError: a lazy norm that has not seen an input.
+    """
+    norms, left = {}, []
+    for name, module in model.named_modules():
+        if is_lazy(module):
+            raise ValueError(
+                f"recalibrate: lazy modules must have seen an input; got {name or 'the model'} "
+                f"({describe(type(module))}), which has not; run one batch first"
+            )
+        reason = find_reason(module, trust)
+        if reason:
+            left.append(Entry(name, describe(type(module)), reason=reason))
+        elif reason is not None:
+            norms[name] = module
+    return norms, left
+
+
+def is_lazy(module: nn.Module) -> bool:
+    """Whether any parameter or buffer of its own has no size yet."""
+    own = (*module._parameters.values(), *module._buffers.values())
+    return any(t is not None and nn.parameter.is_lazy(t) for t in own)
+
+
+def find_reason(module: nn.Module, trust: tuple[type, ...]) -> str | None:
+    """Why a module is left; "" for a norm to recalibrate, None for what is no such norm."""
+    kind = type(module)
+    if isinstance(module, torch.jit.ScriptModule):
+        return "it is compiled by torch.jit.script" if hasattr(module, "running_mean") else None
+    is_batch_norm = isinstance(module, (*BASES, *trust))
+    if is_batch_norm and (module.running_mean is None or module.running_var is None):
+        return "it keeps no running averages"
+    if not is_batch_norm:
+        has_averages = isinstance(module._buffers.get("running_mean"), Tensor)
+        return "its running averages are not those of a batch norm over (N, C, *)" if has_averages else None
+    if "forward" in vars(module):
+        return "its forward was replaced on the object"
+    if isinstance(module, trust) or is_ours(kind) or kind.forward in FORWARDS:
+        return ""
+    return "a subclass with a forward of its own may not normalize its input as it comes; name it in trust="
+
+
+class Listener:
+    """Takes the moments of everything that reaches the norms.
+
+    Args:
+        norms: by name.
+        by_batch: the norms normalize by their batch; else by their running averages.
+
+    Attributes:
+        tallies: what was heard, by name; `begin` clears them.
+        follows: put what was heard so far into the running averages at every call.
+    """
+
+    def __init__(self, norms: dict[str, Any], by_batch: bool) -> None:
+        self.norms, self.by_batch = norms, by_batch
+        self.follows = False
+        self.tallies: dict[str, Tally] = {}
+        self._heard: dict[str, Moments] = {}  # in the present batch
+        self._handles: list[Any] = []
+
+    def begin(self, follows: bool) -> None:
+        """A new pass."""
+        self.tallies = {name: Tally() for name in self.norms}
+        self._heard, self.follows = {}, follows
+
+    def attach(self) -> None:
+        """Put the norms into their mode and hear what comes."""
+        for name, norm in self.norms.items():
+            norm.training = self.by_batch
+            if self.by_batch and isinstance(norm, _Renorm):
+                make_plain(norm)
+            self._handles.append(norm.register_forward_pre_hook(partial(self.hear, name), with_kwargs=True))
+
+    def detach(self) -> None:
+        """Hear no more."""
+        while self._handles:
+            self._handles.pop().remove()
+
+    def hear(self, name: str, norm: Any, args: Any, kwargs: Any) -> None:
+        """One call of a norm; several in a batch are pooled."""
+        moments = find_input_moments(norm, *find_input(norm, args, kwargs))
+        if moments is None:
+            return
+        assert moments.mean is not None
+        if not (moments.mean.isfinite().all() and moments.m2.isfinite().all()):
+            raise FloatingPointError(
+                f"recalibrate: statistics must be finite; got NaN or Inf in the input of {name or 'the model'} "
+                f"({type(norm).__name__}); look for the first layer that overflows, or for NaN in the data; "
+                "nothing was changed"
+            )
+        if self.by_batch and moments.count == 1 and getattr(norm, "on_single", "error") == "error":
+            raise ValueError(
+                f"recalibrate: a batch must have more than 1 value per channel, or every output is beta; got 1 in "
+                f"{name or 'the model'} ({type(norm).__name__}); use a larger batch, drop a last batch of one with "
+                "DataLoader(drop_last=True), or earlier='population'; nothing was changed"
+            )
+        known = self._heard.get(name)
+        self._heard[name] = moments if known is None else known.merge(moments)
+        if self.follows:
+            before, total = self.tallies[name].total, self._heard[name]
+            total = total if before is None else before.merge(total)
+            assert total.mean is not None
+            put(norm, total.mean, total.m2 / max(int(total.count) - 1, 1))
+
+    def end_batch(self) -> None:
+        """All calls of a batch are one entry: they are about the same samples."""
+        for name, moments in self._heard.items():
+            self.tallies[name].add(moments)
+        self._heard = {}
+
+
+def part_ranks(model: nn.Module) -> None:
+    """Let every synchronized norm take the batch of this rank until `keeping` ends, also those that are left: ranks
+    may have unlike numbers of batches."""
+    for norm in model.modules():
+        if is_torchs_synchronized(norm) and norm.training:
+            norm.__class__ = SyncBatchNorm  # torch's refuses the CPU and cannot be told
+        if isinstance(norm, _Synchronized):
+            vars(norm)["find_ranks"] = lambda: None
+
+
+def is_torchs_synchronized(module: nn.Module) -> bool:
+    """Whether it is torch's, with torch's forward."""
+    is_kind = isinstance(module, nn.SyncBatchNorm) and type(module).forward is nn.SyncBatchNorm.forward
+    return is_kind and "forward" not in vars(module)
+
+
+def make_plain(norm: Any) -> None:
+    """Let batch renormalization be batch norm: r and d are of averages that are about to be replaced."""
+    norm._is_warming_up = lambda: True
+
+
+def put(norm: Any, mean: Tensor, var: Tensor) -> None:
+    """In place: buffers keep their identity."""
+    norm.running_mean.copy_(mean)
+    norm.running_var.copy_(var)
+
+
+@cache
+def find_signature(kind: Any) -> inspect.Signature:
+    """Of its forward."""
+    return inspect.signature(kind.forward)
+
+
+def find_input(norm: Any, args: Any, kwargs: Any) -> tuple[Any, Tensor | None]:
+    """A norm's input and its mask, however the model passes them."""
+    given = find_signature(norm.__class__).bind(norm, *args, **kwargs).arguments
+    x = next(value for name, value in given.items() if name != "self")
+    if not isinstance(norm, batch._BatchNorm):
+        return x, None
+    mask, lengths = given.get("mask"), given.get("lengths")
+    if mask is None and lengths is None and may_be_masked():
+        mask = norm.find_mask(x)
+    return x, find_mask("batch_norm", x, (1,), mask, lengths)
+
+
+def find_input_moments(norm: Any, x: Any, mask: Tensor | None) -> Moments | None:
+    """(C,), float64, on the CPU; None where nothing counts, or where the norm will refuse the input."""
+    if is_ragged(x):
+        x = open_rows("batch_norm", x)
+    if not isinstance(x, Tensor) or x.dim() < 2 or x.shape[1] != norm.running_mean.numel() or not x.is_floating_point():
+        return None
+    if not x.numel():
+        return None
+    found = ops.find_moments(x, FAMILY["batch"].pool(x), mask)
+    assert found.mean is not None
+    mean, m2 = (t.detach().flatten().cpu().double() for t in (found.mean, found.m2))
+    return Moments(int(found.count), mean, m2) if found.count else None
+
+
+@contextmanager
+def keeping(model: nn.Module) -> Iterator[None]:
+    """Norms, and what is written in the buffers of the whole model, are afterwards what they were before.
+
+    Of modules that keep running averages, and of synchronized norms, everything is put back. Of the others only what
+    was written in place: a cache that was replaced belongs together with attributes that nobody knows.
+    """
+    before = [
+        (module, type(module), dict(vars(module)), dict(module._buffers))
+        for module in model.modules()
+        if not isinstance(module, torch.jit.ScriptModule)
+        and (isinstance(module, SYNCHRONIZED) or isinstance(module._buffers.get("running_mean"), Tensor))
+    ]
+    buffers = [(t, t.detach().clone()) for t in model.buffers() if not t.is_inference()]
+    try:
+        yield
+    finally:
+        for module, kind, attributes, named in before:
+            if type(module) is not kind:
+                module.__class__ = kind
+            vars(module).clear()
+            vars(module).update(attributes)
+            module._buffers.clear()
+            module._buffers.update(named)
+        with torch.no_grad():
+            for t, values in buffers:  # torch's batch norm moves averages without a new version.
+                if not torch.equal(t, values):
+                    t.copy_(values)
