@@ -33,7 +33,9 @@ from .modules.fused import (
     SyncBatchNormAct,
 )
 from .modules.ghost import GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d
+from .modules.group import GroupNorm
 from .modules.instance import InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
+from .modules.layer import LayerNorm
 from .modules.lazy import (
     LazyBatchNorm1d,
     LazyBatchNorm2d,
@@ -45,7 +47,7 @@ from .modules.lazy import (
 from .modules.pattern import AnyNorm
 from .modules.recurrent.layers import GRU, LSTM
 from .modules.renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
-from .modules.sample import GroupNorm, LayerNorm, RMSNorm
+from .modules.rms import RMSNorm
 from .modules.sync import SyncBatchNorm
 from .padding.context import masked
 from .padding.masks import mask_of

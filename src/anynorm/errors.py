@@ -214,14 +214,15 @@ def find_addresses(t: Tensor) -> Tensor:
     return addresses
 
 
-def warn_of_one_value(function: str, count: int, what: str, x: Tensor, output: str) -> None:
-    """torch says nothing here (pytorch#19250)."""
+def warn_of_one_value(function: str, count: int, what: str, x: Tensor, output: str) -> bool:
+    """Whether there is one value, which torch says nothing of (pytorch#19250)."""
     if count == 1 and not torch.compiler.is_compiling():
         warnings.warn(
             f"{function}: one value per {what} in an input {tuple(x.shape)}, so every output is {output}; "
             "pool more values",
-            stacklevel=4,
+            stacklevel=6,
         )
+    return count == 1
 
 
 def has_values(value: Any) -> TypeGuard[Tensor]:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .pooling import Pooling, Sizes, find_pooling
+from .sources import NAMES, Batch, Given, Merged, Renorm, Source
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Scheme:
     name: str
     pattern: str
     centred: bool
-    sources: tuple[str, ...]
+    sources: tuple[type[Source], ...]
     affine: str
     classes: tuple[str, ...]
     function: str
@@ -49,6 +50,11 @@ class Scheme:
     def pool(self, x: Tensor, sizes: Sizes = ()) -> Pooling:
         """The pattern, worked out for x."""
         return find_pooling(self.pattern, self.affine, self.centred, x.dim(), sizes, self.ghosts)
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """The sources in one word each, for tables."""
+        return tuple(NAMES[source] for source in self.sources)
 
     @property
     def fused(self) -> tuple[str, ...]:
@@ -61,21 +67,21 @@ FAMILY: dict[str, Scheme] = {
     scheme.name: scheme
     for scheme in (
         #      name        statistics shared by    centred sources               affine over
-        Scheme("batch",    "n c s -> c",           True,   ("batch", "running"), "c",
+        Scheme("batch",    "n c s -> c",           True,   (Batch, Given), "c",
                ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d"), "batch_norm"),
-        Scheme("ghost",    "(b m) c s -> b c",     True,   ("batch", "running"), "c",
+        Scheme("ghost",    "(b m) c s -> b c",     True,   (Batch, Given), "c",
                ("GhostBatchNorm1d", "GhostBatchNorm2d", "GhostBatchNorm3d"), "ghost_batch_norm", "batch", "b"),
-        Scheme("renorm",   "n c s -> c",           True,   ("renorm", "running"), "c",
+        Scheme("renorm",   "n c s -> c",           True,   (Renorm, Given), "c",
                ("BatchRenorm1d", "BatchRenorm2d", "BatchRenorm3d"), "batch_renorm", "batch"),
-        Scheme("sync",     "n c s -> c",           True,   ("ranks", "running"), "c",
+        Scheme("sync",     "n c s -> c",           True,   (Merged, Given), "c",
                ("SyncBatchNorm",), "", "batch"),
-        Scheme("layer",    "n d -> n",             True,   ("batch",),           "d",
+        Scheme("layer",    "n d -> n",             True,   (Batch,),       "d",
                ("LayerNorm",), "layer_norm"),
-        Scheme("rms",      "n d -> n",             False,  ("batch",),           "d",
+        Scheme("rms",      "n d -> n",             False,  (Batch,),       "d",
                ("RMSNorm",), "rms_norm"),
-        Scheme("instance", "n c s -> n c",         True,   ("batch", "running"), "c",
+        Scheme("instance", "n c s -> n c",         True,   (Batch, Given), "c",
                ("InstanceNorm1d", "InstanceNorm2d", "InstanceNorm3d"), "instance_norm"),
-        Scheme("group",    "n (g k) s -> n g",     True,   ("batch",),           "g k",
+        Scheme("group",    "n (g k) s -> n g",     True,   (Batch,),       "g k",
                ("GroupNorm",), "group_norm"),
     )
 }

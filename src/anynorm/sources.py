@@ -1,15 +1,15 @@
 """Question (b): where do mean and variance come from?
 
-- ``batch``: from x itself; gradient flows through them.
-- ``running``: from the running averages of training; no gradient flows through them.
-- ``renorm``: from x itself, and then moved towards the running averages by a scale r and a shift d, through which no
-  gradient flows.
-- ``ranks``: from x and its like on all ranks, or in all micro-batches (`merged`); gradient flows through all of them.
+An answer is a value, one of the classes here, and travels in the request (`engine.request`). `family.py` names for each
+norm the one of training and the one of evaluation. Within `overriding` somebody else answers for the layers of a model.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -18,11 +18,127 @@ from .pooling import Pooling
 from .statistics import Moments, at_least_one, find_wide_dtype
 
 
-def read_running(running_mean: Tensor, running_var: Tensor, pooling: Pooling, view: Tensor) -> Moments:
-    """The running averages as moments that broadcast over the opened x."""
+class Batch(NamedTuple):
+    """x itself; gradient flows through its mean and variance.
+
+    Attributes:
+        running_mean, running_var: averages that they move, in place; None for none.
+        momentum: weight of the new value; a tensor for a cumulative average.
+    """
+
+    running_mean: Tensor | None = None
+    running_var: Tensor | None = None
+    momentum: float | Tensor = 0.0
+
+
+class Given(NamedTuple):
+    """Constants, one mean and one variance for each channel: running averages, in evaluation."""
+
+    mean: Tensor
+    var: Tensor
+
+
+class Renorm(NamedTuple):
+    """x itself, and then moved towards the running averages by a scale r and a shift d, see `correct`.
+
+    No gradient flows through r and d.
+
+    Attributes:
+        running_mean, running_var, momentum: as of `Batch`.
+        known_mean, known_var: what r and d are found from; the running averages, but in a call that is computed again.
+        limits: r_max and d_max.
+        start_share: of the known averages, what they started from.
+    """
+
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    momentum: float | Tensor
+    known_mean: Tensor
+    known_var: Tensor
+    limits: tuple[float | Tensor, float | Tensor]
+    start_share: float | Tensor = 0.0
+
+
+class Exchange:
+    """Brings together what the parts of a batch have, one call of a norm."""
+
+    def take_input(self, x: Tensor) -> Tensor:
+        """Called first, with this part; returns what is normalized, x itself or a view of it."""
+        return x
+
+    def merge(self, moments: Moments) -> Moments:
+        """The moments of all parts; every part gets the same."""
+        raise NotImplementedError
+
+    def merge_sums(self, sums: Tensor) -> Tensor:
+        """The sums over all parts, in backward, of gamma * g and of gamma * g * xhat.
+
+        Args:
+            sums: (2, C), this part's, with the xhat of the merged moments; shape, dtype and device of the result.
+        """
+        raise NotImplementedError
+
+
+class Merged(NamedTuple):
+    """x and its like on all ranks, or in all micro-batches; gradient flows through all of them.
+
+    Attributes:
+        running_mean, running_var, momentum: as of `Batch`.
+        exchange: brings the parts together; there always, None only as a default must be.
+    """
+
+    running_mean: Tensor | None = None
+    running_var: Tensor | None = None
+    momentum: float | Tensor = 0.0
+    exchange: Exchange | None = None
+
+
+class Joined(NamedTuple):
+    """x and others like it, which somebody else normalizes as one batch.
+
+    Attributes:
+        normalize: what takes x, gamma, beta, a residual and the request, and returns this part of the result.
+    """
+
+    normalize: Callable[..., Any]
+
+
+Source = Batch | Given | Renorm | Merged | Joined
+BATCH = Batch()
+NAMES: dict[type[Source], str] = {Batch: "batch", Given: "running", Renorm: "renorm", Merged: "ranks"}  # in tables
+
+
+class Override(Protocol):
+    """Says where the layers of a model take their statistics from, instead of the layers."""
+
+    def find_source(self, layer: Any, input: Any) -> Source | None:
+        """The source of one call of a layer, which then moves no averages of its own; None leaves it to the layer."""
+        ...
+
+
+OVERRIDE: ContextVar[Override | None] = ContextVar("anynorm.source", default=None)
+
+
+@contextmanager
+def overriding(override: Override) -> Iterator[None]:
+    """Let `override` answer for all batch norms that are called inside, in this thread."""
+    token = OVERRIDE.set(override)
+    try:
+        yield
+    finally:
+        OVERRIDE.reset(token)
+
+
+def find_override() -> Override | None:
+    """Who answers; nobody in a compiler's graph, which must not depend on it."""
+    return None if torch.compiler.is_compiling() else OVERRIDE.get()
+
+
+def read_given(given: Given, pooling: Pooling, view: Tensor) -> Moments:
+    """Given statistics as moments that broadcast over the opened x."""
     hidden = set(pooling.pooled) | set(pooling.samples)
     shape = [1 if axis in hidden else size for axis, size in enumerate(view.shape)]
-    return Moments(1, running_mean.reshape(shape), running_var.reshape(shape))
+    return Moments(1, given.mean.reshape(shape), given.var.reshape(shape))
 
 
 def find_momentum(momentum: float | None, counter: Tensor | None) -> float | Tensor:
@@ -108,14 +224,7 @@ def follow_ghosts(running_mean: Tensor, running_var: Tensor, moments: Moments, m
         running.copy_(torch.where(total > 0, moved, old))
 
 
-def correct(
-    moments: Moments,
-    running_mean: Tensor,
-    running_var: Tensor,
-    eps: float,
-    limits: tuple[float | Tensor, float | Tensor],
-    start_share: float | Tensor = 0.0,
-) -> tuple[Tensor, Tensor]:
+def correct(moments: Moments, source: Renorm, eps: float) -> tuple[Tensor, Tensor]:
     """Scale r and shift d of batch renormalization, (C,), wide and without a gradient.
 
     mean = running_mean / (1 - start_share)
@@ -125,11 +234,11 @@ def correct(
 
     Args:
         moments: of the batch, one for each channel.
-        limits: r_max and d_max.
-        start_share: how much of the averages is still what they started from, mean 0 and variance 1. At 1 there is no
-            history: r is 1 and d 0, and so they are where nothing counts.
+        source: its known averages are meant; `start_share` is how much of them is still what they started from, mean 0
+            and variance 1. At 1 there is no history: r is 1 and d 0, and so they are where nothing counts.
     """
     assert moments.mean is not None
+    _, _, _, running_mean, running_var, limits, start_share = source
     wide = find_wide_dtype(running_mean)
     share, r_max, d_max = (
         t.to(running_mean.device, wide) if isinstance(t, Tensor) else running_mean.new_full((), t, dtype=wide)
@@ -156,8 +265,8 @@ def average_counted(new: Tensor, count: Tensor, samples: tuple[int, ...]) -> tup
     return total / at_least_one(counts.sum(samples)), counts.any()
 
 
-def move_running(running: Any, moments: Moments, pooling: Pooling, x: Tensor) -> None:
-    """Move running averages by the moments of x, where there are any."""
-    if running is not None and x.numel():
-        mean, var, momentum = running
+def move_running(source: Any, moments: Moments, pooling: Pooling) -> None:
+    """Move a source's running averages by the moments of x, where it has any."""
+    if source.running_mean is not None and source.running_var is not None:
+        mean, var, momentum = source[:3]
         update_running(mean, var, moments, pooling.samples, momentum, pooling.ghosts)

@@ -13,12 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..engine.merged import Exchange
 from ..functional.batch import BATCH_OF_ONE
-from ..functional.merged import merged_batch_norm
-from ..modules.parts import TOGETHER
 from ..padding.masks import describe
-from ..padding.ragged import close_rows, is_ragged, open_rows
+from ..padding.ragged import is_ragged, open_rows
+from ..sources import Exchange, Merged
 from ..statistics import Moments
 from .refuse import check_layer, differ, find_inner_gradient
 
@@ -53,7 +51,7 @@ class Call:
         layer, moments, self.found = self.layer, self.found, None
         if layer.training:
             like = torch.empty(0, dtype=self.dtype, device="cpu")
-            self.ranks = layer.find_exchange(like, layer.track_running_stats) if self.ranks is None else self.ranks
+            self.ranks = layer.open_exchange(like, layer.track_running_stats) if self.ranks is None else self.ranks
         if self.ranks is not None:
             moments = self.ranks.merge(moments)
         if moments.count == 1:
@@ -82,8 +80,8 @@ class Stop(BaseException):
     """The forward has come as far as it was to go. Not an Exception, so that no model catches it."""
 
 
-class Known:
-    """A call whose moments are known, in a pass that looks for nothing: an `anynorm.engine.merged.Exchange`."""
+class Known(Exchange):
+    """A call whose moments are known, in a pass that looks for nothing."""
 
     def __init__(self, call: Call) -> None:
         self.call = call
@@ -124,11 +122,21 @@ class Last(Known):
 
 
 class Sought(Known):
-    """The call that a backward was to come to: its sums are counted in."""
+    """The call that a backward was to come to: its sums are counted in.
+
+    Its input is a view of its own, so that a backward down to it meets only calls behind it: what else reads the same
+    tensor may be a call whose sums are not known yet.
+    """
 
     def __init__(self, call: Call) -> None:
         super().__init__(call)
         self.found: Tensor | None = None
+        self.input: Tensor | None = None
+
+    def take_input(self, x: Tensor) -> Tensor:
+        """The view."""
+        self.input = x.view_as(x)
+        return self.input
 
     def merge_sums(self, sums: Tensor) -> Tensor:
         """This part's; the gradient that is computed from them is dropped."""
@@ -166,11 +174,15 @@ class Estimated(Known):
         return torch.stack([sums[0] - offset * slope, slope]) * (int(whole.count) / count)
 
 
-class Outside:
-    """A call's exchange, for a backward that is not part of the loss: an `anynorm.engine.merged.Exchange`."""
+class Outside(Exchange):
+    """A call's exchange, for a backward that is not part of the loss."""
 
     def __init__(self, exchange: Known, running: Pass) -> None:
         self.exchange, self.running = exchange, running
+
+    def take_input(self, x: Tensor) -> Tensor:
+        """The call's."""
+        return self.exchange.take_input(x)
 
     def merge(self, moments: Moments) -> Moments:
         """The call's."""
@@ -184,7 +196,7 @@ class Outside:
 
 
 class Pass:
-    """One forward of one micro-batch: tells each call how it takes part. A `modules.parts.Together`.
+    """One forward of one micro-batch: tells each call how it takes part. A `sources.Override`.
 
     Args:
         calls: of the forward, in order; a survey adds them.
@@ -205,30 +217,15 @@ class Pass:
         self.calls, self.names, self.kind, self.special, self.is_first = calls, names, kind, special, is_first
         self.place = 0
         self.is_in_loss = True
-        self.input: Tensor | None = None  # of the special call, its own view
 
-    def __enter__(self) -> Pass:
-        self.token = TOGETHER.set(self)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        TOGETHER.reset(self.token)
-
-    def normalize(self, layer: Any, input: Any, options: dict[str, Any]) -> Any:
-        """By the moments that the pass has for this call."""
+    def find_source(self, layer: Any, input: Any) -> Merged:
+        """The moments that the pass has for this call."""
         if torch._C._current_graph_task_id() != -1:  # Activation checkpointing computes it again, out of order.
-            exchange: Known = Known(self.find_only(layer))
-        else:
-            exchange, input = self.enter(layer, input)
-        how = (None, None, layer.weight, layer.bias, 0.0, layer.eps, Outside(exchange, self))
-        return merged_batch_norm(input, *how, **options)
+            return Merged(exchange=Outside(Known(self.find_only(layer)), self))
+        return Merged(exchange=Outside(self.enter(layer, input), self))
 
-    def enter(self, layer: Any, input: Any) -> tuple[Known, Any]:
-        """The next call, which must be the one that other micro-batches have here, and its input.
-
-        The special call gets a view of its own, so that a backward down to it meets only calls behind it: what else
-        reads the same tensor may be a call whose sums are not known yet.
-        """
+    def enter(self, layer: Any, input: Any) -> Known:
+        """The next call, which must be the one that other micro-batches have here."""
         check_layer(layer, self.names)
         place, self.place = self.place, self.place + 1
         name = self.names[layer]
@@ -241,9 +238,8 @@ class Pass:
         call = self.calls[place]
         call.needs_gradient |= data.requires_grad and torch.is_grad_enabled()
         if self.special is not None and self.special[0] == place:
-            self.input = data.view_as(data)
-            return self.special[1], close_rows(self.input, input) if is_ragged(input) else self.input
-        return self.kind(call), input
+            return self.special[1]
+        return self.kind(call)
 
     def leave_loss(self) -> None:
         """The loss has returned; whether no call is missing."""

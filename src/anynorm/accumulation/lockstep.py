@@ -19,9 +19,10 @@ from torch import Tensor
 
 from ..activations import IDENTITY
 from ..engine.plain import find_memory_format, lay_out
-from ..modules.parts import TOGETHER
+from ..engine.request import Request
 from ..padding.masks import find_mask
 from ..padding.ragged import close_rows, is_ragged, open_residual, open_rows
+from ..sources import OVERRIDE, Joined, overriding
 from .passes import Parts, split_loss
 from .refuse import check_layer, differ, find_inner_gradient
 
@@ -31,7 +32,7 @@ class Abandoned(BaseException):
 
 
 class Runner:
-    """One micro-batch in its thread. A `modules.parts.Together`: a norm waits here for its output.
+    """One micro-batch in its thread. A `sources.Override`: a norm waits here for its output.
 
     Attributes:
         event: "call" with what the norm was given, "end" with what the function returned, or "error".
@@ -46,7 +47,7 @@ class Runner:
 
     def work(self, function: Callable[[], Any], modes: list[torch.autocast]) -> None:
         """The thread."""
-        TOGETHER.set(self)
+        OVERRIDE.set(self)
         try:
             with ExitStack() as stack:
                 for mode in modes:
@@ -73,9 +74,13 @@ class Runner:
         if self.thread.ident is not None:
             self.thread.join()
 
-    def normalize(self, layer: Any, input: Any, options: dict[str, Any]) -> Any:
+    def find_source(self, layer: Any, input: Any) -> Joined:
+        """All micro-batches."""
+        return Joined(partial(self.normalize, layer))
+
+    def normalize(self, layer: Any, input: Any, residual: Any, request: Request) -> Any:
         """Wait for the others."""
-        self.events.put(("call", (layer, input, options)))
+        self.events.put(("call", (layer, input, residual, request)))
         answer = self.answers.get()
         if isinstance(answer, Abandoned):
             raise answer
@@ -83,9 +88,9 @@ class Runner:
 
 
 class Whole:
-    """In backward every call has been made. A `modules.parts.Together`."""
+    """In backward every call has been made. A `sources.Override`."""
 
-    def normalize(self, layer: Any, input: Any, options: dict[str, Any]) -> Any:
+    def find_source(self, layer: Any, input: Any) -> Joined:
         """Never returns."""
         raise RuntimeError(
             "accumulate: mode 'lockstep' cannot compute a batch norm again in backward; got activation checkpointing; "
@@ -113,11 +118,8 @@ def lockstep(parts: Parts) -> None:
         loss, outputs = split_loss(result)
         losses.append(loss * weight)
         parts.keep(losses[-1].detach(), outputs)
-    token = TOGETHER.set(Whole())
-    try:
+    with overriding(Whole()):
         torch.stack([loss.reshape(()) for loss in losses]).sum().backward()
-    finally:
-        TOGETHER.reset(token)
 
 
 def run_together(functions: list[Callable[[], Any]], names: dict[Any, str]) -> list[Any]:
@@ -129,11 +131,10 @@ def run_together(functions: list[Callable[[], Any]], names: dict[Any, str]) -> l
             check_event(runner)
         place = 0
         while (layer := find_layer(runners, names, place)) is not None:
-            given = [runner.event[1] for runner in runners]
-            options = [options for *_, options in given]
-            check_alike(names[layer], options)
-            answers = join(layer, [x for _, x, _ in given], options, stage)
-            del given, options
+            given = [runner.event[1][1:] for runner in runners]
+            check_alike(names[layer], given)
+            answers = join(layer, given, stage)
+            del given
             place += 1
             for runner in runners:
                 runner.go_on(answers.pop(0))
@@ -163,12 +164,15 @@ def find_layer(runners: list[Runner], names: dict[Any, str], place: int) -> Any:
     return layers[0]
 
 
-def check_alike(name: str, options: list[dict[str, Any]]) -> None:
+def check_alike(name: str, given: list[Any]) -> None:
     """Refuse what one call of a norm cannot do for all micro-batches."""
-    for what, find in (("residual", lambda given: given.get("residual") is not None), ("activation", find_activation)):
-        found = [find(given) for given in options]
-        for index, one in enumerate(found):
-            if one != found[0]:
+    told = [
+        {"residual": residual is not None, "activation": request.activation or IDENTITY}
+        for _, residual, request in given
+    ]
+    for what in ("residual", "activation"):
+        for index, one in enumerate(told):
+            if one[what] != told[0][what]:
                 raise RuntimeError(
                     f"accumulate: mode 'lockstep' calls a batch norm once for all micro-batches, so that all must "
                     f"have a residual or none, and one activation; got another {what} for {name} in micro-batch "
@@ -176,38 +180,36 @@ def check_alike(name: str, options: list[dict[str, Any]]) -> None:
                 )
 
 
-def find_activation(options: dict[str, Any]) -> Any:
-    """None stands for the identity, too."""
-    return options.get("activation") or IDENTITY
+def join(layer: Any, given: list[Any], stage: Stage) -> list[Any]:
+    """The layer's outputs for all micro-batches as one batch.
 
-
-def join(layer: Any, inputs: list[Any], options: list[dict[str, Any]], stage: Stage) -> list[Any]:
-    """The layer's outputs for all inputs as one batch."""
+    Args:
+        given: input, residual and request of each.
+    """
+    inputs, residuals, requests = (list(part) for part in zip(*given, strict=True))
     ragged = [is_ragged(x) for x in inputs]
     tensors = [open_rows("batch_norm", x) if rows else x for x, rows in zip(inputs, ragged, strict=True)]
     residuals = [
-        open_residual("batch_norm", x, given.get("residual")) if rows else given.get("residual")
-        for x, rows, given in zip(inputs, ragged, options, strict=True)
+        open_residual("batch_norm", x, residual) if rows else residual
+        for x, rows, residual in zip(inputs, ragged, residuals, strict=True)
     ]
     masks = [
-        find_mask("batch_norm", x, (1,), given.get("mask"), given.get("lengths"))
-        for x, given in zip(inputs, options, strict=True)
+        find_mask("batch_norm", x, (1,), request.mask, request.lengths)
+        for x, request in zip(inputs, requests, strict=True)
     ]
     if any(mask is not None for mask in masks):
         masks = [mask_all(x) if mask is None else mask for x, mask in zip(tensors, masks, strict=True)]
     as_rows = any(ragged) or len({x.shape[1:] for x in tensors}) > 1
 
-    def lay(given: list[Any]) -> list[Tensor]:
-        return [to_rows(t, layer) for t in given] if as_rows else given
+    def lay(parts: list[Any]) -> Tensor | None:
+        if parts[0] is None:
+            return None
+        return torch.cat([to_rows(t, layer) for t in parts] if as_rows else parts)
 
-    laid = lay(tensors)
-    more: dict[str, Any] = {name: options[0][name] for name in ("activation",) if name in options[0]}
-    if residuals[0] is not None:
-        more["residual"] = torch.cat(lay(residuals))
-    if masks[0] is not None:
-        more["mask"] = torch.cat(lay(masks)).squeeze(1)
-    y = layer.normalize(torch.cat(laid), **more)
-    outputs = Split.apply(y, [len(t) for t in laid], stage)
+    mask = lay(masks)
+    y = layer.normalize(lay(tensors), lay(residuals), requests[0].activation, mask if mask is None else mask.squeeze(1))
+    sizes = [x.numel() // x.shape[1] if as_rows else len(x) for x in tensors]
+    outputs = Split.apply(y, sizes, stage)
     if as_rows:
         outputs = [from_rows(t, x) for t, x in zip(outputs, tensors, strict=True)]
     return [close_rows(y, x) if rows else y for y, x, rows in zip(outputs, inputs, ragged, strict=True)]

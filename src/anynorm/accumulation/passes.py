@@ -21,6 +21,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from ..sources import overriding
 from .calls import Call, Estimated, Known, Last, Pass, Sought, Stop, Survey
 from .refuse import find_inner_gradient
 from .replay import Buffers, restore_randomness, save_randomness
@@ -57,7 +58,7 @@ class Parts:
         restore_randomness(self.states[index])
         self.buffers.rewind()
         running = Pass(self.calls, self.names, kind, special, is_first=kind is Survey and index == 0)
-        with running:
+        with overriding(running):
             loss, outputs = split_loss(self.call_loss(self.batches[index]))
         running.leave_loss()
         return running, loss, outputs
@@ -94,9 +95,9 @@ class Parts:
         for index, weight in enumerate(self.weights):
             sought = Sought(self.calls[place])
             running, loss, _ = self.run(index, Known, (place, sought))
-            if running.input is not None and running.input.requires_grad and loss.requires_grad:
-                with running:
-                    torch.autograd.grad(loss * weight, running.input, allow_unused=True)
+            if sought.input is not None and sought.input.requires_grad and loss.requires_grad:
+                with overriding(running):
+                    torch.autograd.grad(loss * weight, sought.input, allow_unused=True)
             if sought.found is not None:
                 total = sought.found if total is None else total + sought.found
         self.calls[place].finish_sums(total)
@@ -106,7 +107,7 @@ class Parts:
         share = sum(self.weights) or 1.0
         for index, weight in enumerate(self.weights):
             running, loss, outputs = self.run(index, kind)
-            with running:
+            with overriding(running):
                 (loss * weight).backward()
             self.keep(loss.detach() * weight, outputs)
             self.buffers.keep(weight / share)

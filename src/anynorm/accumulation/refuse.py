@@ -8,6 +8,7 @@ import torch
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..functional.batch import BATCH_NORM
 from ..modules import batch
 from ..modules.pattern import AnyNorm
 from ..modules.recurrent.norms import _BatchRows
@@ -69,7 +70,7 @@ def check_layer(layer: Any, names: dict[Any, str]) -> None:
 
 def is_plain(norm: batch._BatchNorm) -> bool:
     """Whether it is batch norm in training, too; ghost batch norm and batch renormalization are not."""
-    return type(norm)._compute is batch._BatchNorm._compute
+    return norm.front is BATCH_NORM
 
 
 def pools_samples(norm: AnyNorm) -> bool:

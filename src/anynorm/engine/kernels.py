@@ -8,23 +8,26 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..activations import ACTIVATIONS, IDENTITY
+from ..errors import check_no_overlap
 from ..pooling import Pooling
+from ..sources import Given, move_running
 from ..statistics import Moments
 from . import memory
 from .memory import CPU, find_address, ready
 from .plain import find_memory_format
+from .request import Request
 from .walks import Plan, compiled, find_plan
 
 CHOICES = {IDENTITY: 0} | {name: code for code, name in enumerate((None, *ACTIVATIONS))}  # as enum Activation counts
 PLANS_KEPT = 4096  # for each pooling
 
 Statistics = Tensor | tuple[Tensor, Tensor]  # all pools' mean and m2 in one, or a given mean and variance
-Running = tuple[Tensor, Tensor, float]  # running mean and variance, and the weight of the new value
 
 
 def why_off() -> str:
@@ -77,33 +80,50 @@ def find_walk(x: Tensor, pooling: Pooling, given: int = 0, masked: bool = False)
 
 def forward(
     x: Tensor,
-    plan: Plan,
     weight: Tensor | None,
     bias: Tensor | None,
-    eps: float,
-    statistics: Statistics | None = None,
-    activation: str | None = None,
-    residual: Tensor | None = None,
-    running: Running | None = None,
-    mask: Tensor | None = None,
-) -> Tensor:
-    """y = activation(norm(x) + residual), see `plain.forward`.
+    residual: Tensor | None,
+    request: Request,
+    plan: Plan,
+    *,
+    keep: bool = False,
+) -> tuple[Tensor, Statistics | None]:
+    """y = activation(norm(x) + residual), see `plain.compose`; and mean and m2, or the given mean and variance.
 
     Args:
         x: as `arrange` leaves it.
-        statistics: room for mean and m2, or the given mean and variance; None where nobody wants them.
-        running: averages to move.
-        mask: as in `ops.normalize`.
+        request: its source is `Batch` or `Given`.
+        keep: whether the statistics are wanted, to stay as they are; else they may be None.
     """
+    source, eps, activation, mask, *_ = request
     gamma, beta = ready("weight", weight, plan), ready("bias", bias, plan)
     if residual is not None:
         residual = memory.arrange("residual", residual, plan)
-    mean, m2 = find_addresses(statistics, plan)
+    statistics: Statistics | None = None
+    moves, moves_here = False, False
+    if type(source) is Given:
+        statistics = ready_statistics(source, plan)
+        if keep:  # What is kept for backward must not change when the buffers do.
+            known_mean, known_var = statistics
+            statistics = (
+                known_mean.clone() if known_mean is source.mean else known_mean,
+                known_var.clone() if known_var is source.var else known_var,
+            )
+    else:
+        moves = source.running_mean is not None and source.running_var is not None
+        moves_here = moves and not plan.pooling.ghosts and can_move(plan, *source)
+        if keep or (moves and not moves_here):
+            statistics = make_statistics(plan)
     averages: tuple[int, int, int, float] = (0, 0, 0, 0.0)
-    if running is not None:
+    if moves_here:
         size = plan.parameter_bytes
-        moved = find_address("running_mean", running[0], size), find_address("running_var", running[1], size)
-        averages = *moved, 0, running[2]
+        averages = (
+            find_address("running_mean", source.running_mean, size),
+            find_address("running_var", source.running_var, size),
+            0,
+            source.momentum,
+        )
+    mean, m2 = find_addresses(statistics, plan)
     start = find_address("input", x, plan.bytes)
     y = torch.empty_like(x, memory_format=plan.memory_format)
     compiled.forward(
@@ -112,7 +132,19 @@ def forward(
         find_address("weight", gamma, plan.parameter_bytes), find_address("bias", beta, plan.parameter_bytes),
         mean, m2, find_weight(mask, plan), *averages,
     )  # fmt: skip
-    return y
+    if moves_here:
+        increment_version(source)
+    elif moves:
+        assert isinstance(statistics, Tensor)
+        check_no_overlap("norm", x, source.running_mean, source.running_var)
+        move_running(source, open_statistics(statistics, plan, mask), plan.pooling)
+    return y, statistics
+
+
+def increment_version(source: Any) -> None:
+    """Let autograd hear of buffers that were written through their addresses."""
+    if not source.running_mean.is_inference():
+        torch._C._increment_version(source[:2])
 
 
 def make_statistics(plan: Plan) -> Tensor:
@@ -159,9 +191,13 @@ def find_count(mask: Tensor, plan: Plan) -> Tensor:
     return count.view([size if axis == 0 else 1 for axis, size in enumerate(plan.shape)])
 
 
-def ready_statistics(given: tuple[Tensor, Tensor], plan: Plan) -> tuple[Tensor, Tensor]:
+def ready_statistics(given: Given, plan: Plan) -> tuple[Tensor, Tensor]:
     """A given mean and variance as the kernels read them."""
-    return ready("running_mean", given[0], plan, plan.pools), ready("running_var", given[1], plan, plan.pools)
+    if given.mean.dtype is plan.given and given.var.dtype is plan.given and plan.given is not plan.parameter:
+        return memory.recover("mean", given.mean, plan.given, plan.pools), memory.recover(
+            "variance", given.var, plan.given, plan.pools
+        )
+    return ready("running_mean", given.mean, plan, plan.pools), ready("running_var", given.var, plan, plan.pools)
 
 
 def recover_statistics(kept: Statistics, plan: Plan) -> Statistics:
@@ -209,25 +245,22 @@ def can_move(plan: Plan, mean: Tensor, var: Tensor, momentum: float | Tensor) ->
     )
 
 
-def backward(
-    g: Tensor,
-    x: Tensor,
-    plan: Plan,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    statistics: Statistics,
-    eps: float,
-    needs: Sequence[bool],
-    activation: str | None = None,
-    residual: Tensor | None = None,
-    mask: Tensor | None = None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, gamma, beta and the residual, see `plain.backward`.
+class Saved(NamedTuple):
+    """What forward leaves for backward; beta and the residual where an activation follows, else None."""
 
-    Args:
-        x: as `arrange` left it for `forward`.
-        needs: which of the four are wanted.
-    """
+    x: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    residual: Tensor | None
+    mask: Tensor | None
+    statistics: Statistics
+
+
+def backward(
+    g: Tensor, saved: Saved, plan: Plan, eps: float, activation: str | None, needs: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, gamma, beta and the residual, see `plain.backward`; `needs` says which of the four are wanted."""
+    x, weight, bias, residual, mask, statistics = saved
     g, x = memory.arrange("gradient", g, plan), memory.arrange("input", x, plan)
     gamma, beta = ready("weight", weight, plan), ready("bias", bias, plan)
     if residual is not None:

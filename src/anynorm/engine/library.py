@@ -17,9 +17,11 @@ from torch._C._functorch import is_legacy_batchedtensor
 from torch.library import Library, register_autograd, register_fake
 
 from ..pooling import Pooling, remember
+from ..sources import BATCH
 from ..statistics import Moments
 from . import kernels, plain
 from .gradients import backward_differentiable
+from .request import Request
 from .walks import CODES
 
 LIBRARY = Library("anynorm", "FRAGMENT")
@@ -57,16 +59,11 @@ def serves(x: Tensor) -> bool:
 
 
 def normalize(
-    x: Tensor,
-    pooling: Pooling,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    activation: str | None,
-    residual: Tensor | None,
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, request: Request, pooling: Pooling
 ) -> tuple[Tensor, Moments]:
     """One operation in a compiler's graph, and the moments it found."""
-    y, statistics = torch.ops.anynorm.forward(x, weight, bias, residual, write_pooling(pooling), eps, activation or "")
+    how = write_pooling(pooling), request.eps, request.activation or ""
+    y, statistics = torch.ops.anynorm.forward(x, weight, bias, residual, *how)
     view = pooling.open(x)
     shape = [1 if axis in pooling.pooled else size for axis, size in enumerate(view.shape)]
     count = pooling.count(view)
@@ -78,45 +75,34 @@ def normalize(
 def forward_cpu(
     x: Tensor, weight: Any, bias: Any, residual: Any, text: str, eps: float, activation: str
 ) -> tuple[Tensor, Tensor]:
-    pooling = read_pooling(text)
+    pooling, request = read_pooling(text), Request(BATCH, eps, activation or None)
     x = kernels.arrange(x)
-    walk = kernels.find_walk(x, pooling)
-    if walk is not None:
-        statistics = kernels.make_statistics(walk)
-        y = kernels.forward(x, walk, weight, bias, eps, statistics, activation or None, residual)
+    plan = kernels.find_walk(x, pooling)
+    if plan is not None:
+        y, statistics = kernels.forward(x, weight, bias, residual, request, plan, keep=True)
+        assert isinstance(statistics, Tensor)
         return y, statistics.view(2 if pooling.centred else 1, -1)
-    y, moments = plain.compose(x, pooling, weight, bias, eps, None, activation or None, residual)
+    y, moments = plain.compose(x, weight, bias, residual, request, pooling)
     parts = [t.double().flatten() for t in (moments.mean, moments.m2) if t is not None]
     return torch.empty_like(x).copy_(y), torch.stack(parts)
 
 
 def backward_cpu(
-    g: Tensor,
-    x: Tensor,
-    statistics: Tensor,
-    weight: Any,
-    bias: Any,
-    residual: Any,
-    text: str,
-    eps: float,
-    activation: str,
-    needs: list[bool],
+    g: Tensor, x: Tensor, statistics: Tensor, weight: Any, bias: Any, residual: Any, *how: Any
 ) -> tuple[Tensor, ...]:
+    text, eps, activation, needs = how
     pooling = read_pooling(text)
     x = kernels.arrange(x)
-    walk = kernels.find_walk(x, pooling)
+    plan = kernels.find_walk(x, pooling)
     inputs = (x, weight, bias, residual)
-    if walk is not None:
-        found = kernels.backward(g, x, walk, weight, bias, statistics, eps, needs, activation or None, residual)
+    found: tuple[Tensor | None, ...]
+    if plan is not None:
+        saved = kernels.Saved(x, weight, bias, residual, None, statistics)
+        found = kernels.backward(g, saved, plan, eps, activation or None, needs)
     else:
-        with torch.enable_grad():
-            leaves = [t if t is None else t.detach().requires_grad_() for t in inputs]
-            y, _ = plain.compose(leaves[0], pooling, leaves[1], leaves[2], eps, None, activation or None, leaves[3])  # type: ignore[arg-type]
-        wanted = [t for t, need in zip(leaves, needs, strict=True) if need and t is not None]
-        gradients = iter(torch.autograd.grad(y, wanted, g))
-        found = tuple(
-            next(gradients) if need and t is not None else None for t, need in zip(leaves, needs, strict=True)
-        )  # type: ignore[assignment]
+        outer = SimpleNamespace(bias_like=None, needs_input_grad=needs)
+        leaves = tuple(t if t is None else t.detach().requires_grad_() for t in inputs)
+        found = backward_differentiable(outer, g, leaves, Request(BATCH, eps, activation or None), pooling)
     return tuple(
         x.new_empty(0) if f is None else f.reshape(t.shape).to(t.dtype) for f, t in zip(found, inputs, strict=True)
     )
@@ -164,11 +150,12 @@ def differentiate(ctx: Any, g: Tensor, _: Any) -> tuple[Any, ...]:
         # Inside an operation autograd records nothing, so a formula cannot be differentiated there.
         or kernels.find_walk(kernels.arrange(x), read_pooling(text)) is None
     ):
-        how = None, eps, activation or None, None, None
-        outer = SimpleNamespace(how=how, needs_input_grad=needs)
-        return *backward_differentiable(outer, read_pooling(text), g, (x, weight, bias, residual), None)[:4], *[
-            None
-        ] * 3
+        outer, request = (
+            SimpleNamespace(bias_like=None, needs_input_grad=needs),
+            Request(BATCH, eps, activation or None),
+        )
+        inputs = (x, weight, bias, residual)
+        return *backward_differentiable(outer, g, inputs, request, read_pooling(text)), None, None, None
     found = torch.ops.anynorm.backward(g, x, statistics, weight, bias, residual, *ctx.how, needs)
     return (*(f if need else None for f, need in zip(found, needs, strict=True)), None, None, None)
 

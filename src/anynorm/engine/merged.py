@@ -9,125 +9,57 @@ together; the rest is this part's own.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
 
 from ..pooling import Pooling
-from ..sources import move_running
-from ..statistics import Moments, at_least_one, find_moments
+from ..sources import Given, Merged, move_running
+from ..statistics import Moments
 from . import kernels, memory, plain
-from . import paths as ops
-from .gradients import Recipe, Running, backward_uncompiled, keep, like
+from .gradients import keep, like
+from .merge import backward_uncompiled
+from .request import Request
+from .walks import Plan
 from .watch import is_plain
 
 
-class Exchange(Protocol):
-    """Brings together what the parts of a batch have, one call of a norm."""
-
-    def merge(self, moments: Moments) -> Moments:
-        """The moments of all parts; every part gets the same."""
-        ...
-
-    def merge_sums(self, sums: Tensor) -> Tensor:
-        """The sums over all parts, in backward, of gamma * g and of gamma * g * xhat.
-
-        Args:
-            sums: (2, C), this part's, with the xhat of the merged moments; shape, dtype and device of the result.
-        """
-        ...
-
-
+@torch._disable_dynamo  # Nothing that waits for others can be part of a graph.
 def normalize(
-    x: Tensor,
-    pooling: Pooling,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    exchange: Exchange,
-    activation: str | None = None,
-    residual: Tensor | None = None,
-    running: Running | None = None,
-    mask: Tensor | None = None,
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, request: Request, pooling: Pooling
 ) -> Tensor:
-    """`ops.normalize` with merged statistics, for norms with one mean for each channel; x may be empty."""
-    if x.numel() and is_plain(x, weight, bias, residual, mask, *(running or ())[:2]):
+    """`paths.normalize` with merged statistics, for norms with one mean for each channel; x may be empty."""
+    x, plan = request.source.exchange.take_input(x), None
+    if x.numel() and is_plain(x, weight, bias, residual, request.mask, *request.source[:2]):
         x = kernels.arrange(x)
-        walk = kernels.find_walk(x, pooling, 2, mask is not None)
-        if walk is not None:
-            moments = exchange.merge(ops.find_moments(x, pooling, mask))
-            move(running, moments, pooling)
-            recipe = pooling, walk
-            return NormalizeMerged.apply(x, weight, bias, residual, recipe, eps, moments, exchange, activation, mask)
-    y, moments = compose(x, pooling, weight, bias, eps, exchange, activation, residual, mask)
-    move(running, moments, pooling)
-    return y
+        plan = kernels.find_walk(x, pooling, 2, request.mask is not None)
+    if plan is None:
+        return compose(x, weight, bias, residual, request, pooling)
+    own = kernels.find_moments(x, pooling, request.mask)
+    assert own is not None
+    moments = request.source.exchange.merge(own)
+    move(request.source, moments, pooling)
+    return NormalizeMerged.apply(x, weight, bias, residual, request, plan, moments)
 
 
-def move(running: Running | None, moments: Moments, pooling: Pooling) -> None:
+def move(source: Merged, moments: Moments, pooling: Pooling) -> None:
     """Move running averages by the moments of all parts, of which this one may be empty."""
-    if running is not None and moments.count:
-        move_running(running, moments, pooling, moments.m2)
+    if moments.count:
+        move_running(source, moments, pooling)
 
 
 def compose(
-    x: Tensor,
-    pooling: Pooling,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    exchange: Exchange,
-    activation: str | None,
-    residual: Tensor | None,
-    mask: Tensor | None,
-) -> tuple[Tensor, Moments]:
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, request: Request, pooling: Pooling
+) -> Tensor:
     """In differentiable operations, for what the kernels do not serve, and for empty parts."""
-    if mask is None and not x.numel():
-        mask = torch.ones(
-            [1 if axis == 1 else size for axis, size in enumerate(x.shape)], dtype=torch.float32, device=x.device
-        )
-    wide, counted = plain.widen(x, pooling, mask)
-    own = find_moments(wide, pooling, wide.dtype == x.dtype, counted)
-    mean, m2, count = Merge.apply(own.mean, own.m2, own.count, eps, exchange)
-    moments = Moments(count, mean, m2)
-    y = plain.compose_from(moments, wide, counted, x, pooling, weight, bias, eps, activation, residual)
-    return plain.lay_out(y, plain.find_memory_format(x)), moments
-
-
-class Merge(torch.autograd.Function):
-    """Own mean and m2 to those of all parts.
-
-    d mean / d own mean = own count / count
-    d m2 / d own m2 = 1,  d m2 / d own mean = 2 * own count * (own mean - mean)
-
-    Parts that the kernels serve know sums and not gradients, so sums are what travels:
-
-    g_mean = -rstd * sum(gamma * g),  g_m2 = -rstd**2 / (2 * count) * sum(gamma * g * xhat)
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, mean: Tensor, m2: Tensor, count: Any, eps: float, exchange: Exchange
-    ) -> tuple[Tensor, Tensor, Any]:
-        merged = exchange.merge(Moments(count, mean, m2))
-        assert merged.mean is not None
-        ctx.share, ctx.exchange = count / at_least_one(merged.count), exchange
-        rstd = merged.rstd(eps)
-        slopes = -rstd, -rstd.square() / (2 * at_least_one(merged.count))
-        ctx.save_for_backward(count * (mean - merged.mean), torch.stack([t.flatten() for t in slopes]))
-        return merged.mean.to(mean), merged.m2.to(mean), merged.count
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, g_mean: Tensor, g_m2: Tensor, *_: Any) -> tuple[Any, ...]:
-        if torch.compiler.is_compiling():
-            return backward_uncompiled(Merge, ctx, g_mean, g_m2)
-        offset, slopes = ctx.saved_tensors
-        sums = ctx.exchange.merge_sums(torch.stack([g_mean.flatten(), g_m2.flatten()]) / slopes)
-        g_mean, g_m2 = (total.view_as(g_mean) for total in (sums * slopes).to(g_mean))
-        return g_mean * ctx.share + g_m2 * 2 * offset, g_m2, None, None, None
+    if request.mask is None and not x.numel():
+        sizes = [1 if axis == 1 else size for axis, size in enumerate(x.shape)]
+        request = request._replace(mask=torch.ones(sizes, dtype=torch.float32, device=x.device))
+    y, moments = plain.compose(x, weight, bias, residual, request, pooling)
+    move(request.source, moments, pooling)
+    return plain.lay_out(y, plain.find_memory_format(x))
 
 
 class NormalizeMerged(torch.autograd.Function):
@@ -136,14 +68,16 @@ class NormalizeMerged(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Any, bias: Any, residual: Any, recipe: Recipe, eps: float, *rest: Any
+        ctx: Any, x: Tensor, weight: Any, bias: Any, residual: Any, request: Request, plan: Plan, moments: Moments
     ) -> Tensor:
-        moments, exchange, activation, mask = rest
-        statistics = moments.mean.double().flatten(), moments.var.double().flatten()
-        y = kernels.forward(x, recipe[1], weight, bias, eps, statistics, activation, residual, None, mask)
+        source, eps, activation, mask, *_ = request
+        assert moments.mean is not None
+        given = Given(moments.mean.double().flatten(), moments.var.double().flatten())
+        y, _ = kernels.forward(x, weight, bias, residual, Request(given, eps, activation, mask), plan)
         behind = (None, None) if activation is None else (bias, keep(residual))
-        ctx.save_for_backward(keep(x), weight, *statistics, *behind, keep(mask))
-        ctx.how = recipe, eps, moments.count, exchange, activation, memory.find_like(weight), memory.find_like(bias)
+        ctx.save_for_backward(keep(x), weight, *given, *behind, keep(mask))
+        ctx.how = plan, eps, moments.count, source.exchange, activation
+        ctx.weight_like, ctx.bias_like = memory.find_like(weight), memory.find_like(bias)
         return y
 
     @staticmethod
@@ -156,31 +90,29 @@ class NormalizeMerged(torch.autograd.Function):
                 "batch_norm: what is merged over ranks or micro-batches takes one gradient at a time; got a batch of "
                 "them; call torch.autograd.grad without is_grads_batched"
             )
-        (pooling, walk), eps, count, exchange, activation, weight_like, bias_like = ctx.how
+        plan, eps, count, exchange, activation = ctx.how
         x, weight, mean, var, bias, residual, mask = ctx.saved_tensors
-        memory.check_like("weight", weight, weight_like)
-        memory.check_like("bias", bias, bias_like)
-        x, dtype = memory.arrange("input", x, walk), walk.dtype
-        mean, var = kernels.recover_statistics((mean, var), walk)
+        memory.check_like("weight", weight, ctx.weight_like)
+        memory.check_like("bias", bias, ctx.bias_like)
+        x, dtype = memory.arrange("input", x, plan), plan.dtype
+        mean, var = kernels.recover_statistics((mean, var), plan)
         if residual is not None:
-            residual = memory.arrange("residual", residual, walk)
+            residual = memory.arrange("residual", residual, plan)
         if dtype in (torch.bfloat16, torch.float16):  # What is added twice is rounded once.
             x, g, residual = x.float(), g.float(), residual if residual is None else residual.float()
-            walk = kernels.find_walk(x, pooling, 2, mask is not None)
+            plan = kernels.find_walk(x, plan.pooling, 2, mask is not None)
         needs_x, needs_weight, needs_bias, needs_residual, *_ = ctx.needs_input_grad
         needs = needs_x, True, True, needs_residual
-        dx, dgamma, dbeta, dresidual = kernels.backward(
-            g, x, walk, weight, bias, (mean, var), eps, needs, activation, residual, mask
-        )
+        saved = kernels.Saved(x, weight, bias, residual, mask, (mean, var))
+        dx, dgamma, dbeta, dresidual = kernels.backward(g, saved, plan, eps, activation, needs)
         assert dgamma is not None
         assert dbeta is not None
         if needs_x:
             sums = torch.stack([dbeta, dgamma]).double()
             total = exchange.merge_sums(sums if weight is None else sums * weight.double()) / count
             slope = -torch.rsqrt(var + eps)
-            dx = kernels.forward(
-                x, walk, slope * total[1], slope * total[0], eps, (mean, var), residual=dx, mask=mask
-            ).to(dtype)
-        dweight = like(dgamma, *weight_like) if needs_weight else None
-        dbias = like(dbeta, *bias_like) if needs_bias else None
-        return dx, dweight, dbias, None if dresidual is None else dresidual.to(dtype), *(None,) * 6
+            added = Request(Given(mean, var), eps, None, mask)
+            dx = kernels.forward(x, slope * total[1], slope * total[0], dx, added, plan)[0].to(dtype)
+        dweight = like(dgamma, *ctx.weight_like) if needs_weight else None
+        dbias = like(dbeta, *ctx.bias_like) if needs_bias else None
+        return dx, dweight, dbias, None if dresidual is None else dresidual.to(dtype), None, None, None

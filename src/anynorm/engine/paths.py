@@ -10,6 +10,7 @@ Three paths, in order of preference:
 from __future__ import annotations
 
 import platform
+from contextvars import ContextVar, Token
 from importlib.metadata import version
 from typing import Any
 
@@ -19,18 +20,23 @@ from torch._C._functorch import get_dynamic_layer_stack_depth
 
 from .. import statistics
 from ..pooling import Pooling
-from ..sources import move_running, read_running
+from ..sources import Given, Merged, move_running
 from ..statistics import Moments
-from . import kernels, library, plain, protocol, transforms
-from .gradients import NormalizeByBlocks, Recipe, Running, apply, forward_by_blocks, forward_walk
+from . import kernels, library, merged, plain, protocol, transforms
+from .gradients import NormalizeByBlocks, apply, forward_by_blocks
+from .request import Request
+from .walks import Plan
 from .watch import is_observed, is_plain
+
+EXACT: ContextVar[bool] = ContextVar("anynorm.exact", default=False)
 
 
 class exact:
     """Choose between exactness and torch's own operations on devices other than the CPU.
 
     On the CPU results are always exact. Elsewhere torch's own operation is called where it has one, because a norm
-    written in torch operations is several times slower there; ``exact(True)`` forces the library's own formula.
+    written in torch operations is several times slower there; ``exact(True)`` forces the library's own formula. It
+    holds from the call on, in this thread and asynchronous task; as a context manager until the end of the block.
 
     Args:
         on: True forces the formula, False (the default at start) prefers torch's operation.
@@ -41,29 +47,34 @@ class exact:
         ...     pass
     """
 
-    forced = False
-
     def __init__(self, on: bool) -> None:
-        self.on, self.before = bool(on), exact.forced
-        exact.forced = self.on
+        self._token: Token[bool] = EXACT.set(bool(on))
+        self.on = bool(on)
 
     def __enter__(self) -> None:
-        exact.forced = self.on
+        pass
 
     def __exit__(self, *exception: object) -> None:
-        exact.forced = self.before
+        EXACT.reset(self._token)
 
 
 def prefers_torch(x: Tensor) -> bool:
     """Whether torch's own operation should serve: in exported graphs, which other tools read, and off the CPU."""
     if torch.compiler.is_exporting() or torch.jit.is_tracing():
         return True
-    return x.device.type != "cpu" and not exact.forced
+    return x.device.type != "cpu" and not EXACT.get()
 
 
-# What was checked before, by all that the checks look at, and how it is served.
-RECIPES: dict[tuple[Any, ...], Recipe] = {}
-RECIPES_KEPT = 4096
+# What was checked before, by all that the checks look at, and the plan that serves it.
+PLANS: dict[tuple[Any, ...], Plan] = {}
+PLANS_KEPT = 4096
+
+
+def remember(key: tuple[Any, ...], plan: Plan) -> None:
+    """A call with this key needs no checks any more."""
+    if len(PLANS) >= PLANS_KEPT:
+        PLANS.clear()
+    PLANS[key] = plan
 
 
 def describe_environment() -> dict[str, str]:
@@ -79,15 +90,12 @@ def describe_environment() -> dict[str, str]:
 
 def normalize(
     x: Tensor,
-    pooling: Pooling,
     weight: Tensor | None,
     bias: Tensor | None,
-    eps: float,
-    given: tuple[Tensor, Tensor] | None = None,
-    activation: str | None = None,
-    residual: Tensor | None = None,
-    running: Running | None = None,
-    mask: Tensor | None = None,
+    residual: Tensor | None,
+    request: Request,
+    pooling: Pooling,
+    *,
     key: tuple[Any, ...] | None = None,
 ) -> Tensor:
     """The formula on whichever path serves x.
@@ -95,47 +103,52 @@ def normalize(
     Args:
         x: any shape that `pooling` was found for; floating point.
         weight, bias: gamma and beta, flat or shaped as their axes.
-        eps: in units of x squared.
-        given: a mean and a variance for each channel to use as constants; None takes them from x.
-        activation: a name in `activations.ACTIVATIONS`, applied last.
         residual: shape and dtype of x, added before the activation.
-        running: averages that x moves, in place.
-        mask: float32, 1 at positions that count and 0 at padding, contiguous, in the axes of x with size 1 for
-            channels. Padding enters no statistic; its outputs are 0 and it receives no gradient.
+        request: its source is `Batch`, `Given` or `Merged`.
         key: from `watch.find_key`, to remember that the checks have passed.
 
     Returns:
         y with the shape and dtype of x, channels_last where x is.
     """
-    if not is_plain(x, weight, bias, residual, mask, *(given or ()), *(running or ())[:2]):
-        given_all = (x, pooling, weight, bias, eps, given, activation, residual, running, mask)
-        found = protocol.hand_over(normalize, given_all, {})
-        if found is not None:
-            return found
-        return compose(x, pooling, weight, bias, eps, given, activation, residual, running, mask)
+    source, _, activation, mask, *_ = request
+    if type(source) is Merged:
+        return merged.normalize(x, weight, bias, residual, request, pooling)
+    if not is_plain(x, weight, bias, residual, mask, *source[:2]):
+        found = protocol.hand_over(normalize, (x, weight, bias, residual, request, pooling), {})
+        return compose(x, weight, bias, residual, request, pooling) if found is None else found
     arranged = kernels.arrange(x)
-    if key is not None and arranged is not x:
-        key = None
-    x = arranged
-    walk = kernels.find_walk(x, pooling, 0 if given is None else 1, mask is not None)
+    key = key if arranged is x else None
+    x, given = arranged, int(type(source) is Given)
+    plan = kernels.find_walk(x, pooling, given, mask is not None)
     is_bare = activation is None and residual is None and mask is None
-    if walk is None and not is_bare and not x.is_contiguous():  # A copy costs less than the formula in float64.
+    if plan is None and not is_bare and not x.is_contiguous():  # A copy costs less than the formula in float64.
         flat = x.contiguous()
-        walk = kernels.find_walk(flat, pooling, 0 if given is None else 1, mask is not None)
-        if walk is not None:
-            y = run((pooling, walk), flat, weight, bias, eps, given, activation, residual, running, mask)
-            return plain.lay_out(y, plain.find_memory_format(x))
-    if walk is None and (not is_bare or x.numel() == 0):
-        return compose(x, pooling, weight, bias, eps, given, activation, residual, running, mask)
-    if walk is None:
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
-            return NormalizeByBlocks.apply(x, weight, bias, pooling, eps, given, running)
-        return forward_by_blocks(x, pooling, weight, bias, eps, given, running)[0]
-    if key is not None:
-        if len(RECIPES) >= RECIPES_KEPT:
-            RECIPES.clear()
-        RECIPES[key] = pooling, walk
-    return run((pooling, walk), x, weight, bias, eps, given, activation, residual, running, mask)
+        plan = kernels.find_walk(flat, pooling, given, mask is not None)
+        if plan is not None:
+            return plain.lay_out(run(flat, weight, bias, residual, request, plan), plain.find_memory_format(x))
+    if plan is not None:
+        if key is not None:
+            remember(key, plan)
+        return run(x, weight, bias, residual, request, plan)
+    if not is_bare or x.numel() == 0:
+        return compose(x, weight, bias, residual, request, pooling)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
+        return NormalizeByBlocks.apply(x, weight, bias, request, pooling)
+    return forward_by_blocks(x, weight, bias, request, pooling)[0]
+
+
+def run(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, request: Request, plan: Plan
+) -> Tensor:
+    """By the kernels, with autograd where a gradient is wanted; everything was checked."""
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+        or (residual is not None and residual.requires_grad)
+    ):
+        return apply(x, weight, bias, residual, request, plan)
+    return kernels.forward(x, weight, bias, residual, request, plan)[0]
 
 
 def find_moments(x: Tensor, pooling: Pooling, mask: Tensor | None = None) -> Moments:
@@ -153,59 +166,26 @@ def find_moments(x: Tensor, pooling: Pooling, mask: Tensor | None = None) -> Mom
     return statistics.find_moments(wide, pooling, wide.dtype == x.dtype, counted)
 
 
-def run(
-    recipe: Recipe,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    given: tuple[Tensor, Tensor] | None = None,
-    activation: str | None = None,
-    residual: Tensor | None = None,
-    running: Running | None = None,
-    mask: Tensor | None = None,
-) -> Tensor:
-    """By the kernels, with autograd where a gradient is wanted; everything was checked."""
-    if torch.is_grad_enabled() and (
-        x.requires_grad
-        or (weight is not None and weight.requires_grad)
-        or (bias is not None and bias.requires_grad)
-        or (residual is not None and residual.requires_grad)
-    ):
-        return apply(x, weight, bias, residual, recipe, eps, given, activation, running, mask)
-    return forward_walk(recipe, x, weight, bias, eps, given, activation, residual, running, mask, False)[0]
-
-
 def compose(
-    x: Tensor,
-    pooling: Pooling,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    given: tuple[Tensor, Tensor] | None,
-    activation: str | None,
-    residual: Tensor | None,
-    running: Running | None,
-    mask: Tensor | None,
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, request: Request, pooling: Pooling
 ) -> Tensor:
     """The formula in differentiable operations, laid out as torch's result would be."""
+    source, _, _, mask, *_ = request
     # Exported graphs are read by other tools, and must not depend on sizes.
     in_graph = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-    if (
-        given is None
-        and mask is None
-        and ((in_graph and library.serves(x)) or (is_observed(x, weight, bias, residual) and not kernels.OFF))
-    ):
-        y, moments = library.normalize(x, pooling, weight, bias, eps, activation, residual)
-        move_running(running, moments, pooling, x)
-        return y
-    if given is None and running is None and mask is None and transforms.serves(x):
-        return transforms.normalize(x, pooling, weight, bias, eps, activation, residual)
+    if type(source) is not Given and mask is None:
+        if (in_graph and library.serves(x)) or (is_observed(x, weight, bias, residual) and not kernels.OFF):
+            y, moments = library.normalize(x, weight, bias, residual, request, pooling)
+            if x.numel():
+                move_running(source, moments, pooling)
+            return y
+        if source.running_mean is None and transforms.serves(x):
+            return transforms.normalize(x, weight, bias, residual, request, pooling)
     if x.dtype is torch.float64 and torch.is_grad_enabled() and not in_graph and x.is_inference():
         x = x.clone()  # A narrower one is made wide, which is a copy.
-    known = None if given is None else read_running(*given, pooling, pooling.open(x))
-    y, moments = plain.compose(x, pooling, weight, bias, eps, known, activation, residual, mask)
+    y, moments = plain.compose(x, weight, bias, residual, request, pooling)
     if get_dynamic_layer_stack_depth() == 0:  # inside vmap a tensor cannot tell its layout
         y = plain.lay_out(y, plain.find_memory_format(x))
-    move_running(running, moments, pooling, x)
+    if type(source) is not Given and x.numel():
+        move_running(source, moments, pooling)
     return y

@@ -19,38 +19,50 @@ from torch.utils._python_dispatch import _len_torch_dispatch_stack
 from ..activations import finish
 from ..affine import scale_shift, spread
 from ..pooling import Pooling
+from ..sources import Given, Merged, read_given
 from ..statistics import Block, GradSums, Moments, find_moments, find_wide_dtype, part
+from .merge import Merge
+from .request import Request
 
 # Elements in a block: 4 MB in float64. On ResNet shapes 2**18 to 2**20 were alike, whole tensors 3 to 4 times slower.
 BLOCK = 1 << 19
 
 
 def compose(
-    x: Tensor,
-    pooling: Pooling,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    given: Moments | None,
-    activation: str | None = None,
-    residual: Tensor | None = None,
-    mask: Tensor | None = None,
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, request: Request, pooling: Pooling
 ) -> tuple[Tensor, Moments]:
     """y = activation((x - mean) / sqrt(var + eps) * gamma + beta + residual), rounded once, and the moments it used.
 
     With a mask padding is made 0 before anything is computed, so that neither a value nor a gradient comes from there.
     """
-    is_constant = given is not None and not (torch.is_grad_enabled() and any_requires_grad(x, weight, bias, residual))
-    # Under a transform or a mode, too: wide copies cost several times torch's time, and its own sums of gradients
-    # are taken in cascades, which keeps them exact.
-    is_watched = get_dynamic_layer_stack_depth() > 0 or (not is_compiling() and _len_torch_dispatch_stack() > 0)
-    is_constant = is_constant or (given is not None and is_watched)
-    if is_constant and activation is None and residual is None and mask is None:
-        assert given is not None
-        return compose_given(x, pooling, weight, bias, eps, given), given
+    source, eps, activation, mask, *_ = request
+    given = read_given(source, pooling, pooling.open(x)) if type(source) is Given else None
+    is_bare = activation is None and residual is None and mask is None
+    if given is not None and is_bare and not wants_sums(x, weight, bias):
+        return compose_given(x, weight, bias, eps, given, pooling), given
     wide, counted = widen(x, pooling, mask)
-    moments = find_moments(wide, pooling, wide.dtype == x.dtype, counted) if given is None else given
-    return compose_from(moments, wide, counted, x, pooling, weight, bias, eps, activation, residual), moments
+    moments = given
+    if moments is None:
+        moments = find_moments(wide, pooling, wide.dtype == x.dtype, counted)
+    if type(source) is Merged:
+        mean, m2, count = Merge.apply(moments.mean, moments.m2, moments.count, eps, source.exchange)
+        moments = Moments(count, mean, m2)
+    gamma, beta = (spread(p, pooling, wide, wide.dtype) for p in (weight, bias))
+    centre = wide if moments.mean is None else wide - moments.mean
+    y = scale_shift(centre * moments.rstd(eps), gamma, beta)
+    y = finish(y, activation, None if residual is None else blank(pooling.open(residual).to(y.dtype), counted))
+    return blank(y, counted).to(x.dtype).reshape(x.shape), moments
+
+
+def wants_sums(*tensors: Tensor | None) -> bool:
+    """Whether autograd here will sum gradients.
+
+    Under a transform or a mode it does not matter: wide copies cost several times torch's time, and torch's own sums of
+    gradients are taken in cascades, which keeps them exact.
+    """
+    if get_dynamic_layer_stack_depth() > 0 or (not is_compiling() and _len_torch_dispatch_stack() > 0):
+        return False
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def widen(x: Tensor, pooling: Pooling, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -60,32 +72,8 @@ def widen(x: Tensor, pooling: Pooling, mask: Tensor | None) -> tuple[Tensor, Ten
     return blank(wide, counted), counted
 
 
-def compose_from(
-    moments: Moments,
-    wide: Tensor,
-    counted: Tensor | None,
-    x: Tensor,
-    pooling: Pooling,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    activation: str | None,
-    residual: Tensor | None,
-) -> Tensor:
-    """y from an x that `widen` made wide and from any moments; differentiable in all of them."""
-    gamma, beta = (spread(p, pooling, wide, wide.dtype) for p in (weight, bias))
-    centre = wide if moments.mean is None else wide - moments.mean
-    y = scale_shift(centre * moments.rstd(eps), gamma, beta)
-    y = finish(y, activation, None if residual is None else blank(pooling.open(residual).to(y.dtype), counted))
-    return blank(y, counted).to(x.dtype).reshape(x.shape)
-
-
-def any_requires_grad(*tensors: Tensor | None) -> bool:
-    return any(t is not None and t.requires_grad for t in tensors)
-
-
 def compose_given(
-    x: Tensor, pooling: Pooling, weight: Tensor | None, bias: Tensor | None, eps: float, given: Moments
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, given: Moments, pooling: Pooling
 ) -> Tensor:
     """y from given statistics where nobody sums gradients: x - mean rounds once, so float32 is wide enough.
 
@@ -168,25 +156,25 @@ def find_groups(view: Tensor, pooling: Pooling) -> list[list[Block]]:
     ]
 
 
-def make_rooms(view: Tensor, groups: list[list[Block]], dtype: torch.dtype, count: int) -> list[Tensor]:
-    """Room for wide blocks, laid out as the view is; the first block is never smaller than the others."""
+def make_scratch(view: Tensor, groups: list[list[Block]], dtype: torch.dtype, count: int) -> list[Tensor]:
+    """Scratch memory for wide blocks, laid out as the view is; the first block is never smaller than the others."""
     return [torch.empty_like(view[groups[0][0]], dtype=dtype) for _ in range(count)]
 
 
-def find_room(room: Tensor, like: Tensor) -> Tensor:
-    """As much of a room as a block needs."""
-    return room if room.shape == like.shape else room[tuple(slice(size) for size in like.shape)]
+def cut_scratch(scratch: Tensor, like: Tensor) -> Tensor:
+    """As much of the scratch memory as a block needs."""
+    return scratch if scratch.shape == like.shape else scratch[tuple(slice(size) for size in like.shape)]
 
 
-def load(room: Tensor, view: Tensor, block: Block, mean: Tensor | None = None) -> Tensor:
+def load(scratch: Tensor, view: Tensor, block: Block, mean: Tensor | None = None) -> Tensor:
     """A block made wide, about `mean`."""
     source = view[block]
-    wide = find_room(room, source).copy_(source)
+    wide = cut_scratch(scratch, source).copy_(source)
     return wide if mean is None else wide.sub_(part(mean, block))
 
 
 def forward(
-    x: Tensor, pooling: Pooling, weight: Tensor | None, bias: Tensor | None, eps: float
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, pooling: Pooling
 ) -> tuple[Tensor, Moments]:
     """What `compose` computes with the batch as source, by blocks and without autograd."""
     out = torch.empty_like(x, memory_format=find_memory_format(x))
@@ -194,19 +182,19 @@ def forward(
     dtype = find_wide_dtype(x)
     refine = dtype == x.dtype
     groups = find_groups(view, pooling)
-    room, squares = make_rooms(view, groups, dtype, 2)
+    scratch, squares = make_scratch(view, groups, dtype, 2)
     gamma, beta = (spread(p, pooling, view, dtype) for p in (weight, bias))
     total = Moments.empty(view, pooling, dtype)
     for group in groups:
-        moments = block_moments(load(room, view, group[0]), squares, pooling, refine)
+        moments = block_moments(load(scratch, view, group[0]), squares, pooling, refine)
         for block in group[1:]:
-            moments = moments.merge(block_moments(load(room, view, block), squares, pooling, refine))
+            moments = moments.merge(block_moments(load(scratch, view, block), squares, pooling, refine))
         total.put(moments, group[0])
         rstd = moments.rstd(eps)
         for block in group:
             # A lone block is still there, centred by its own mean.
             lone = len(group) == 1
-            wide = find_room(room, view[block]) if lone else load(room, view, block, total.mean)
+            wide = cut_scratch(scratch, view[block]) if lone else load(scratch, view, block, total.mean)
             apply(wide, rstd, part(gamma, block), part(beta, block), pooling)
             y[block].copy_(wide)
     return out, total
@@ -222,7 +210,7 @@ def block_moments(wide: Tensor, squares: Tensor, pooling: Pooling, refine: bool)
             rest = wide.mean(pooling.pooled, keepdim=True)
             wide -= rest
             mean += rest
-    squared = torch.mul(wide, wide, out=find_room(squares, wide))
+    squared = torch.mul(wide, wide, out=cut_scratch(squares, wide))
     return Moments(pooling.count(wide), mean, squared.sum(pooling.pooled, keepdim=True))
 
 
@@ -241,7 +229,7 @@ def apply(centred: Tensor, rstd: Tensor, gamma: Tensor | None, beta: Tensor | No
 
 
 def forward_given(
-    x: Tensor, pooling: Pooling, weight: Tensor | None, bias: Tensor | None, eps: float, given: Moments
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, given: Moments, pooling: Pooling
 ) -> Tensor:
     """What `compose` computes with given statistics, without autograd.
 
@@ -264,10 +252,10 @@ def forward_given(
 def backward(
     g: Tensor,
     x: Tensor,
-    pooling: Pooling,
     weight: Tensor | None,
     moments: Moments,
     eps: float,
+    pooling: Pooling,
     *,
     given: bool,
     needs: Sequence[bool],
@@ -292,16 +280,16 @@ def backward(
     gamma = spread(weight, pooling, view, rstd.dtype)
     sums = GradSums.zeros(view, pooling, rstd, given)
     count = pooling.count(view)
-    g_room, x_room, products = make_rooms(view, groups, rstd.dtype, 3)
+    g_scratch, x_scratch, products = make_scratch(view, groups, rstd.dtype, 3)
     for group in groups:
         for block in group:
-            wide_g, xhat = load(g_room, grad, block), load(x_room, view, block, mean).mul_(part(rstd, block))
-            sums.add(wide_g, torch.mul(wide_g, xhat, out=find_room(products, xhat)), gamma, block, pooling)
+            wide_g, xhat = load(g_scratch, grad, block), load(x_scratch, view, block, mean).mul_(part(rstd, block))
+            sums.add(wide_g, torch.mul(wide_g, xhat, out=cut_scratch(products, xhat)), gamma, block, pooling)
         for block in group if out is not None else ():
             if len(group) > 1:
                 wide_g, xhat = (
-                    load(g_room, grad, block),
-                    load(x_room, view, block, mean).mul_(part(rstd, block)),
+                    load(g_scratch, grad, block),
+                    load(x_scratch, view, block, mean).mul_(part(rstd, block)),
                 )
             gamma_part = part(gamma, block)
             if gamma_part is not None:

@@ -16,8 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._C import _dispatch_keys
 from torch.nn import Parameter
+from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import handle_torch_function, has_torch_function
 
+from ..sources import Batch, Given, Merged, Renorm
+from .request import Request
 from .watch import PLAIN_KEYS
 
 
@@ -29,10 +32,19 @@ def is_renamed_memory(t: Any) -> bool:
 
 
 def read_plain(value: Any) -> Any:
-    """The same memory as a Tensor, through which gradients flow; tuples of tensors too."""
+    """The same memory as a Tensor, through which gradients flow; within tuples and requests, too."""
     if type(value) is tuple:
-        return tuple(read_plain(v) for v in value)
+        return tuple(map(read_plain, value))
+    if isinstance(value, Request | Batch | Given | Merged | Renorm):
+        return type(value)(*map(read_plain, value))
     return value.as_subclass(Tensor) if is_renamed_memory(value) else value
+
+
+def find_tensors(value: Any) -> list[Tensor]:
+    """All tensors in a value, within tuples and requests, too."""
+    if isinstance(value, tuple) and not isinstance(value, PackedSequence):
+        return [t for part in value for t in find_tensors(part)]
+    return [value] if isinstance(value, Tensor) else []
 
 
 def hand_over(function: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
@@ -42,35 +54,19 @@ def hand_over(function: Callable[..., Any], arguments: tuple[Any, ...], options:
     """
     if torch.compiler.is_compiling():
         return None
-    values = list(options.values())
-    for value in arguments:
-        values += value if type(value) is tuple else (value,)
-    tensors = [v for v in values if isinstance(v, Tensor)]
+    tensors = find_tensors((*arguments, *options.values()))
     if has_torch_function(tensors):
         try:
             return handle_torch_function(function, tensors, *arguments, **options)
         except TypeError as error:
-            theirs = getattr(F, function.__name__, None)
+            theirs = getattr(F, function.__name__, None) if function.__name__.endswith("_norm") else None
             is_refused = str(error).startswith("no implementation found")
             if theirs is None or not is_refused or any(v is not None for v in options.values()):
                 raise
             return theirs(*arguments)
     if not any(is_renamed_memory(t) for t in tensors):
         return None
-    return function(*(read_plain(a) for a in arguments), **{name: read_plain(v) for name, v in options.items()})
-
-
-def offer(
-    function: Callable[..., Any],
-    arguments: tuple[Any, ...],
-    activation: str | None,
-    residual: Tensor | None,
-    mask: Tensor | None = None,
-    lengths: Any = None,
-) -> Any:
-    """`hand_over` with the keywords that every norm's function takes."""
-    options = {"activation": activation, "residual": residual, "mask": mask, "lengths": lengths}
-    return hand_over(function, arguments, options)
+    return function(*map(read_plain, arguments), **{name: read_plain(v) for name, v in options.items()})
 
 
 def look_at(x: Any) -> Any:

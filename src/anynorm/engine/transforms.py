@@ -22,8 +22,10 @@ from torch.utils._python_dispatch import _len_torch_dispatch_stack
 from ..activations import finish
 from ..affine import scale_shift, spread
 from ..pooling import Pooling, remember
+from ..sources import BATCH
 from ..statistics import find_moments, find_wide_dtype
 from . import kernels, plain
+from .request import Request
 from .walks import CODES
 from .watch import PLAIN_KEYS
 
@@ -49,21 +51,15 @@ def serves(x: Tensor) -> bool:
 
 
 def normalize(
-    x: Tensor,
-    pooling: Pooling,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    activation: str | None,
-    residual: Tensor | None,
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, request: Request, pooling: Pooling
 ) -> Tensor:
     """`plain.compose` with statistics from x; half types are widened first and rounded once."""
     wide = x.float() if x.dtype in HALVES else x
-    xhat = pooling.open(Standardize.apply(wide, pooling, eps))
+    xhat = pooling.open(Standardize.apply(wide, pooling, request.eps)[0])
     gamma, beta = (spread(p, pooling, xhat, wide.dtype) for p in (weight, bias))
     added = None if residual is None else pooling.open(residual).to(wide.dtype)
     y = scale_shift(xhat, gamma, beta) if gamma is None or beta is None else torch.addcmul(beta, xhat, gamma)
-    return finish(y, activation, added).to(x.dtype).reshape(x.shape)
+    return finish(y, request.activation, added).to(x.dtype).reshape(x.shape)
 
 
 def find_place(pooling: Pooling) -> int:
@@ -84,52 +80,60 @@ def add_axis(pooling: Pooling, place: int) -> Pooling:
 
 
 class Standardize(torch.autograd.Function):
-    """xhat of x."""
+    """xhat of x, and the statistics as the kernels left them, for `Project` alone.
+
+    Under a vmap they are those of all its samples, in the order of memory, and pass for a tensor without its axis.
+    """
 
     @staticmethod
-    def forward(x: Tensor, pooling: Pooling, eps: float) -> Tensor:
+    def forward(x: Tensor, pooling: Pooling, eps: float) -> tuple[Tensor, Tensor]:
         x = kernels.arrange(x)
-        walk = kernels.find_walk(x, pooling)
-        if walk is None:
-            return plain.forward(x, pooling, None, None, eps)[0]
-        return kernels.forward(x, walk, None, None, eps)
+        plan = kernels.find_walk(x, pooling)
+        if plan is None:
+            return plain.forward(x, None, None, eps, pooling)[0], x.new_empty(0)
+        y, statistics = kernels.forward(x, None, None, None, Request(BATCH, eps), plan, keep=True)
+        assert isinstance(statistics, Tensor)
+        return y, statistics
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         x, *ctx.how = inputs
-        ctx.save_for_backward(x)
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(x, output[1])
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, g: Tensor, _: Any) -> tuple[Any, ...]:
         return Project.apply(g, *ctx.saved_tensors, *ctx.how), None, None
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], x: Tensor, pooling: Pooling, eps: float) -> tuple[Tensor, int]:
+    def vmap(info: Any, in_dims: tuple[Any, ...], x: Tensor, pooling: Pooling, eps: float) -> Any:
         place = find_place(pooling)
-        return Standardize.apply(x.movedim(in_dims[0], place), add_axis(pooling, place), eps), place
+        return Standardize.apply(x.movedim(in_dims[0], place), add_axis(pooling, place), eps), (place, None)
 
 
 class Project(torch.autograd.Function):
-    """P(g, x)."""
+    """P(g, x), with the statistics that `Standardize` found."""
 
     @staticmethod
-    def forward(g: Tensor, x: Tensor, pooling: Pooling, eps: float) -> Tensor:
+    def forward(g: Tensor, x: Tensor, statistics: Tensor | None, pooling: Pooling, eps: float) -> Tensor:
         x = kernels.arrange(x)
         needs = (True, False, False, False)
-        walk = kernels.find_walk(x, pooling)
-        if walk is not None:
-            statistics = kernels.find_statistics(x, walk)
-            dx = kernels.backward(g, x, walk, None, None, statistics, eps, needs)[0]
+        plan = kernels.find_walk(x, pooling)
+        if plan is not None:
+            if statistics is None:
+                statistics = kernels.find_statistics(x, plan)
+            saved = kernels.Saved(x, None, None, None, None, statistics)
+            dx = kernels.backward(g, saved, plan, eps, None, needs)[0]
         else:
             wide = pooling.open(x).to(find_wide_dtype(x))
             moments = find_moments(wide, pooling, wide.dtype == x.dtype)
-            dx = plain.backward(g, x, pooling, None, moments, eps, given=False, needs=needs)[0]
+            dx = plain.backward(g, x, None, moments, eps, pooling, given=False, needs=needs)[0]
         assert dx is not None
         return dx
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        g, x, *ctx.how = inputs
+        g, x, _, *ctx.how = inputs
         ctx.save_for_backward(g, x)
 
     @staticmethod
@@ -137,21 +141,24 @@ class Project(torch.autograd.Function):
         pooling, eps = ctx.how
 
         def project(g: Tensor, x: Tensor) -> Tensor:
-            pull = torch.func.vjp(lambda x: plain.compose(x, pooling, None, None, eps, None)[0], x)[1]
+            pull = torch.func.vjp(lambda x: plain.compose(x, None, None, None, Request(BATCH, eps), pooling)[0], x)[1]
             return pull(g)[0]
 
         pull = torch.func.vjp(project, *ctx.saved_tensors)[1]
-        return (*pull(t), None, None)
+        return (*pull(t), None, None, None)
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: tuple[Any, ...], g: Tensor, x: Tensor, pooling: Pooling, eps: float
+        info: Any, in_dims: tuple[Any, ...], g: Tensor, x: Tensor, statistics: Tensor | None, *how: Any
     ) -> tuple[Tensor, int]:
+        pooling, eps = how
         place = find_place(pooling)
+        if in_dims[1] is None:  # They are of an x without this axis.
+            statistics = None
         g, x = (
             t.unsqueeze(place).expand(*t.shape[:place], info.batch_size, *t.shape[place:])
             if axis is None
             else t.movedim(axis, place)
             for t, axis in ((g, in_dims[0]), (x, in_dims[1]))
         )
-        return Project.apply(g, x, add_axis(pooling, place), eps), place
+        return Project.apply(g, x, statistics, add_axis(pooling, place), eps), place

@@ -31,6 +31,7 @@ class Plan:
     """How a tensor is walked.
 
     Attributes:
+        pooling: what it is a plan for.
         walk: sizes, as the compiled module keeps them.
         packed: the same, to look at: n, g, k, s, channels last, pooled over n, centred, dtype, given, rows of a sample.
         pools: how many elements share nothing: the size of mean and m2.
@@ -44,6 +45,7 @@ class Plan:
         bytes, parameter_bytes: of x, and of gamma as kernels read it.
     """
 
+    pooling: Pooling
     walk: Any
     packed: tuple[int, ...]
     pools: int
@@ -118,7 +120,7 @@ def find_plan(
     count = n * s if pool_n else k * s
     parameter = torch.float64 if dtype is torch.float64 else torch.float32
     return Plan(
-        compiled.Plan(*packed), packed, prod(statistics), g * k, statistics, count, pooling.centred,
+        pooling, compiled.Plan(*packed), packed, prod(statistics), g * k, statistics, count, pooling.centred,
         suggest_memory_format(shape, strides), shape, strides, dtype, parameter,
         parameter if given == 1 else torch.float64, prod(shape) * dtype.itemsize, g * k * parameter.itemsize,
     )  # fmt: skip

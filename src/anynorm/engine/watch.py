@@ -14,11 +14,16 @@ from torch.overrides import _get_current_function_mode_stack, _len_torch_functio
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, _len_torch_dispatch_stack
 
+from .request import Request
+
 # Dispatch keys of an ordinary tensor on the CPU, outside and inside inference mode. All else has others: other devices
 # and layouts, subclasses, nested tensors, signs, conjugation or zeros that are only noted, tensors under a transform.
 with torch.inference_mode():
     PLAIN_KEYS = {_dispatch_keys(torch.empty(0, dtype=torch.float32, device="cpu")).raw_repr()}
 PLAIN_KEYS.add(_dispatch_keys(torch.empty(0, dtype=torch.float32, device="cpu")).raw_repr())
+
+
+HASHABLE = (type(None), int, tuple, torch.Size)
 
 
 def is_watched() -> bool:
@@ -46,15 +51,27 @@ def is_plain(*tensors: Tensor | None) -> bool:
     )
 
 
-def find_key(function: str, options: tuple[Any, ...], x: Tensor, *others: Tensor | None) -> tuple[Any, ...] | None:
-    """All that a function's checks look at, where kernels may serve; else None.
+def find_key(
+    function: str,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    request: Request,
+) -> tuple[Any, ...] | None:
+    """All that the checks of a call look at, where kernels may serve it; else None.
 
-    A call whose key is in `ops.RECIPES` needs no checks: the same ones have passed.
+    A call whose key is in `paths.PLANS` needs no checks: the same ones have passed.
     """
     if is_watched():
         return None
-    key: list[Any] = [function, options]
-    for t in (x, *others):
+    source, eps, activation, mask, _, sizes = request
+    # 7.0 and True equal sizes that pass, and are refused.
+    kinds = tuple(map(type, sizes)) if type(sizes) is tuple else type(sizes)
+    if type(sizes) not in HASHABLE:
+        sizes = repr(sizes)
+    key: list[Any] = [function, type(source), eps, activation, sizes, kinds]
+    for t in (x, weight, bias, residual, mask, source[0], source[1]):
         if t is None:
             key.append(None)
             continue

@@ -1,14 +1,17 @@
 """What is asked: the norms with the signatures of torch.nn.functional, checked and handed to the one engine.
 
-Each function answers the three questions with its line of `family.FAMILY` and lets `ops.normalize` do the rest.
+Each function says its source and leaves the rest to its front (`front.Front`), and that to the engine.
 """
 
 import torch.fx
 
-from .batch import batch_norm, instance_norm
+from .batch import batch_norm
 from .ghost import ghost_batch_norm
+from .group import group_norm
+from .instance import instance_norm
+from .layer import layer_norm
 from .renorm import batch_renorm
-from .sample import group_norm, layer_norm, rms_norm
+from .rms import rms_norm
 
 __all__ = ["batch_norm", "batch_renorm", "ghost_batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"]
 

@@ -1,4 +1,4 @@
-"""What is asked of `ghost_batch_norm`: batch norm of a few samples at a time."""
+"""`ghost_batch_norm`: batch norm of a few samples at a time."""
 
 from __future__ import annotations
 
@@ -9,16 +9,116 @@ import torch
 from torch import Tensor
 
 from ..activations import check_finish
-from ..engine import protocol, watch
+from ..engine import paths, protocol, watch
 from ..engine.plain import find_memory_format
+from ..engine.request import Request
 from ..errors import check_batch_norm, check_channels, check_floating, check_more_than_one
 from ..family import FAMILY
 from ..padding import ragged
 from ..padding.masks import find_mask
-from ..pooling import find_pooling
-from .batch import batch_norm, normalize_with_running
+from ..pooling import Pooling, find_pooling
+from ..sources import Batch
+from .batch import BATCH_NORM, BatchFront, name_averages
+from .front import find_source
 
 ONE_IN_A_GHOST = "use a larger ghost_size, or call eval()"
+
+
+class GhostFront(BatchFront):
+    """With the source `Batch`, in ghosts of `sizes` samples; with any other it is batch norm."""
+
+    def normalize(self, x: Any, weight: Any, bias: Any, residual: Any, request: Request) -> Any:
+        size = request.sizes
+        check_ghost_size(self.function, size)
+        if ragged.is_ragged(x):
+            check_not_ragged(request)
+            return BATCH_NORM.normalize(x, weight, bias, residual, request._replace(sizes=None))
+        found = self.hand_over(x, weight, bias, residual, request)
+        if found is not None:
+            return found
+        activation = check_finish(self.function, x, request.activation, residual)
+        request = request._replace(activation=activation)
+        if type(request.source) is not Batch or x.dim() < 2 or len(x) <= size:
+            return BATCH_NORM.normalize(x, weight, bias, residual, request._replace(sizes=None))
+        mask = find_mask(self.function, x, (1,), request.mask, request.lengths)
+        request = request._replace(mask=mask, lengths=None)
+        full, rest = cut(x.shape, size, mask)
+        if (full, rest) == (1, 0):
+            whole = request._replace(mask=None if mask is None else mask.squeeze(1), sizes=None)
+            return BATCH_NORM.normalize(x, weight, bias, residual, whole)
+        self.check(x, weight, bias, request)
+        if rest and x.dtype in (torch.bfloat16, torch.float16):  # Two gradients are added, and rounded once.
+            weight, bias = (None if t is None else t.to(torch.float32) for t in (weight, bias))
+        return self.normalize_ghosts(x, weight, bias, residual, request, (full, rest))
+
+    def hand_over(self, x: Any, weight: Any, bias: Any, residual: Any, request: Request) -> Any:
+        _, _, activation, mask, lengths, ghost_size = request
+        options = {"activation": activation, "residual": residual, "mask": mask, "lengths": lengths}
+        _, given = self.write_call(x, weight, bias, request)
+        return protocol.hand_over(ghost_batch_norm, given, options | {"ghost_size": ghost_size})
+
+    def check(self, x: Any, weight: Any, bias: Any, request: Request) -> None:
+        averages, mask, size = name_averages(request), request.mask, request.sizes
+        check_floating(self.function, x)
+        check_batch_norm(x, True, request.eps, **averages)
+        check_channels(self.function, x.shape[1], weight=weight, bias=bias, **averages)
+        if mask is None:
+            check_more_than_one(self.function, size * prod(x.shape[2:]), "channel of a ghost", x, ONE_IN_A_GHOST)
+        elif watch.has_memory(real := count_real(mask, size)):
+            check_real(real, x)
+
+    def normalize_ghosts(
+        self, x: Any, weight: Any, bias: Any, residual: Any, request: Request, ghosts: tuple[int, int]
+    ) -> Tensor:
+        """All full ghosts in one call, and a last one of another size in another."""
+        full, rest = ghosts
+        source, mask, end = request.source, request.mask, len(x) - rest
+        first: list[Any]
+        last: list[Any]
+        first, last = (
+            ([None if t is None else t[part] for t in (x, residual, mask)])
+            for part in (slice(None, end), slice(end, None))
+        )
+        how = request._replace(mask=first[2])
+        y = self.normalize_alike(first[0], weight, bias, first[1], how, full)
+        if not rest:
+            return y
+        momentum = source.momentum
+        if isinstance(momentum, Tensor):
+            counted = full if mask is None else (count_real(mask, request.sizes)[:full] > 0).sum()
+            momentum = momentum / (1 + counted * momentum)
+        how = request._replace(mask=last[2], source=source._replace(momentum=momentum))
+        return torch.cat([y, self.normalize_alike(last[0], weight, bias, last[1], how, 1)])
+
+    def normalize_alike(self, x: Any, weight: Any, bias: Any, residual: Any, request: Request, ghosts: int) -> Tensor:
+        """Ghosts of equal sizes."""
+        mask, positions = request.mask, x.shape[2:]
+        if ghosts == 1:
+            return self.normalize_pooled(x, weight, bias, residual, request, FAMILY["batch"].pool(x))
+        is_last = x.dim() > 3 and x.stride(1) < min(x.stride()[2:]) if mask is not None else False
+        # One position that may be padded is gathered.
+        has_none = prod(positions) == 1 and (mask is None or x.dim() == 2 or is_last)
+        if has_none or find_memory_format(x) != torch.contiguous_format:
+            pooling = self.scheme.pool(x, (("m", len(x) // ghosts),))
+            return self.normalize_pooled(x, weight, bias, residual, request, pooling)
+
+        def gather(t: Tensor) -> Tensor:  # The kernels walk no axis of channels between two that are pooled.
+            return t.unflatten(0, (ghosts, -1)).transpose(1, 2).flatten(2)
+
+        pooling = find_pooling("b c s -> b c", "c", True, 3, (), "b")
+        x, residual, mask = (None if t is None else gather(t) for t in (x, residual, mask))
+        y = self.normalize_pooled(x, weight, bias, residual, request._replace(mask=mask), pooling)
+        return y.unflatten(2, (-1, *positions)).transpose(1, 2).flatten(0, 1)
+
+    def normalize_pooled(
+        self, x: Any, weight: Any, bias: Any, residual: Any, request: Request, pooling: Pooling
+    ) -> Tensor:
+        """By the engine, with the last checks."""
+        self.check_memory(x, weight, bias, request)
+        return paths.normalize(x, weight, bias, residual, request, pooling)
+
+
+GHOST: BatchFront = GhostFront("ghost_batch_norm", "ghost")
 
 
 def ghost_batch_norm(
@@ -71,47 +171,17 @@ def ghost_batch_norm(
         >>> ghost_batch_norm(x, None, None, training=True, eps=1e-12, ghost_size=2).T
         tensor([[-1.,  1., -1.,  1.]])
     """
-    check_ghost_size("ghost_batch_norm", ghost_size)
-    options: Any = {"activation": activation, "residual": residual, "mask": mask, "lengths": lengths}
-    if not ragged.is_ragged(input):
-        given = (input, running_mean, running_var, weight, bias, training, momentum, eps)
-        handed = protocol.hand_over(ghost_batch_norm, given, options | {"ghost_size": ghost_size})
-        if handed is not None:
-            return handed
-        activation = check_finish("ghost_batch_norm", input, activation, residual)
-    options["activation"] = activation
-    if training and ragged.is_ragged(input):
+    source = find_source(running_mean, running_var, training, momentum)
+    return GHOST.normalize(input, weight, bias, residual, Request(source, eps, activation, mask, lengths, ghost_size))
+
+
+def check_not_ragged(request: Request) -> None:
+    """Refuse ghosts of what has no axis of samples."""
+    if type(request.source) is Batch:
         raise ValueError(
             "ghost_batch_norm: ghosts are cut from an axis of samples; got a jagged or packed input; pad it and pass "
             "lengths"
         )
-    whole = not training or input.dim() < 2 or len(input) <= ghost_size
-    if not whole:
-        mask = options["mask"] = find_mask("ghost_batch_norm", input, (1,), mask, lengths)
-        options["lengths"] = None
-    if whole or (ghosts := cut(input.shape, ghost_size, mask)) == (1, 0):
-        if not whole and mask is not None:
-            options["mask"] = mask.squeeze(1)
-        return batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps, **options)
-    named = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
-    check_ghosts(input, ghost_size, eps, mask is None, named)
-    real = None if mask is None else count_real(mask, ghost_size)
-    if real is not None and watch.has_memory(real):
-        check_real(real, input)
-    full, rest = ghosts
-    if rest and input.dtype in (torch.bfloat16, torch.float16):  # Two gradients are added, and rounded once.
-        weight, bias = (None if t is None else t.to(torch.float32) for t in (weight, bias))
-    how = (running_mean, running_var), weight, bias, eps, activation
-    end = len(input) - rest
-    parts = [None if t is None else t[:end] for t in (input, residual, mask)]
-    y = normalize_ghosts(parts, full, momentum, *how)
-    if not rest:
-        return y
-    if isinstance(momentum, Tensor):
-        counted = full if real is None else (real[:full] > 0).sum()
-        momentum = momentum / (1 + counted * momentum)
-    parts = [None if t is None else t[end:] for t in (input, residual, mask)]
-    return torch.cat([y, normalize_ghosts(parts, 1, momentum, *how)])
 
 
 def check_ghost_size(function: str, ghost_size: Any) -> None:
@@ -120,16 +190,6 @@ def check_ghost_size(function: str, ghost_size: Any) -> None:
             f"{function}: ghost_size must be a whole number of 1 or more; got {ghost_size!r}; pass how many samples "
             "share statistics, for example 32"
         )
-
-
-def check_ghosts(input: Tensor, ghost_size: int, eps: float, all_real: bool, named: dict[str, Tensor | None]) -> None:
-    """What batch norm checks, and where all is real that a ghost has more than one value per channel."""
-    check_floating("ghost_batch_norm", input)
-    check_batch_norm(input, True, eps, running_mean=named["running_mean"], running_var=named["running_var"])
-    check_channels("ghost_batch_norm", input.shape[1], **named)
-    values = ghost_size * prod(input.shape[2:])
-    if all_real:
-        check_more_than_one("ghost_batch_norm", values, "channel of a ghost", input, ONE_IN_A_GHOST)
 
 
 def check_real(real: Tensor, input: Tensor) -> None:
@@ -158,34 +218,3 @@ def count_real(mask: Tensor, ghost_size: int) -> Tensor:
     end = len(mask) - rest
     counts = mask[:end].reshape(full, -1).sum(1)
     return torch.cat([counts, mask[end:].sum().view(1)]) if rest else counts
-
-
-def normalize_ghosts(
-    parts: list[Any],
-    ghosts: int,
-    momentum: float | Tensor,
-    running: tuple[Tensor | None, Tensor | None],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    activation: str | None,
-) -> Tensor:
-    """Ghosts of equal sizes: input, residual and mask are `parts`."""
-    x, residual, mask = parts
-    how = running, weight, bias, True, momentum, eps, activation
-    if ghosts == 1:
-        return normalize_with_running("ghost_batch_norm", x, FAMILY["batch"].pool(x), *how, residual, mask)
-    positions = x.shape[2:]
-    is_last = x.dim() > 3 and x.stride(1) < min(x.stride()[2:]) if mask is not None else False
-    has_none = prod(positions) == 1 and (mask is None or x.dim() == 2 or is_last)  # One that may be padded is gathered.
-    if has_none or find_memory_format(x) != torch.contiguous_format:
-        pooling = FAMILY["ghost"].pool(x, (("m", len(x) // ghosts),))
-        return normalize_with_running("ghost_batch_norm", x, pooling, *how, residual, mask)
-
-    def gather(t: Tensor) -> Tensor:  # The kernels walk no axis of channels between two that are pooled.
-        return t.unflatten(0, (ghosts, -1)).transpose(1, 2).flatten(2)
-
-    pooling = find_pooling("b c s -> b c", "c", True, 3, (), "b")
-    x, residual, mask = gather(x), *(None if t is None else gather(t) for t in (residual, mask))
-    y = normalize_with_running("ghost_batch_norm", x, pooling, *how, residual, mask)
-    return y.unflatten(2, (-1, *positions)).transpose(1, 2).flatten(0, 1)

@@ -1,23 +1,62 @@
-"""What is asked of `batch_renorm`: batch norm that in training already looks at the running averages."""
+"""`batch_renorm`: batch norm that in training already looks at the running averages."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..activations import check_finish
-from ..engine import paths as ops
-from ..engine import protocol
-from ..errors import check_batch_norm, check_channels, check_floating, check_more_than_one, check_parameter_dtypes
-from ..family import FAMILY
+from ..engine import paths, protocol
+from ..engine.request import Request
+from ..errors import check_floating, check_parameter_dtypes
 from ..padding import ragged
 from ..padding.masks import find_mask
-from ..sources import correct
-from ..statistics import Moments
-from .batch import BATCH_OF_ONE, batch_norm
+from ..sources import Batch, Renorm, correct
+from .batch import BATCH_NORM, BatchFront, name_averages
+from .front import find_source
+
+
+class RenormFront(BatchFront):
+    """With the source `Renorm`; with any other it is batch norm."""
+
+    def normalize(self, x: Any, weight: Any, bias: Any, residual: Any, request: Request) -> Any:
+        if type(request.source) is not Renorm:
+            return BATCH_NORM.normalize(x, weight, bias, residual, request)
+        found = self.hand_over(x, weight, bias, residual, request)
+        if found is not None:
+            return found
+        moving = request._replace(source=Batch(*request.source[:3]))
+        rows = ragged.open_rows(self.function, x) if ragged.is_ragged(x) else x
+        check_floating(self.function, rows)
+        if rows is x:
+            check_finish(self.function, x, request.activation, residual)
+        is_masked = request.mask is not None or request.lengths is not None  # Then batch norm counts positions.
+        self.check(rows, weight, bias, moving if not is_masked else request)
+        check_parameter_dtypes(self.function, rows, weight=weight, bias=bias, **name_averages(request))
+        if rows.numel():
+            mask = find_mask(self.function, x, (1,), request.mask, request.lengths)
+            with torch.no_grad():
+                moments = paths.find_moments(rows, self.scheme.pool(rows), mask)
+                r, d = correct(moments, request.source, request.eps)
+            dtype = rows.dtype if rows.dtype == torch.float64 else torch.float32
+            weight, bias = join(r.to(dtype), d.to(dtype), weight, bias)
+        return BATCH_NORM.normalize(x, weight, bias, residual, moving)
+
+    def hand_over(self, x: Any, weight: Any, bias: Any, residual: Any, request: Request) -> Any:
+        source, eps, activation, mask, lengths, _ = request
+        if ragged.is_ragged(x):
+            return None
+        if source.known_mean is not source.running_mean:  # The public function has no name for it.
+            return protocol.hand_over(self.normalize, (x, weight, bias, residual, request), {})
+        r_max, d_max = source.limits
+        options = {"r_max": r_max, "d_max": d_max, "start_share": source.start_share}
+        options |= {"activation": activation, "residual": residual, "mask": mask, "lengths": lengths}
+        return protocol.hand_over(batch_renorm, (x, *source[:2], weight, bias, True, source.momentum, eps), options)
+
+
+RENORM: BatchFront = RenormFront("batch_renorm", "renorm")
 
 
 def batch_renorm(
@@ -76,63 +115,16 @@ def batch_renorm(
         tensor([[0.],
                 [1.]])
     """
-    options: Any = {"activation": activation, "residual": residual, "mask": mask, "lengths": lengths}
-    if not ragged.is_ragged(input):
-        given = (input, running_mean, running_var, weight, bias, training, momentum, eps)
-        limits = {"r_max": r_max, "d_max": d_max, "start_share": start_share}
-        handed = protocol.hand_over(batch_renorm, given, options | limits)
-        if handed is not None:
-            return handed
-        activation = check_finish("batch_renorm", input, activation, residual)
-    options["activation"] = activation
-    if not training:
-        return batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps, **options)
-    if running_mean is None or running_var is None:
-        raise RuntimeError(
-            "batch_renorm: training needs running statistics, too; got None; pass running_mean and running_var, or use "
-            "batch_norm"
-        )
-    check_limits("batch_renorm", r_max, d_max, start_share)
-    mean, var = running_mean, running_var
-
-    def find(moments: Moments) -> tuple[Tensor, Tensor]:
-        return correct(moments, mean, var, eps, (r_max, d_max), start_share)
-
-    return renormalize(input, mean, var, weight, bias, momentum, eps, find, **options)
-
-
-def renormalize(
-    input: Any,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    momentum: float | Tensor,
-    eps: float,
-    find: Callable[[Moments], tuple[Tensor, Tensor]],
-    **options: Any,
-) -> Any:
-    """`batch_renorm` in training with r and d that `find` finds from the batch's moments."""
-    given = (input, running_mean, running_var, weight, bias, momentum, eps, find)
-    handed = None if ragged.is_ragged(input) else protocol.hand_over(renormalize, given, options)
-    if handed is not None:
-        return handed
-    rows = ragged.open_rows("batch_renorm", input) if ragged.is_ragged(input) else input
-    check_floating("batch_renorm", rows)
-    check_batch_norm(rows, True, eps, running_mean=running_mean, running_var=running_var)
-    named = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
-    check_channels("batch_renorm", rows.shape[1], **named)
-    check_parameter_dtypes("batch_renorm", rows, **named)
-    pooling = FAMILY["renorm"].pool(rows)
-    if options.get("mask") is None and options.get("lengths") is None:  # Else batch_norm counts.
-        check_more_than_one("batch_renorm", pooling.count(rows), "channel", rows, BATCH_OF_ONE)
-    if rows.numel():
-        mask = find_mask("batch_renorm", input, (1,), options.get("mask"), options.get("lengths"))
-        with torch.no_grad():
-            found = find(ops.find_moments(rows, pooling, mask))
-        dtype = rows.dtype if rows.dtype == torch.float64 else torch.float32
-        weight, bias = join(found[0].to(dtype), found[1].to(dtype), weight, bias)
-    return batch_norm(input, running_mean, running_var, weight, bias, True, momentum, eps, **options)
+    source: Any = find_source(running_mean, running_var, training, momentum)
+    if training:
+        if running_mean is None or running_var is None:
+            raise RuntimeError(
+                "batch_renorm: training needs running statistics, too; got None; pass running_mean and running_var, or "
+                "use batch_norm"
+            )
+        check_limits("batch_renorm", r_max, d_max, start_share)
+        source = Renorm(running_mean, running_var, momentum, running_mean, running_var, (r_max, d_max), start_share)
+    return RENORM.normalize(input, weight, bias, residual, Request(source, eps, activation, mask, lengths))
 
 
 def join(r: Tensor, d: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -6,24 +6,21 @@ Constructors, attributes, buffers and state_dict are those of torch.nn, whose cl
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, ClassVar
 
 import torch.nn as nn
 from torch import Tensor
 
-from .. import functional
 from ..activations import finish
-from ..engine.merged import Exchange
 from ..engine.plain import blank
 from ..engine.protocol import look_at
+from ..engine.request import Request
 from ..errors import check_axes
-from ..functional.batch import BATCH_OF_ONE
-from ..functional.merged import merged_batch_norm
+from ..functional.batch import BATCH_NORM, BATCH_OF_ONE, BatchFront
 from ..padding.masks import find_mask
 from ..padding.ragged import close_rows, is_ragged, open_residual, open_rows
-from ..sources import find_momentum
+from ..sources import BATCH, Batch, Exchange, Given, Joined, Merged, Source, find_momentum, find_override
 from .counting import Guard, count_batch, is_counted, mark_counted
-from .parts import find_together
 from .recent import recall
 from .state import Norm
 
@@ -52,61 +49,63 @@ CHOICES = {"on_single": ("error", "running", "skip"), "on_nonfinite": ("propagat
 
 
 class _BatchNorm(_Running):
+    front: ClassVar[BatchFront] = BATCH_NORM
     on_single = "error"
     on_nonfinite = "propagate"
     nonfinite_batches = 0
 
-    def normalize(self, input: Tensor, **options: Any) -> Tensor:
-        """Choose the source, normalize, count the batch; see `anynorm.functional.batch_norm`."""
+    def normalize(
+        self, input: Any, residual: Any = None, activation: Any = None, mask: Any = None, lengths: Any = None
+    ) -> Any:
+        """Find the source, normalize, count the batch."""
         is_jagged = type(input) is not Tensor and is_ragged(input)
         if not is_jagged:
             self._check_input_dim(input)  # torch's hook: subclasses override it
-        mean, var = self.running_mean, self.running_var
-        from_batch = self.training or (mean is None and var is None)
-        together = find_together() if from_batch else None
-        if together is not None:
-            return together.normalize(self, input, options)
-        if self.training and self._is_single(input, is_jagged, options.get("mask"), options.get("lengths")):
-            return self._normalize_single(input, **options)
-        running_mean, running_var, counter = None, None, None
-        momentum: float | Tensor | None = self.momentum
-        moves = self.training and self.track_running_stats and is_counted(self)
-        if moves or not self.training:
-            running_mean, running_var = mean, var
-            if moves:
-                counter = self.num_batches_tracked
-        if momentum is None:
-            momentum = find_momentum(None, counter)
+        override = find_override()
+        source: Source | None = None
+        if override is not None and (self.training or (self.running_mean is None and self.running_var is None)):
+            source = override.find_source(self, input)
+        if type(source) is Joined:
+            return source.normalize(input, residual, Request(source, self.eps, activation, mask, lengths))
+        if self.training and type(source) is not Merged and self._is_single(input, is_jagged, mask, lengths):
+            return self._normalize_single(input, residual, activation, mask, lengths)
+        moves = source is None and self.training and self.track_running_stats and is_counted(self)
+        if source is None:
+            source = self.find_source(input, moves)
+        request = Request(source, self.eps, activation, mask, lengths, self.find_sizes())
         guard = None
-        if moves and self.on_nonfinite != "propagate" and running_mean is not None and running_var is not None:
-            guard = Guard(self, running_mean, running_var)
-        y = self._compute(input, running_mean, running_var, from_batch, momentum, options)
+        mean, var = self.running_mean, self.running_var
+        if moves and self.on_nonfinite != "propagate" and mean is not None and var is not None:
+            guard = Guard(self, mean, var)
+        y = self.front.normalize(input, self.weight, self.bias, residual, request)
         if guard is not None and guard.refuses():
             return y
-        if counter is not None:  # Last, so that an input that is refused changes nothing.
-            counter.add_(self._count(input, options))
-        if moves:
+        if moves:  # Last, so that an input that is refused changes nothing.
+            if self.num_batches_tracked is not None:
+                self.num_batches_tracked.add_(self._count(input, mask, lengths))
             mark_counted(self)
         return y
 
-    def _compute(
-        self, input: Any, mean: Tensor | None, var: Tensor | None, from_batch: bool, momentum: Any, options: Any
-    ) -> Any:
-        """The function of this class, by the batch or by the running averages; those that are given move."""
-        exchange = self.find_exchange(input, mean is not None) if self.training else None
-        if exchange is not None:
-            merging = (mean, var, self.weight, self.bias, momentum, self.eps, exchange)
-            return merged_batch_norm(input, *merging, **options)
-        given = (mean, var, self.weight, self.bias, from_batch, momentum, self.eps)
-        return functional.batch_norm(input, *given, **options)
+    def find_source(self, input: Any, moves: bool) -> Source:
+        """Where the statistics of this call come from; `moves`: they move the running averages."""
+        mean, var = self.running_mean, self.running_var
+        if not self.training and not (mean is None and var is None):
+            return Given(mean, var)  # type: ignore[arg-type] # checked
+        if not moves:
+            return BATCH
+        momentum = find_momentum(None, self.num_batches_tracked) if self.momentum is None else self.momentum
+        return Batch(mean, var, momentum)
 
-    def find_exchange(self, input: Any, moves: bool) -> Exchange | None:
-        """What brings this batch together with its other parts, where it has any; `moves`: averages will move."""
+    def open_exchange(self, input: Any, moves: bool) -> Exchange | None:
+        """What brings this batch together with those of other ranks, where there are any; `moves` as above."""
         return None
 
-    def _count(self, input: Any, options: Any) -> Any:
+    def find_sizes(self) -> Any:
+        """What the pattern needs beside x."""
+        return None
+
+    def _count(self, input: Any, mask: Any, lengths: Any) -> Any:
         """How many batches this one counts for: none where nothing is real."""
-        mask, lengths = options.get("mask"), options.get("lengths")
         return 1 if mask is None and lengths is None else count_batch(mask, lengths)
 
     def _is_single(self, input: Any, is_jagged: bool, mask: Tensor | None, lengths: Any) -> bool:
@@ -122,7 +121,7 @@ class _BatchNorm(_Running):
         found = find_mask("batch_norm", input, (1,), mask, lengths)
         return found is not None and int(found.sum()) == 1
 
-    def _normalize_single(self, input: Any, **options: Any) -> Any:
+    def _normalize_single(self, input: Any, residual: Any, activation: Any, mask: Any, lengths: Any) -> Any:
         """What `on_single` says; running averages and the counter stay."""
         if self.on_single == "error":
             shape = getattr(input, "shape", (1, self.num_features))
@@ -132,14 +131,15 @@ class _BatchNorm(_Running):
                 f"every output is beta; got input {tuple(shape)}; {BATCH_OF_ONE}"
             )
         if self.on_single == "skip":
-            return finish_alone(input, **options)
+            return finish_alone(input, activation, residual, mask, lengths)
         if self.running_mean is None:
             raise ValueError(
                 f"{type(self).__name__}({self.num_features}): on_single='running' needs running averages; got "
                 "track_running_stats=False; choose 'skip' or 'error'"
             )
-        mean, var = recall(self, (self.running_mean, self.running_var))
-        return functional.batch_norm(input, mean, var, self.weight, self.bias, False, 0.0, self.eps, **options)
+        given = Given(*recall(self, (self.running_mean, self.running_var)))
+        request = Request(given, self.eps, activation, mask, lengths)
+        return BATCH_NORM.normalize(input, self.weight, self.bias, residual, request)
 
 
 def finish_alone(

@@ -20,8 +20,7 @@ from ..activations import IDENTITY, check_activation, finish
 from ..engine.plain import blank
 from ..padding.context import may_be_masked
 from ..padding.masks import find_mask
-from . import batch, instance, renorm, sample, sync
-from . import ghost as small_batch
+from . import batch, ghost, group, instance, layer, renorm, rms, sync
 from .state import Norm, check_hooks, name_given, record_call
 
 
@@ -77,7 +76,7 @@ class Fused(Norm):
             y = finish(self.add(self.normalize(input, mask=mask, lengths=lengths), residual), activation, None)
             found = find_mask(type(self).__name__, input, self.find_channel_axes(input), mask, lengths)
             return y if found is None else blank(y, found > 0)
-        return self.normalize(input, activation=self.activation, residual=residual, mask=mask, lengths=lengths)
+        return self.normalize(input, residual, self.activation, mask, lengths)
 
     def reset_parameters(self) -> None:
         """Gamma 1, beta 0, and running statistics as at the start, as the plain norm does."""
@@ -139,7 +138,7 @@ class BatchNormAct3d(batch._BatchNorm, _Running, plain=batch.BatchNorm3d):
     """
 
 
-class GhostBatchNormAct1d(small_batch._Ghost, _Running, plain=small_batch.GhostBatchNorm1d):
+class GhostBatchNormAct1d(ghost._Ghost, _Running, plain=ghost.GhostBatchNorm1d):
     """`anynorm.GhostBatchNorm1d`, then a residual and an activation.
 
     Example:
@@ -149,7 +148,7 @@ class GhostBatchNormAct1d(small_batch._Ghost, _Running, plain=small_batch.GhostB
     """
 
 
-class GhostBatchNormAct2d(small_batch._Ghost, _Running, plain=small_batch.GhostBatchNorm2d):
+class GhostBatchNormAct2d(ghost._Ghost, _Running, plain=ghost.GhostBatchNorm2d):
     """`anynorm.GhostBatchNorm2d`, then a residual and an activation.
 
     Example:
@@ -159,7 +158,7 @@ class GhostBatchNormAct2d(small_batch._Ghost, _Running, plain=small_batch.GhostB
     """
 
 
-class GhostBatchNormAct3d(small_batch._Ghost, _Running, plain=small_batch.GhostBatchNorm3d):
+class GhostBatchNormAct3d(ghost._Ghost, _Running, plain=ghost.GhostBatchNorm3d):
     """`anynorm.GhostBatchNorm3d`, then a residual and an activation.
 
     Example:
@@ -235,7 +234,7 @@ class InstanceNormAct3d(instance._InstanceNorm, _Running, plain=instance.Instanc
     """
 
 
-class GroupNormAct(sample._GroupNorm, Fused, plain=sample.GroupNorm):
+class GroupNormAct(group._GroupNorm, Fused, plain=group.GroupNorm):
     """`anynorm.GroupNorm`, then a residual and an activation.
 
     Example:
@@ -244,7 +243,7 @@ class GroupNormAct(sample._GroupNorm, Fused, plain=sample.GroupNorm):
     """
 
 
-class LayerNormAct(sample._LayerNorm, Fused, plain=sample.LayerNorm):
+class LayerNormAct(layer._LayerNorm, Fused, plain=layer.LayerNorm):
     """`anynorm.LayerNorm`, then a residual and an activation.
 
     Example:
@@ -254,7 +253,7 @@ class LayerNormAct(sample._LayerNorm, Fused, plain=sample.LayerNorm):
     """
 
 
-class RMSNormAct(sample._RMSNorm, Fused, plain=sample.RMSNorm):
+class RMSNormAct(rms._RMSNorm, Fused, plain=rms.RMSNorm):
     """`anynorm.RMSNorm`, then a residual and an activation.
 
     Example:

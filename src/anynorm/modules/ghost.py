@@ -3,39 +3,40 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from .. import functional
-from ..functional.ghost import check_ghost_size, count_real, cut
+from ..functional.batch import BatchFront
+from ..functional.ghost import GHOST, check_ghost_size, count_real, cut
 from ..padding.masks import find_mask
 from . import batch
 
 
 class _Ghost(batch._BatchNorm):
+    front: ClassVar[BatchFront] = GHOST
     ghost_size: int
 
-    def _compute(
-        self, input: Any, mean: Tensor | None, var: Tensor | None, from_batch: bool, momentum: Any, options: Any
+    def find_sizes(self) -> int:
+        """Samples in a ghost."""
+        return self.ghost_size
+
+    def normalize(
+        self, input: Any, residual: Any = None, activation: Any = None, mask: Any = None, lengths: Any = None
     ) -> Any:
-        given = (mean, var, self.weight, self.bias, from_batch, momentum, self.eps)
-        if not self.training:
-            return functional.batch_norm(input, *given, **options)
-        lone = self._find_lone(input, options)
+        """As batch norm does; real positions that are alone in their ghost go another way, where one was chosen."""
+        lone = self._find_lone(input, mask, lengths) if self.training else None
         if lone is None:
-            return functional.ghost_batch_norm(input, *given, ghost_size=self.ghost_size, **options)
+            return super().normalize(input, residual, activation, mask, lengths)
         found, alone = lone
-        other = self._normalize_single(input, **options)
-        options = {**options, "lengths": None, "mask": (found - alone).squeeze(1)}
-        y = functional.ghost_batch_norm(input, *given, ghost_size=self.ghost_size, **options)
+        other = self._normalize_single(input, residual, activation, mask, lengths)
+        y = super().normalize(input, residual, activation, (found - alone).squeeze(1))
         return torch.where(alone > 0, other, y)
 
-    def _find_lone(self, input: Any, options: Any) -> tuple[Tensor, Tensor] | None:
+    def _find_lone(self, input: Any, mask: Any, lengths: Any) -> tuple[Tensor, Tensor] | None:
         """The mask, and which real positions are alone in their ghost, where something else than an error is wanted."""
-        mask, lengths = options.get("mask"), options.get("lengths")
         if self.on_single == "error" or (mask is None and lengths is None):
             return None
         found = find_mask("ghost_batch_norm", input, (1,), mask, lengths)
@@ -50,9 +51,8 @@ class _Ghost(batch._BatchNorm):
         """Real positions of each ghost."""
         return count_real(found, self.ghost_size) if len(found) > self.ghost_size else found.sum().view(1)
 
-    def _count(self, input: Any, options: Any) -> Any:
+    def _count(self, input: Any, mask: Any, lengths: Any) -> Any:
         """Every ghost is a batch; one of which nothing is real, or one value, is none."""
-        mask, lengths = options.get("mask"), options.get("lengths")
         if mask is None and lengths is None:
             full, rest = cut(input.shape, self.ghost_size)
             return full + (rest > 0)

@@ -8,19 +8,19 @@ from typing import Any
 import torch.nn as nn
 from torch import Tensor
 
-from .. import functional
+from ..engine.request import Request
+from ..functional.instance import INSTANCE_NORM
 from ..padding.ragged import is_ragged, open_rows
+from ..sources import BATCH, Batch, Given, Source
 from .batch import _Running
 from .counting import is_counted, mark_counted
 
 
-def unsqueeze(t: Tensor | None) -> Tensor | None:
-    return t if t is None else t.unsqueeze(0)
-
-
 class _InstanceNorm(_Running):
-    def normalize(self, input: Tensor, **options: Any) -> Tensor:
-        """Normalize with or without a sample axis; see `anynorm.functional.instance_norm`."""
+    def normalize(
+        self, input: Any, residual: Any = None, activation: Any = None, mask: Any = None, lengths: Any = None
+    ) -> Any:
+        """Normalize with or without a sample axis."""
         if is_ragged(input):
             single = False
             self._check_channels(open_rows("instance_norm", input).shape[1], 1)
@@ -29,24 +29,22 @@ class _InstanceNorm(_Running):
             single = input.dim() == self._axes[0]
             self._check_channels(input.shape[0 if single else 1], 0 if single else 1)
         if single:
-            input = input.unsqueeze(0)
-            options |= {name: unsqueeze(options.get(name)) for name in ("residual", "mask")}
-        from_input = self.training or not self.track_running_stats
-        moves = not from_input or (self.running_mean is not None and is_counted(self))
-        y = functional.instance_norm(
-            input,
-            self.running_mean if moves else None,
-            self.running_var if moves else None,
-            self.weight,
-            self.bias,
-            from_input,
-            0.0 if self.momentum is None else self.momentum,
-            self.eps,
-            **options,
-        )
-        if from_input and moves:
+            input, residual, mask = (t if t is None else t.unsqueeze(0) for t in (input, residual, mask))
+        source, moves = self.find_source()
+        request = Request(source, self.eps, activation, mask, lengths)
+        y = INSTANCE_NORM.normalize(input, self.weight, self.bias, residual, request)
+        if moves:
             mark_counted(self)
         return y.squeeze(0) if single else y
+
+    def find_source(self) -> tuple[Source, bool]:
+        """Where statistics come from, and whether running averages move."""
+        mean, var = self.running_mean, self.running_var
+        if not self.training and self.track_running_stats:
+            return Given(mean, var), False  # type: ignore[arg-type] # checked
+        if mean is None or not is_counted(self):
+            return BATCH, False
+        return Batch(mean, var, 0.0 if self.momentum is None else self.momentum), True
 
     def find_channel_axes(self, input: Tensor) -> tuple[int, ...]:
         """Axis 0 of a single sample, else axis 1."""

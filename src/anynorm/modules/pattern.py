@@ -10,10 +10,12 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn import Parameter
 
-from ..errors import PatternError, check_floating, check_more_than_one
-from ..functional.batch import normalize_with_running
+from ..engine import paths
+from ..engine.request import Request
+from ..errors import PatternError, check_floating, check_more_than_one, check_parameter_dtypes
+from ..functional.batch import check_averages, name_averages
 from ..pooling import Sizes, find_axes, find_pooling, parse
-from ..sources import find_momentum
+from ..sources import BATCH, Batch, Given, Source, find_momentum
 from .counting import is_counted, mark_counted
 from .state import Norm
 
@@ -168,9 +170,11 @@ class AnyNorm(Norm):
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.zero_()
 
-    def normalize(self, input: Tensor, **options: Any) -> Tensor:
+    def normalize(
+        self, input: Any, residual: Any = None, activation: Any = None, mask: Any = None, lengths: Any = None
+    ) -> Any:
         """Hold the input against the pattern, choose the source, normalize, count the batch."""
-        if any(value is not None for value in options.values()):
+        if any(value is not None for value in (residual, activation, mask, lengths)):
             raise NotImplementedError(
                 f"AnyNorm: pattern {self.pattern!r} does not say what a mask covers; got one; use a norm of the family"
             )
@@ -187,11 +191,17 @@ class AnyNorm(Norm):
             count = pooling.count(pooling.open(input))
             check_more_than_one("AnyNorm", count, "mean", input, "pool more axes or samples")
         moves = from_batch and self.running_mean is not None and is_counted(self)
-        running = (self.running_mean, self.running_var) if moves or not from_batch else (None, None)
-        momentum = find_momentum(self.momentum, self.num_batches_tracked)
-        y = normalize_with_running(
-            "AnyNorm", input, pooling, running, self.weight, self.bias, from_batch, momentum, self.eps
-        )
+        if not from_batch:
+            source: Source = Given(self.running_mean, self.running_var)  # type: ignore[arg-type] # both are there
+        elif moves:
+            momentum = find_momentum(self.momentum, self.num_batches_tracked)
+            source = Batch(self.running_mean, self.running_var, momentum)
+        else:
+            source = BATCH
+        request = Request(source, self.eps)
+        check_parameter_dtypes("AnyNorm", input, weight=self.weight, bias=self.bias, **name_averages(request))
+        check_averages("AnyNorm", input, request)
+        y = paths.normalize(input, self.weight, self.bias, None, request, pooling)
         if moves and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
             mark_counted(self)

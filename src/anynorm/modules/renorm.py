@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from .. import functional
 from ..engine.watch import has_memory
 from ..errors import has_values
-from ..functional.renorm import check_limits, renormalize
-from ..sources import correct, find_momentum
-from ..statistics import Moments
+from ..functional.batch import BatchFront
+from ..functional.renorm import RENORM, check_limits
+from ..sources import Batch, Renorm, Source, find_momentum
 from . import batch
 from .ghost import show_options
 from .recent import recall
@@ -24,6 +23,7 @@ PAPERS_WARMUP = (5_000, 40_000, 25_000)
 
 
 class _Renorm(batch._BatchNorm):
+    front: ClassVar[BatchFront] = RENORM
     r_max: float
     d_max: float
     warmup: Warmup
@@ -43,31 +43,23 @@ class _Renorm(batch._BatchNorm):
             return (self.batches >= start).to(self.start_share)
         return ((self.batches.to(self.start_share) - start) / (end - start)).clamp(0, 1)
 
-    def _compute(
-        self, input: Any, mean: Tensor | None, var: Tensor | None, from_batch: bool, momentum: Any, options: Any
-    ) -> Any:
-        given = (mean, var, self.weight, self.bias)
-        start = self._find_start() if self.training else None
-        if start is None:
-            return functional.batch_norm(input, *given, from_batch, momentum, self.eps, **options)
-
-        def find(moments: Moments) -> tuple[Tensor, Tensor]:
-            return correct(moments, *start)
-
-        return renormalize(input, *given, momentum, self.eps, find, **options)
+    def find_source(self, input: Any, moves: bool) -> Source:
+        source = super().find_source(input, moves)
+        known = self._find_known() if self.training else None
+        return source if known is None else Renorm(*cast(Batch, source), *known)
 
     def _is_warming_up(self) -> bool:
         """Whether the next batch certainly is batch norm."""
         return not callable(self.warmup) and has_memory(self.batches) and int(self.batches) < self.warmup[0]
 
-    def _find_start(self) -> Any:
+    def _find_known(self) -> Any:
         """What r and d are found from, None for batch norm."""
-        now = self.running_mean, self.running_var, self.eps, self.find_limits(), self.start_share
+        now = self.running_mean, self.running_var, self.find_limits(), self.start_share
         return recall(self, None if self._is_warming_up() else now)
 
-    def _count(self, input: Any, options: Any) -> Any:
+    def _count(self, input: Any, mask: Any, lengths: Any) -> Any:
         """What batch norm counts; the schedule and the share of the start go on with it."""
-        counted = super()._count(input, options)
+        counted = super()._count(input, mask, lengths)
         momentum = find_momentum(self.momentum, self.num_batches_tracked)
         self.batches.add_(counted)
         # A number times a bool or whole tensor is float32, or what the default dtype is.

@@ -40,10 +40,17 @@ class Norm(nn.Module):
             mask = self.find_mask(input)
         if self._forward_hooks and not (mask is None and lengths is None):
             check_hooks(self, "mask")
-        return self.normalize(input, mask=mask, lengths=lengths)
+        return self.normalize(input, None, None, mask, lengths)
 
-    def normalize(self, input: Tensor, **options: Any) -> Tensor:
-        """What `forward` does outside FX; the options are the keywords that every function of `functional` takes."""
+    def normalize(
+        self,
+        input: Tensor,
+        residual: Tensor | None = None,
+        activation: str | None = None,
+        mask: Tensor | None = None,
+        lengths: Any = None,
+    ) -> Tensor:
+        """What `forward` does outside FX; see the function of the same name in `anynorm.functional`."""
         raise NotImplementedError
 
     def find_mask(self, input: Tensor) -> Tensor | None:

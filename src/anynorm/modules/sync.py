@@ -15,6 +15,7 @@ from ..functional.batch import BATCH_OF_ONE
 from ..padding.masks import describe
 from ..padding.ragged import is_ragged, open_rows
 from ..ranks.exchange import BACKWARD, DTYPES, FORWARD, Call, Ranks
+from ..sources import Batch, Exchange, Merged, Source
 from ..statistics import Moments
 from . import batch
 
@@ -23,8 +24,8 @@ class OneValueError(ValueError):
     """All ranks together have one value per channel."""
 
 
-class RankExchange:
-    """One call of a layer, on all ranks: an `anynorm.engine.merged.Exchange`."""
+class RankExchange(Exchange):
+    """One call of a layer, on all ranks."""
 
     def __init__(self, ranks: Ranks, layer: _Synchronized, call: dict[str, Any]) -> None:
         self.ranks, self.layer, self.call = ranks, layer, call
@@ -83,24 +84,31 @@ class _Synchronized(batch._BatchNorm):
         """Those whose statistics are merged; None in evaluation and where there is nobody else."""
         return Ranks.find(self.process_group) if self.training else None
 
-    def normalize(self, input: Tensor, **options: Any) -> Tensor:
+    def normalize(
+        self, input: Any, residual: Any = None, activation: Any = None, mask: Any = None, lengths: Any = None
+    ) -> Any:
         """As batch norm does; one value per channel is one on all ranks together."""
         try:
-            return super().normalize(input, **options)
+            return super().normalize(input, residual, activation, mask, lengths)
         except OneValueError:
             if self.on_single == "error":
                 raise
-            return self._normalize_single(input, **options)
+            return self._normalize_single(input, residual, activation, mask, lengths)
+
+    def find_source(self, input: Any, moves: bool) -> Source:
+        source: Any = super().find_source(input, moves)
+        exchange = self.open_exchange(input, source[0] is not None) if type(source) is Batch else None
+        return source if exchange is None else Merged(source[0], source[1], source[2], exchange)
 
     def _is_single(self, *given: Any) -> bool:
         return self.find_ranks() is None and super()._is_single(*given)
 
-    def _count(self, input: Any, options: Any) -> Any:
-        return super()._count(input, options) if self.find_ranks() is None else int(self.merged_count > 0)
+    def _count(self, input: Any, mask: Any, lengths: Any) -> Any:
+        return super()._count(input, mask, lengths) if self.find_ranks() is None else int(self.merged_count > 0)
 
     @torch._disable_dynamo  # torch.compiler.disable would import the compiler, which takes seconds, with anynorm.
-    def find_exchange(self, input: Any, moves: bool) -> RankExchange | None:
-        """This call with the other ranks, as they must have it, too."""
+    def open_exchange(self, input: Any, moves: bool) -> RankExchange | None:
+        """Count this call, and say how the other ranks must have it, too."""
         ranks = self.find_ranks()
         if ranks is None:
             return None

@@ -6,7 +6,6 @@ for these the rows are an ordinary input. Instance and group norm need to know w
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,9 +13,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from ..activations import check_finish, finish
+from ..affine import scale_shift
 from ..engine.protocol import is_renamed_memory
+from ..engine.request import Request
 from ..errors import check_channels, check_floating, check_groups
-from ..sources import update_running
+from ..sources import Given, update_running
 from ..statistics import Moments, at_least_one, find_wide_dtype
 
 
@@ -82,50 +83,33 @@ def open_residual(function: str, x: Any, residual: Any) -> Tensor | None:
     return rows
 
 
-def by_rows(norm: Callable[..., Tensor], x: Any, residual: Any, *how: Any, activation: str | None) -> Any:
-    """A norm of the rows: of each, or of all together."""
-    rows = norm(
-        open_rows(norm.__name__, x), *how, activation=activation, residual=open_residual(norm.__name__, x, residual)
-    )
-    return close_rows(rows, x)
-
-
 def by_sequence(
-    function: str,
-    x: Any,
-    residual: Any,
-    groups: int | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    activation: str | None,
-    running: tuple[Tensor, Tensor, float] | None = None,
-    from_batch: bool = True,
+    function: str, x: Any, weight: Tensor | None, bias: Tensor | None, residual: Any, request: Request
 ) -> Any:
-    """Instance norm, or with `groups` group norm: a mean and a variance for each sequence and channel or group.
+    """Instance norm, or group norm of `request.sizes` groups: statistics of each sequence and channel or group.
 
     y[i,c] = (x[i,c] - mean[o,g]) / sqrt(var[o,g] + eps) * weight[c] + bias[c],  o the owner of row i, g the group of c
     """
     rows, added = open_rows(function, x), open_residual(function, x, residual)
-    channels, averages = rows.shape[1], running or (None, None)
+    source, eps, activation, _, _, groups = request
+    channels, averages = rows.shape[1], (source[0], source[1])
     check_floating(function, rows)
     activation = check_finish(function, rows, activation, added)
     check_groups(function, rows, groups or 1)
     check_channels(function, channels, weight=weight, bias=bias, running_mean=averages[0], running_var=averages[1])
-    if not from_batch and running is None:
+    if type(source) is Given and any(t is None for t in averages):
         raise RuntimeError(f"{function}: use_input_stats=False needs running statistics; got None; pass running_mean")
     wide = rows.to(find_wide_dtype(rows)).view(len(rows), groups or channels, channels // (groups or channels))
-    owners, count = find_owners(x)
-    if from_batch:
-        moments = find_sequence_moments(wide, owners, count)
-        mean, var = moments.mean[owners], moments.var[owners]  # type: ignore[index]
-        if running is not None:
-            update_running(running[0], running[1], squeeze(moments), (0,), running[2])
+    if type(source) is Given:
+        mean, var = (t.to(wide.dtype).view(1, -1, 1) for t in source)
     else:
-        mean, var = (t.to(wide.dtype).view(1, -1, 1) for t in running[:2])  # type: ignore[index]
-    y = ((wide - mean) * torch.rsqrt(var + eps)).view(rows.shape)
-    y = y if weight is None else y * weight
-    y = y if bias is None else y + bias
+        owners, count = find_owners(x)
+        moments = find_sequence_moments(wide, owners, count)
+        assert moments.mean is not None
+        mean, var = moments.mean[owners], moments.var[owners]
+        if averages[0] is not None:
+            update_running(*averages, squeeze(moments), (0,), source.momentum)
+    y = scale_shift(((wide - mean) * torch.rsqrt(var + eps)).view(rows.shape), weight, bias)
     return close_rows(finish(y, activation, added).to(rows.dtype), x)
 
 

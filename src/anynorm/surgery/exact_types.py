@@ -17,8 +17,7 @@ from typing import Any
 
 import torch.nn as nn
 
-from ..modules import batch, instance, lazy, renorm, sample, sync
-from ..modules import ghost as small_batch
+from ..modules import batch, ghost, group, instance, layer, lazy, renorm, rms, sync
 from ..modules.pattern import AnyNorm
 from ..modules.recurrent.layers import GRU, LSTM
 from ..pooling import parse
@@ -29,7 +28,7 @@ BATCH_NORMS: tuple[type[nn.Module], ...] = tuple(
     for room, kind in (
         (batch, "BatchNorm"),
         (lazy, "LazyBatchNorm"),
-        (small_batch, "GhostBatchNorm"),
+        (ghost, "GhostBatchNorm"),
         (renorm, "BatchRenorm"),
     )
     for n in (1, 2, 3)
@@ -39,7 +38,7 @@ INSTANCE_NORMS: tuple[type[nn.Module], ...] = tuple(
     for room, kind in ((instance, "InstanceNorm"), (lazy, "LazyInstanceNorm"))
     for n in (1, 2, 3)
 )
-SAMPLE_NORMS = (sample.LayerNorm, sample.GroupNorm, sample.RMSNorm, *INSTANCE_NORMS[:3])
+SAMPLE_NORMS = (layer.LayerNorm, group.GroupNorm, rms.RMSNorm, *INSTANCE_NORMS[:3])
 NOTE = (
     "tools that look for torch's exact types: Opacus and captum are told of ours; torch.ao.quantization and "
     "torch.fx.experimental.optimization.fuse want undo=True first"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch.nn as nn
 
-from ..modules import batch, fused, instance, lazy, sample
+from ..modules import batch, fused, group, instance, layer, lazy, rms
 
 PAIRS: dict[type[nn.Module], type[nn.Module]] = {
     getattr(nn, name): getattr(room, name)
@@ -15,7 +15,9 @@ PAIRS: dict[type[nn.Module], type[nn.Module]] = {
         (batch, [f"BatchNorm{n}d" for n in (1, 2, 3)]),
         (instance, [f"InstanceNorm{n}d" for n in (1, 2, 3)]),
         (lazy, [f"Lazy{kind}{n}d" for kind in ("BatchNorm", "InstanceNorm") for n in (1, 2, 3)]),
-        (sample, ["LayerNorm", "RMSNorm", "GroupNorm"]),
+        (layer, ["LayerNorm"]),
+        (rms, ["RMSNorm"]),
+        (group, ["GroupNorm"]),
     )
     for name in names
 }

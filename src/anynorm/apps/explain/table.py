@@ -26,7 +26,7 @@ def _table() -> Table:
     for title, style in zip(titles, ("bold", "cyan", "", "", "", "")):
         table.add_column(title, style=style, overflow="fold")
     for scheme in FAMILY.values():
-        sources = ", ".join(scheme.sources)
+        sources = ", ".join(scheme.source_names)
         row = (scheme.name, scheme.pattern, "yes" if scheme.centred else "no", sources, scheme.affine)
         table.add_row(*map(Text, row), shorten(scheme.classes))
     return table

@@ -16,7 +16,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ...engine import paths as ops
+from ...engine import paths
 from ...family import FAMILY
 from ...modules import batch, fused, state
 from ...modules.renorm import _Renorm
@@ -202,7 +202,7 @@ def find_input_moments(norm: Any, x: Any, mask: Tensor | None) -> Moments | None
         return None
     if not x.numel():
         return None
-    found = ops.find_moments(x, FAMILY["batch"].pool(x), mask)
+    found = paths.find_moments(x, FAMILY["batch"].pool(x), mask)
     assert found.mean is not None
     mean, m2 = (t.detach().flatten().cpu().double() for t in (found.mean, found.m2))
     return Moments(int(found.count), mean, m2) if found.count else None
