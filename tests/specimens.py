@@ -157,7 +157,7 @@ def find_specimens() -> list[Specimen]:
 
 
 SPECIMENS = find_specimens()
-TRACKING = [s for s in SPECIMENS if "running" in FAMILY[s.scheme].sources]
+TRACKING = [s for s in SPECIMENS if "running" in FAMILY[s.scheme].source_names]
 
 
 def assert_close(got: torch.Tensor, true: np.ndarray, factor: float, what: str, term: float = 0.0) -> None:

@@ -530,7 +530,7 @@ def test_errors_say_what_and_change_nothing(text, mode):
     for name, p in () if lazy else model.named_parameters():
         assert p.grad is gradients[name]
         assert (p.grad == 1).all()
-    assert anynorm.modules.parts.TOGETHER.get() is None
+    assert anynorm.sources.OVERRIDE.get() is None
 
 
 @pytest.mark.parametrize("on_nonfinite", ["skip", "error"])

@@ -25,7 +25,7 @@ def test_list_says_what_the_table_says():
     printed = CliRunner().invoke(cli.app, ["list"]).stdout
     for scheme in FAMILY.values():
         row = next(line for line in printed.splitlines() if line.startswith(scheme.name + " "))
-        for cell in (scheme.pattern, ", ".join(scheme.sources), shorten(scheme.classes)):
+        for cell in (scheme.pattern, ", ".join(scheme.source_names), shorten(scheme.classes)):
             assert cell in row
         assert re.search(r"\byes\b" if scheme.centred else r"\bno\b", row)
 

@@ -14,10 +14,13 @@ from torch._dynamo import compiled_autograd
 
 import anynorm
 from anynorm.engine import kernels
-from anynorm.functional.merged import merged_batch_norm
+from anynorm.engine.request import Request
+from anynorm.functional.batch import BATCH_NORM
+from anynorm.sources import Exchange
+from anynorm.sources import Merged as MergedSource
 
 
-class Doubled:
+class Doubled(Exchange):
     """A second part that has what this one has."""
 
     def merge(self, moments):
@@ -33,7 +36,8 @@ class Merged(torch.nn.Module):
         self.weight, self.bias = (torch.nn.Parameter(torch.tensor([0.5, 1, 1.5, 2]) - n) for n in range(2))
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        return merged_batch_norm(x, None, None, self.weight, self.bias, 0.1, 1e-5, Doubled(), mask=mask)
+        request = Request(MergedSource(exchange=Doubled()), mask=mask)
+        return BATCH_NORM.normalize(x, self.weight, self.bias, None, request)
 
 
 NORMS: dict[str, Callable[[], torch.nn.Module]] = {

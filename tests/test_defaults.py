@@ -52,9 +52,11 @@ CALLS = """
 import torch, anynorm
 from torch.nn.utils.rnn import pack_sequence
 from anynorm import functional, recalibrate
-from anynorm.functional.merged import merged_batch_norm
+from anynorm.engine.request import Request
+from anynorm.functional.batch import BATCH_NORM
+from anynorm.sources import Exchange, Merged
 
-class Alone:
+class Alone(Exchange):
     def merge(self, moments): return moments
     def merge_sums(self, sums): return sums
 
@@ -112,7 +114,8 @@ def run():
     for net in recurrent:
         found.append(net(packed)[0].data.detach())
     leaf = x.clone().requires_grad_()
-    add(merged_batch_norm(leaf, None, None, None, None, 0.1, 1e-5, Alone(), mask=mask), leaf, g)
+    request = Request(Merged(exchange=Alone()), mask=mask)
+    add(BATCH_NORM.normalize(leaf, None, None, None, request), leaf, g)
     found.append(functional.batch_norm(image, None, None, training=True).detach())
     recalibrate(model, data)
     found += [model[1].running_mean, model[1].running_var]

@@ -76,7 +76,7 @@ def make_row(scheme: Scheme) -> str:
         scheme.name,
         f"`{scheme.pattern}`",
         "yes" if scheme.centred else "no",
-        ", ".join(scheme.sources),
+        ", ".join(scheme.source_names),
         scheme.affine,
         ", ".join(scheme.classes),
     )

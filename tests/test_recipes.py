@@ -12,7 +12,7 @@ from torch import Tensor
 
 import anynorm
 from anynorm import functional
-from anynorm.engine import paths as ops
+from anynorm.engine import paths
 
 X, RESIDUAL, G = (torch.randn(6, 4, 7, generator=torch.Generator().manual_seed(seed)) for seed in range(3))
 MASK = torch.rand(6, 7, generator=torch.Generator().manual_seed(3)) > 0.2
@@ -71,7 +71,7 @@ def test_first_second_and_third_call_agree_to_the_bit(name):
             options["residual"] = RESIDUAL
         moments = (0.1, 1, torch.tensor(0.25)) if activation == "identity" and name in ("batch", "instance") else (0.1,)
         for momentum in moments:
-            ops.RECIPES.clear()
+            paths.PLANS.clear()
             first, second, third = (find_all(CALLS[name], momentum=momentum, **options) for _ in range(3))
             for a, b, c in zip(first, second, third, strict=True):
                 assert torch.equal(a, b), (activation, residual)
@@ -101,7 +101,7 @@ def test_what_checks_refuse_is_refused_after_a_good_call_too(what):
             REFUSED[what]()
         return caught.value
 
-    ops.RECIPES.clear()
+    paths.PLANS.clear()
     first = find_error()
     for activation in (None, "relu"):
         functional.layer_norm(X, (7,), activation=activation)

@@ -79,7 +79,9 @@ def test_some_limits_clip_and_some_do_not():
     """The tests above see every branch."""
     norm, x = make(), lay_out(SHAPES["BatchRenorm2d"], "contiguous")
     moments = anynorm.engine.paths.find_moments(x, anynorm.FAMILY["renorm"].pool(x))
-    r, d = anynorm.sources.correct(moments, norm.running_mean, norm.running_var, norm.eps, (3.0, 5.0))
+    averages = norm.running_mean, norm.running_var
+    source = anynorm.sources.Renorm(*averages, 0.1, *averages, (3.0, 5.0))
+    r, d = anynorm.sources.correct(moments, source, norm.eps)
     assert {float(r[5]), float(d[3]), float(d[4])} == {1 / 3, -5.0, 5.0}
     assert 0.3 < float(r[0]) < 3 and 0 < abs(float(d[0])) < 5
 

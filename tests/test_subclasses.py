@@ -12,8 +12,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import anynorm
-from anynorm.engine import kernels, plain
-from anynorm.engine import paths as ops
+from anynorm.engine import kernels, paths, plain
 
 X = torch.randn(4, 6, 5, 3, generator=torch.Generator().manual_seed(3)) + 2
 
@@ -218,4 +217,4 @@ def test_no_copies_for_a_subclass(monkeypatch):
     x = tag(X)
     anynorm.functional.group_norm(x, 3)
     assert kernels.OFF or handed == [x.data_ptr()]
-    assert ops.is_plain(X)
+    assert paths.is_plain(X)

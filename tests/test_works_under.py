@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import anynorm
 from anynorm.engine import plain, watch
+from anynorm.engine.paths import EXACT
 from specimens import SPECIMENS, TRACKING
 
 OTHERS = {
@@ -271,12 +272,12 @@ def test_other_devices_get_torchs_operation_unless_exact(monkeypatch):
         with anynorm.exact(False):
             norm(x)
     assert called == ["torch"] * 2
-    assert not anynorm.exact.forced
+    assert not EXACT.get()
     switch = anynorm.exact(True)
     for _ in range(2):
         with switch:
-            assert anynorm.exact.forced
-        assert not anynorm.exact.forced
+            assert EXACT.get()
+        assert not EXACT.get()
 
 
 # Each clause of the fast path's allow-list, with what it keeps away.

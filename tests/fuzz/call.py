@@ -89,8 +89,7 @@ class Watch(TorchDispatchMode):
 @contextmanager
 def along(path: str) -> Iterator[None]:
     """Have the kernels serve, or plain's blocks as without compiled kernels, or the formula in torch's operations."""
-    from anynorm.engine import kernels
-    from anynorm.engine import paths as ops
+    from anynorm.engine import kernels, paths
 
     if path == "kernels":
         yield
@@ -98,7 +97,7 @@ def along(path: str) -> Iterator[None]:
         with Watch():
             yield
     else:
-        ops.RECIPES.clear()
+        paths.PLANS.clear()
         with mock.patch.object(kernels, "find_walk", return_value=None):
             yield
 

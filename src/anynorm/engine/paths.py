@@ -10,7 +10,7 @@ Three paths, in order of preference:
 from __future__ import annotations
 
 import platform
-from contextvars import ContextVar, Token
+from contextvars import ContextVar
 from importlib.metadata import version
 from typing import Any
 
@@ -48,14 +48,14 @@ class exact:
     """
 
     def __init__(self, on: bool) -> None:
-        self._token: Token[bool] = EXACT.set(bool(on))
-        self.on = bool(on)
+        self.on, self.before = bool(on), EXACT.get()
+        EXACT.set(self.on)
 
     def __enter__(self) -> None:
-        pass
+        EXACT.set(self.on)
 
     def __exit__(self, *exception: object) -> None:
-        EXACT.reset(self._token)
+        EXACT.set(self.before)
 
 
 def prefers_torch(x: Tensor) -> bool:

@@ -63,15 +63,18 @@ class Front:
             return self.normalize_checked(x, weight, bias, residual, request, key=key)
         if self.copies:
             weight, bias = copy_parameters(weight, bias, request)
-        # As `paths.run`, without a frame of its own.
-        if torch.is_grad_enabled() and (
-            x.requires_grad
-            or (weight is not None and weight.requires_grad)
-            or (bias is not None and bias.requires_grad)
-            or (residual is not None and residual.requires_grad)
-        ):
-            return apply(x, weight, bias, residual, request, plan)
-        return kernels.forward(x, weight, bias, residual, request, plan)[0]
+        try:  # As `paths.run`, without a frame of its own.
+            if torch.is_grad_enabled() and (
+                x.requires_grad
+                or (weight is not None and weight.requires_grad)
+                or (bias is not None and bias.requires_grad)
+                or (residual is not None and residual.requires_grad)
+            ):
+                return apply(x, weight, bias, residual, request, plan)
+            return kernels.forward(x, weight, bias, residual, request, plan)[0]
+        except ValueError:  # The kernels refuse memory that overlaps, before they touch it; say what overlaps.
+            self.check_memory(x, weight, bias, request)
+            raise
 
     def normalize_checked(
         self,
