@@ -435,7 +435,7 @@ def test_torchs_operation_is_followed_by_sum_and_activation(monkeypatch):
         norm, x, residual = fuse(specimen, "gelu"), specimen.draw(), specimen.draw(seed=2)
         want = copy.deepcopy(norm)(x, residual)
         with monkeypatch.context() as patch:
-            patch.setattr(ops, "prefers_torch", lambda x: True)
+            patch.setattr(paths, "prefers_torch", lambda x: True)
             torch.testing.assert_close(norm(x, residual), want, rtol=1e-4, atol=1e-4)
 
 

@@ -67,7 +67,8 @@ class _BatchNorm(_Running):
             source = override.find_source(self, input)
         if type(source) is Joined:
             return source.normalize(input, residual, Request(source, self.eps, activation, mask, lengths))
-        if self.training and type(source) is not Merged and self._is_single(input, is_jagged, mask, lengths):
+        is_part = self.is_part() if source is None else type(source) is Merged
+        if self.training and not is_part and self._is_single(input, is_jagged, mask, lengths):
             return self._normalize_single(input, residual, activation, mask, lengths)
         moves = source is None and self.training and self.track_running_stats and is_counted(self)
         if source is None:
@@ -99,6 +100,10 @@ class _BatchNorm(_Running):
     def open_exchange(self, input: Any, moves: bool) -> Exchange | None:
         """What brings this batch together with those of other ranks, where there are any; `moves` as above."""
         return None
+
+    def is_part(self) -> bool:
+        """Whether other ranks have parts of the batch in training."""
+        return False
 
     def find_sizes(self) -> Any:
         """What the pattern needs beside x."""

@@ -100,8 +100,8 @@ class _Synchronized(batch._BatchNorm):
         exchange = self.open_exchange(input, source[0] is not None) if type(source) is Batch else None
         return source if exchange is None else Merged(source[0], source[1], source[2], exchange)
 
-    def _is_single(self, *given: Any) -> bool:
-        return self.find_ranks() is None and super()._is_single(*given)
+    def is_part(self) -> bool:
+        return self.find_ranks() is not None
 
     def _count(self, input: Any, mask: Any, lengths: Any) -> Any:
         return super()._count(input, mask, lengths) if self.find_ranks() is None else int(self.merged_count > 0)

@@ -19,11 +19,11 @@ from torch import Tensor
 from ...engine import paths
 from ...family import FAMILY
 from ...modules import batch, fused, state
-from ...modules.renorm import _Renorm
-from ...modules.sync import SyncBatchNorm, _Synchronized
+from ...modules.sync import _Synchronized
 from ...padding.context import may_be_masked
 from ...padding.masks import find_mask
 from ...padding.ragged import is_ragged, open_rows
+from ...sources import BATCH, Batch, overriding
 from ...statistics import Moments
 from ..report import Entry, describe, is_ours
 from .statistics import Tally
@@ -87,12 +87,14 @@ class Listener:
         by_batch: the norms normalize by their batch; else by their running averages.
 
     Attributes:
+        averages: the running means, by name.
         tallies: what was heard, by name; `begin` clears them.
         follows: put what was heard so far into the running averages at every call.
     """
 
     def __init__(self, norms: dict[str, Any], by_batch: bool) -> None:
         self.norms, self.by_batch = norms, by_batch
+        self.averages = {name: norm.running_mean for name, norm in norms.items()}
         self.follows = False
         self.tallies: dict[str, Tally] = {}
         self._heard: dict[str, Moments] = {}  # in the present batch
@@ -107,8 +109,6 @@ class Listener:
         """Put the norms into their mode and hear what comes."""
         for name, norm in self.norms.items():
             norm.training = self.by_batch
-            if self.by_batch and isinstance(norm, _Renorm):
-                make_plain(norm)
             self._handles.append(norm.register_forward_pre_hook(partial(self.hear, name), with_kwargs=True))
 
     def detach(self) -> None:
@@ -118,7 +118,7 @@ class Listener:
 
     def hear(self, name: str, norm: Any, args: Any, kwargs: Any) -> None:
         """One call of a norm; several in a batch are pooled."""
-        moments = find_input_moments(norm, *find_input(norm, args, kwargs))
+        moments = find_input_moments(self.averages[name].numel(), *find_input(norm, args, kwargs))
         if moments is None:
             return
         assert moments.mean is not None
@@ -149,25 +149,23 @@ class Listener:
         self._heard = {}
 
 
+class Apart:
+    """Every batch norm of ours in training takes its own batch, moves nothing and waits for no other rank, also those
+    that are left: ranks may have unlike numbers of batches. A `sources.Override`."""
+
+    def find_source(self, layer: Any, input: Any) -> Batch:
+        """The batch."""
+        return BATCH
+
+
 def part_ranks(model: nn.Module) -> None:
-    """Let every synchronized norm take the batch of this rank until `keeping` ends, also those that are left: ranks
-    may have unlike numbers of batches."""
+    """The same for torch's synchronized norms, until `keeping` ends: without averages they normalize by their batch in
+    evaluation, too, and know of no ranks there."""
     for norm in model.modules():
-        if is_torchs_synchronized(norm) and norm.training:
-            norm.__class__ = SyncBatchNorm  # torch's refuses the CPU and cannot be told
-        if isinstance(norm, _Synchronized):
-            vars(norm)["find_ranks"] = lambda: None
-
-
-def is_torchs_synchronized(module: nn.Module) -> bool:
-    """Whether it is torch's, with torch's forward."""
-    is_kind = isinstance(module, nn.SyncBatchNorm) and type(module).forward is nn.SyncBatchNorm.forward
-    return is_kind and "forward" not in vars(module)
-
-
-def make_plain(norm: Any) -> None:
-    """Let batch renormalization be batch norm: r and d are of averages that are about to be replaced."""
-    norm._is_warming_up = lambda: True
+        is_kind = isinstance(norm, nn.SyncBatchNorm) and type(norm).forward is nn.SyncBatchNorm.forward
+        if is_kind and norm.training and "forward" not in vars(norm):
+            norm.training = False
+            norm._buffers.update(running_mean=None, running_var=None)
 
 
 def put(norm: Any, mean: Tensor, var: Tensor) -> None:
@@ -194,11 +192,11 @@ def find_input(norm: Any, args: Any, kwargs: Any) -> tuple[Any, Tensor | None]:
     return x, find_mask("batch_norm", x, (1,), mask, lengths)
 
 
-def find_input_moments(norm: Any, x: Any, mask: Tensor | None) -> Moments | None:
+def find_input_moments(channels: int, x: Any, mask: Tensor | None) -> Moments | None:
     """(C,), float64, on the CPU; None where nothing counts, or where the norm will refuse the input."""
     if is_ragged(x):
         x = open_rows("batch_norm", x)
-    if not isinstance(x, Tensor) or x.dim() < 2 or x.shape[1] != norm.running_mean.numel() or not x.is_floating_point():
+    if not isinstance(x, Tensor) or x.dim() < 2 or x.shape[1] != channels or not x.is_floating_point():
         return None
     if not x.numel():
         return None
@@ -210,26 +208,20 @@ def find_input_moments(norm: Any, x: Any, mask: Tensor | None) -> Moments | None
 
 @contextmanager
 def keeping(model: nn.Module) -> Iterator[None]:
-    """Norms, and what is written in the buffers of the whole model, are afterwards what they were before.
-
-    Of modules that keep running averages, and of synchronized norms, everything is put back. Of the others only what
-    was written in place: a cache that was replaced belongs together with attributes that nobody knows.
-    """
+    """Modes and averages of norms, and what is written in the buffers of the whole model, are afterwards as before."""
     before = [
-        (module, type(module), dict(vars(module)), dict(module._buffers))
+        (module, module.training, dict(module._buffers))
         for module in model.modules()
         if not isinstance(module, torch.jit.ScriptModule)
         and (isinstance(module, SYNCHRONIZED) or isinstance(module._buffers.get("running_mean"), Tensor))
     ]
     buffers = [(t, t.detach().clone()) for t in model.buffers() if not t.is_inference()]
     try:
-        yield
+        with overriding(Apart()):
+            yield
     finally:
-        for module, kind, attributes, named in before:
-            if type(module) is not kind:
-                module.__class__ = kind
-            vars(module).clear()
-            vars(module).update(attributes)
+        for module, training, named in before:
+            module.training = training
             module._buffers.clear()
             module._buffers.update(named)
         with torch.no_grad():

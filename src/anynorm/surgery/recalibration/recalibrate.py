@@ -132,7 +132,7 @@ def find_populations(feed: Feed, listener: Listener, peers: Peers, limit: int | 
             before, taken = taken, run_pass(feed, listener, peers, f"pass {number}", limit, rtol)
             check_taken(number, before, taken)
         found = peers.merge(listener.tallies)
-        check_found(found, norms, taken)
+        check_found(found, listener, taken)
         if listener.by_batch:
             return Estimate(found, taken, 1, 0.0)
         unsettled = max(find_distance(known.get(name), new, norms[name].eps) for name, new in found.items())
@@ -233,7 +233,7 @@ def check_taken(number: int, before: int, taken: int) -> None:
         )
 
 
-def check_found(found: dict[str, Population], norms: dict[str, Any], taken: int) -> None:
+def check_found(found: dict[str, Population], listener: Listener, taken: int) -> None:
     """Whether this can be stored; all ranks find the same."""
     if not found:
         raise ValueError(
@@ -241,13 +241,13 @@ def check_found(found: dict[str, Population], norms: dict[str, Any], taken: int)
             "the loader empty, or an iterator that is exhausted? nothing was changed"
         )
     for name, population in found.items():
-        named = f"{name or 'the model'} ({type(norms[name]).__name__})"
+        named = f"{name or 'the model'} ({type(listener.norms[name]).__name__})"
         if population.count == 1:
             raise ValueError(
                 f"recalibrate: statistics need more than 1 value per channel; got 1 in {named}; give more data; "
                 "nothing was changed"
             )
-        dtype = norms[name].running_mean.dtype
+        dtype = listener.averages[name].dtype
         if not all(t.to(dtype).isfinite().all() for t in (population.mean, population.var)):
             raise FloatingPointError(
                 f"recalibrate: statistics must be finite in the buffers' dtype; got values beyond {dtype} in {named}; "
