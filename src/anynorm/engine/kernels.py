@@ -98,20 +98,31 @@ def forward(
     gamma, beta = ready("weight", weight, plan), ready("bias", bias, plan)
     if residual is not None:
         residual = memory.arrange("residual", residual, plan)
-    mean, m2 = find_addresses(statistics, plan)
-    averages: tuple[int, int, int, float] = (0, 0, 0, 0.0)
+    mean, m2, var = find_addresses(statistics, plan)
+    moved, momentum = (0, 0), 0.0
     if running is not None:
-        size = plan.parameter_bytes
+        size, momentum = plan.parameter_bytes, running[2]
         moved = find_address("running_mean", running[0], size), find_address("running_var", running[1], size)
-        averages = *moved, 0, running[2]
     start = find_address("input", x, plan.bytes)
     y = torch.empty_like(x, memory_format=plan.memory_format)
     compiled.forward(
-        plan.walk, eps, torch.get_num_threads(), CHOICES[activation],
-        start, find_address("residual", residual, plan.bytes), y.data_ptr(),
-        find_address("weight", gamma, plan.parameter_bytes), find_address("bias", beta, plan.parameter_bytes),
-        mean, m2, find_weight(mask, plan), *averages,
-    )  # fmt: skip
+        plan.compiled,
+        threads=torch.get_num_threads(),
+        eps=eps,
+        activation=CHOICES[activation],
+        x=start,
+        residual=find_address("residual", residual, plan.bytes),
+        y=y.data_ptr(),
+        gamma=find_address("weight", gamma, plan.parameter_bytes),
+        beta=find_address("bias", beta, plan.parameter_bytes),
+        mean=mean,
+        m2=m2,
+        var=var,
+        mask=find_weight(mask, plan),
+        running_mean=moved[0],
+        running_var=moved[1],
+        momentum=momentum,
+    )
     return y
 
 
@@ -120,15 +131,15 @@ def make_statistics(plan: Plan) -> Tensor:
     return torch.empty(plan.pools * (2 if plan.centred else 1), dtype=torch.float64, device=CPU)
 
 
-def find_addresses(statistics: Statistics | None, plan: Plan) -> tuple[int, int]:
-    """Where mean and m2, or a given mean and variance, are."""
+def find_addresses(statistics: Statistics | None, plan: Plan) -> tuple[int, int, int]:
+    """Where mean, m2 and a given variance are, 0 for what is not there."""
     if statistics is None:
-        return 0, 0
+        return 0, 0, 0
     if isinstance(statistics, tuple):
-        size = plan.pools * plan.given.itemsize
-        return find_address("mean", statistics[0], size), find_address("variance", statistics[1], size)
+        size = plan.pools * plan.statistics_dtype.itemsize
+        return find_address("mean", statistics[0], size), 0, find_address("variance", statistics[1], size)
     start = find_address("statistics", statistics, 8 * plan.pools * (2 if plan.centred else 1))
-    return (start, start + 8 * plan.pools) if plan.centred else (0, start)
+    return (start, start + 8 * plan.pools, 0) if plan.centred else (0, start, 0)
 
 
 def open_statistics(statistics: Tensor, plan: Plan, mask: Tensor | None = None) -> Moments:
@@ -144,7 +155,7 @@ def find_weight(mask: Tensor | None, plan: Plan) -> int:
     """Where the mask is: one float for each of n and s, in this order, as a contiguous mask has them."""
     if mask is None:
         return 0
-    n, _, _, s, *_ = plan.packed
+    n, s = plan.layout.n, plan.layout.s
     if mask.numel() != n * s or not mask.is_contiguous() or mask.dtype is not torch.float32:
         raise RuntimeError(f"kernels: a mask must be {n * s} contiguous floats; got {mask.numel()} of {mask.dtype}")
     return find_address("mask", mask, 4 * n * s)
@@ -152,7 +163,7 @@ def find_weight(mask: Tensor | None, plan: Plan) -> int:
 
 def find_count(mask: Tensor, plan: Plan) -> Tensor:
     """Elements of each pool that count, as they broadcast over its mean."""
-    n, _, k, s, _, pool_n, *_ = plan.packed
+    n, _, k, s, _, pool_n, *_ = plan.layout
     if pool_n:
         return mask.sum(dtype=torch.float64)
     count = mask.view(n, s).sum(1, dtype=torch.float64) * k
@@ -168,7 +179,7 @@ def recover_statistics(kept: Statistics, plan: Plan) -> Statistics:
     """What came back from forward, which hooks on saved tensors may have laid out anew."""
     if isinstance(kept, tuple):
         mean, var = kept
-        how = plan.given, plan.pools
+        how = plan.statistics_dtype, plan.pools
         return memory.recover("mean", mean, *how), memory.recover("variance", var, *how)
     return memory.recover("statistics", kept, torch.float64, plan.pools * (2 if plan.centred else 1))
 
@@ -185,12 +196,15 @@ def find_moments(x: Tensor, pooling: Pooling, mask: Tensor | None = None) -> Mom
 def find_statistics(x: Tensor, plan: Plan, mask: Tensor | None = None) -> Tensor:
     """What `forward` leaves in the room for statistics, alone."""
     statistics = make_statistics(plan)
-    mean, m2 = find_addresses(statistics, plan)
-    compiled.forward(
-        plan.walk, 0.0, torch.get_num_threads(), 0,
-        find_address("input", x, plan.bytes), 0, 0, 0, 0, mean, m2,
-        find_weight(mask, plan), 0, 0, 0, 0.0,
-    )  # fmt: skip
+    mean, m2, _ = find_addresses(statistics, plan)
+    compiled.statistics(
+        plan.compiled,
+        threads=torch.get_num_threads(),
+        x=find_address("input", x, plan.bytes),
+        mask=find_weight(mask, plan),
+        mean=mean,
+        m2=m2,
+    )
     return statistics
 
 
@@ -198,7 +212,7 @@ def can_move(plan: Plan, mean: Tensor, var: Tensor, momentum: float | Tensor) ->
     """Whether the kernels can move running averages: in memory, as wide as parameters are, by a plain number."""
     dtype = plan.parameter
     return (
-        not plan.packed[2] > 1
+        plan.layout.k == 1
         and type(momentum) is float
         and momentum >= 0
         and mean.dtype is dtype
@@ -233,7 +247,7 @@ def backward(
     if residual is not None:
         residual = memory.arrange("residual", residual, plan)
     statistics = recover_statistics(statistics, plan)
-    mean, m2 = find_addresses(statistics, plan)
+    mean, m2, var = find_addresses(statistics, plan)
     mask = mask if mask is None else mask.contiguous()
     read = find_address("gradient", g, plan.bytes), find_address("input", x, plan.bytes)
     dx = torch.empty_like(x, memory_format=plan.memory_format) if needs[0] else None
@@ -241,9 +255,22 @@ def backward(
     dbeta = torch.empty(plan.channels, dtype=plan.parameter, device=CPU) if needs[2] else None
     dresidual = torch.empty_like(x, memory_format=plan.memory_format) if needs[3] else None
     compiled.backward(
-        plan.walk, eps, torch.get_num_threads(), CHOICES[activation],
-        *read, find_address("residual", residual, plan.bytes), address(dx), address(dresidual),
-        find_address("weight", gamma, plan.parameter_bytes), find_address("bias", beta, plan.parameter_bytes),
-        mean, m2, find_weight(mask, plan), address(dgamma), address(dbeta),
-    )  # fmt: skip
+        plan.compiled,
+        threads=torch.get_num_threads(),
+        eps=eps,
+        activation=CHOICES[activation],
+        grad=read[0],
+        x=read[1],
+        residual=find_address("residual", residual, plan.bytes),
+        dx=address(dx),
+        dresidual=address(dresidual),
+        gamma=find_address("weight", gamma, plan.parameter_bytes),
+        beta=find_address("bias", beta, plan.parameter_bytes),
+        mean=mean,
+        m2=m2,
+        var=var,
+        mask=find_weight(mask, plan),
+        dgamma=address(dgamma),
+        dbeta=address(dbeta),
+    )
     return dx, dgamma, dbeta, dresidual
