@@ -17,25 +17,25 @@ struct Call {
     bool channels_last, pool_n, centred;
     StatisticsFrom statistics;
     int dtype, activation, threads;
-    bool bypasses_caches;  // more is touched than the last cache holds: nothing written will be read from there
+    bool bypasses_caches;    // more is touched than the last cache holds: nothing written will be read from there
     double eps;
     const void* x;
-    const void* residual;  // added before the activation; laid out as x, or null
-    const void* grad;      // backward: dL/dy, laid out as x
-    void* out;             // forward: y, or null for statistics alone; backward: dx or null
-    void* dresidual;       // backward: gradient of the residual, or null
-    const void* gamma;     // [c] or null
-    const void* beta;      // [c] or null
-    double* mean;          // [pools], written forward and read backward; null where nothing is subtracted
-    double* m2;            // [pools] sum of squared deviations
+    const void* residual;    // added before the activation; laid out as x, or null
+    const void* grad;        // backward: dL/dy, laid out as x
+    void* out;               // forward: y, or null for statistics alone; backward: dx or null
+    void* dresidual;         // backward: gradient of the residual, or null
+    const void* gamma;       // [c] or null
+    const void* beta;        // [c] or null
+    double* mean;            // [pools], written forward and read backward; null where nothing is subtracted
+    double* m2;              // [pools] sum of squared deviations
     const void* given_mean;  // [g], instead of `mean` and `m2`; parameters or double as `statistics` says
     const void* given_var;   // [g] population variance
     void* running_mean;      // [g], moved in a forward, or null
     void* running_var;
-    double momentum;       // weight of the new value in the running averages
-    const float* mask;     // [n][s], 0 for positions that do not count; null where all do
-    int64_t sample_rows;   // with a mask: rows of a sample where its positions are rows; 0 where they follow one another
-    void* dgamma;          // [c] or null
+    double momentum;         // weight of the new value in the running averages
+    const float* mask;       // [n][s], 0 for positions that do not count; null where all do
+    int64_t sample_rows;     // with a mask: rows of a sample where its positions are rows; 0 where they follow one another
+    void* dgamma;            // [c] or null
     void* dbeta;
 
     int64_t channels() const { return g * k; }

@@ -29,7 +29,7 @@ struct Columns : Panels<T> {
     using Panels<T>::summed;
     using Panels<T>::summed_from;
     using Panels<T>::count_rows;
-    using Panels<T>::place;
+    using Panels<T>::find_row;
     using Panels<T>::epilogue;
     using Panels<T>::epilogue_of_chosen;
     using Panels<T>::is_active;
@@ -42,12 +42,12 @@ struct Columns : Panels<T> {
 
     void forward() {
         if (call.has_given_statistics()) return forward_given();
-        auto start = [&](const Panel& p) { guess(p); };
+        auto start = [&](const Panel& p) { guess_shift(p); };
         auto sum = [&](const Panel& p, int64_t rank, int64_t row_count, double* first, double* second, int) {
             column_moments(x + summed_from(p, rank), summed(p, rank, row_count), p.mean, first, second);
         };
         auto finish = [&](const Panel& p, int attempt) {
-            const int next = judge(p, attempt);
+            const int next = find_next_attempt(p, attempt);
             if (next >= 0) return next;
             for (int64_t i = 0; i < p.width; i += columns) merge(p, i);
             coefficients(p);
@@ -56,6 +56,7 @@ struct Columns : Panels<T> {
         walk(start, sum, finish, [&](const Panel& p, int64_t row, int64_t n) { apply(p, row, n); });
         statistics.move_running();
     }
+    // By given statistics: every tile at once, since no sums are needed first.
     void forward_given() {
         statistics.read();
         Scratch<double> scratch(scratch_size(width));
@@ -66,13 +67,13 @@ struct Columns : Panels<T> {
         });
     }
 
-    // Each column's shift: the mean of a few of its values.
-    void guess(const Panel& p) const {
+    // Each column's shift, the mean of a few of its values: mean[i] = sum over a few rows of x[row][i] / how many.
+    void guess_shift(const Panel& p) const {
         clear(p.mean, 0, p.width);
         if (call.centred && kIsNarrow<T>) {
             const int64_t counted = count_rows(p), few = least(8, counted);
             for (int64_t j = 0; j < few; ++j) {
-                const T* from = x + at(p, place(p, j * counted / few));
+                const T* from = x + at(p, find_row(p, j * counted / few));
                 sweep<W>(p.width, [&](int64_t i, auto some, int) INLINE_LAMBDA {
                     store(p.mean + i, load(p.mean + i, some) + load(from + i, some), some);
                 });
@@ -81,7 +82,7 @@ struct Columns : Panels<T> {
         }
     }
     // Which attempt comes next, about the means that were found, or -1.
-    int judge(const Panel& p, int attempt) {
+    int find_next_attempt(const Panel& p, int attempt) {
         const double count = column_count(p);
         bool is_good = true;
         for (int64_t i = 0; i < p.width; ++i) {
@@ -112,7 +113,7 @@ struct Columns : Panels<T> {
             for (int64_t i = from; i < from + columns; ++i) m2 += count * (p.mean[i] - mean) * (p.mean[i] - mean);
             statistics.mean[pool] = mean;
         }
-        statistics.put(pool, m2 < 0 ? 0 : m2);
+        statistics.set_m2(pool, m2 < 0 ? 0 : m2);
     }
 
     // body(column, pool, channel) for every column of a panel, without a division for each.
@@ -128,7 +129,8 @@ struct Columns : Panels<T> {
     void coefficients(const Panel& p) {
         bool fits = true;
         each_column(p, [&](int64_t, int64_t pool, int64_t c) {
-            fits = fits && fits_float<T>(statistics.mean[pool], statistics.rstd[pool] * gamma_of<T>(call, c), beta_of<T>(call, c));
+            const double a = statistics.rstd[pool] * gamma_of<T>(call, c);
+            fits = fits && fits_float<T>(statistics.mean[pool], a, beta_of<T>(call, c));
         });
         put_lines(p, fits);
     }
@@ -148,7 +150,9 @@ struct Columns : Panels<T> {
             const Tile part = tile(p, row_count);
             using Compute = decltype(zero);
             if constexpr (kHasPlain<Compute, T>) {
-                if (!this->is_active()) return column_apply<Compute, false>(this->x + from, this->out + from, part, lines, TileEpilogue<T>{});
+                if (!this->is_active()) {
+                    return column_apply<Compute, false>(this->x + from, this->out + from, part, lines, TileEpilogue<T>{});
+                }
             }
             column_apply<Compute, true>(x + from, out + from, part, lines, epilogue(p, row));
         });
@@ -169,11 +173,13 @@ struct Columns : Panels<T> {
             const int64_t from = summed_from(p, rank);
             const Tile part = summed(p, rank, row_count);
             if (!call.is_active()) {
-                return column_grad_sums<double, false>(grad + from, x + from, part, p.mean, Lines<double>{}, TileEpilogue<T>{}, first, second);
+                return column_grad_sums<double, false>(grad + from, x + from, part, p.mean, Lines<double>{}, TileEpilogue<T>{},
+                                                       first, second);
             }
             with_compute<T>(*p.is_float, [&](auto zero) {
                 using Compute = decltype(zero);
-                column_grad_sums<Compute, true>(grad + from, x + from, part, p.mean, p.template lines<Compute>(), epilogue_of_chosen(p, rank), first, second);
+                column_grad_sums<Compute, true>(grad + from, x + from, part, p.mean, p.template lines<Compute>(),
+                                                epilogue_of_chosen(p, rank), first, second);
             });
         };
         auto finish = [&](const Panel& p, int) {
@@ -184,7 +190,7 @@ struct Columns : Panels<T> {
             return -1;
         };
         walk(start, sum, finish, [&](const Panel& p, int64_t row, int64_t n) { write_dx(p, row, n); });
-        put_parameters(channel_sums);
+        write_parameter_gradients(channel_sums);
     }
     // dx = g * a - c1 - (x - mean) * c2, for each column of a pool. Leaves c1 and c2 in the place of the sums.
     void slopes(const Panel& p) {
@@ -196,7 +202,10 @@ struct Columns : Panels<T> {
                 const double gamma = gamma_of<T>(call, call.channels_last ? p.begin + i : (p.begin + from) / columns);
                 scaled.add({p.first[i] * gamma, p.second[i] * gamma});
             }
-            const Slopes slope = call.has_given_statistics() ? Slopes() : Slopes(call.centred, scaled, statistics.rstd[pool], statistics.count(pool));
+            Slopes slope;  // given statistics are constants
+            if (!call.has_given_statistics()) {
+                slope = Slopes(call.centred, scaled, statistics.rstd[pool], statistics.count(pool));
+            }
             for (int64_t i = from; i < from + columns; ++i) {
                 p.first[i] = slope.c1;
                 p.second[i] = slope.c2;
@@ -225,14 +234,16 @@ struct Columns : Panels<T> {
             if (call.has_given_statistics() && !is_active()) return column_scale(grad + from, out + from, part, lines.scale);
             if constexpr (kHasPlain<Compute, T>) {
                 if (!this->is_active()) {
-                    return column_dx<Compute, false>(this->grad + from, this->x + from, this->out + from, part, lines, slope, constant, TileEpilogue<T>{});
+                    return column_dx<Compute, false>(this->grad + from, this->x + from, this->out + from, part, lines, slope,
+                                                     constant, TileEpilogue<T>{});
                 }
             }
-            column_dx<Compute, true>(grad + from, x + from, out + from, part, lines, slope, constant, epilogue(p, row), call.has_given_statistics());
+            column_dx<Compute, true>(grad + from, x + from, out + from, part, lines, slope, constant, epilogue(p, row),
+                                     call.has_given_statistics());
         });
     }
 
-    void put_parameters(Scratch<Sums>& channel_sums) {
+    void write_parameter_gradients(Scratch<Sums>& channel_sums) {
         if (!call.dgamma && !call.dbeta) return;
         for (int64_t c = 0; c < call.channels(); ++c) {
             double dgamma = 0, dbeta = 0;
@@ -241,7 +252,7 @@ struct Columns : Panels<T> {
                 dbeta += sums.first;
                 dgamma += sums.second * statistics.rstd[(by_sample ? n * call.g : 0) + c / call.k];
             }
-            put_gradients<T>(call, c, dgamma, dbeta);
+            write_gradients<T>(call, c, dgamma, dbeta);
         }
     }
 };

@@ -26,7 +26,7 @@ struct Elements {
     Statistics<T> statistics{call};
     double largest_gamma = 0;
     Scratch<int64_t> chosen{call.mask ? call.n : 0};  // samples that count, in their order
-    int64_t count = call.mask ? find_counted(call.mask, call.n, chosen.get()) : call.n;
+    int64_t count = call.mask ? find_counted_indices(call.mask, call.n, chosen.get()) : call.n;
 
     int64_t sample(int64_t i) { return call.mask ? chosen[i] : i; }
     int64_t table_size(const void* parameter, bool is_needed) const {
@@ -46,15 +46,16 @@ struct Elements {
         return {call.activation, residual ? residual + at : nullptr, nullptr, gradient ? gradient + at : nullptr};
     }
 
-    // Of some pools; those that do not count have none.
+    // Mean, m2 and rstd of the pools [begin, end), from no sums where a pool does not count.
     void moments(int64_t begin, int64_t end) {
-        statistics.find(begin, end, [&](int64_t p) { return guess(p); }, [&](int64_t p, double shift) {
+        statistics.find(begin, end, [&](int64_t p) { return guess_shift(p); }, [&](int64_t p, double shift) {
             if (is_skipped(p)) return Sums();
             const T* run = x + p * length;
             return call.centred ? run_moments(run, {1, 0, length}, shift, false) : Sums{0, run_squares(run, length)};
         });
     }
-    double guess(int64_t pool) const {
+    // The mean of the first values.
+    double guess_shift(int64_t pool) const {
         if (!call.centred || is_skipped(pool)) return 0;
         const int64_t size = least(W, length);
         return add_lanes(load(x + pool * length, Part{size})) / static_cast<double>(size);
@@ -70,10 +71,19 @@ struct Elements {
             const Line<Compute> line(mean, rstd, 0);
             const P *scale = gamma + offset(pool), *shift = beta ? beta + offset(pool) : nullptr;
             if constexpr (kHasPlain<Compute, T>) {
-                if (!call.is_active() && beta) return run_apply_table<Compute, false, true>(run, y, length, line, scale, shift, epilogue(pool), call.bypasses_caches);
-                if (!call.is_active()) return run_apply_table<Compute, false, false>(run, y, length, line, scale, shift, epilogue(pool), call.bypasses_caches);
+                if (!call.is_active() && beta) {
+                    return run_apply_table<Compute, false, true>(run, y, length, line, scale, shift, epilogue(pool),
+                                                                 call.bypasses_caches);
+                }
+                if (!call.is_active()) {
+                    return run_apply_table<Compute, false, false>(run, y, length, line, scale, shift, epilogue(pool),
+                                                                  call.bypasses_caches);
+                }
             }
-            if (beta) return run_apply_table<Compute, true, true>(run, y, length, line, scale, shift, epilogue(pool), call.bypasses_caches);
+            if (beta) {
+                return run_apply_table<Compute, true, true>(run, y, length, line, scale, shift, epilogue(pool),
+                                                            call.bypasses_caches);
+            }
             run_apply_table<Compute, true, false>(run, y, length, line, scale, shift, epilogue(pool), call.bypasses_caches);
         });
     }
@@ -122,10 +132,10 @@ struct Elements {
         for (int64_t p = 0; call.mask && p < call.pools(); ++p) {
             if (is_skipped(p)) skip(p);
         }
-        if (parameters) put_parameters(partial, chunks);
+        if (parameters) write_parameter_gradients(partial, chunks);
     }
 
-    // The pools of one group in some samples.
+    // Gradients of the pools of group g in the samples [first, last) of those that count.
     void one_group(int64_t g, int64_t first, int64_t last, double* sums) {
         for (int64_t i = first; i < last;) {
             const bool four = i + kPoolsAtOnce <= last;
@@ -142,7 +152,7 @@ struct Elements {
         if (gradient) clear(gradient + pool * length, 0, length);
     }
 
-    // R pools, one group's in samples that follow one another.
+    // Gradients of R pools, those of group g in R samples: the sums for gamma and beta are loaded and stored once for all R.
     template <int R>
     void some_pools(int64_t first, int64_t g, double* dgamma) {
         const P *scale = gamma + g * length, *shift = beta ? beta + g * length : nullptr;
@@ -184,14 +194,16 @@ struct Elements {
             const P *scale = gamma + offset(pool), *shift = beta ? beta + offset(pool) : nullptr;
             if constexpr (kHasPlain<Compute, T>) {
                 if (!call.is_active()) {
-                    return run_dx_table<Compute, false>(grad + at, x + at, out + at, length, line, slope, scale, shift, epilogue(pool), call.bypasses_caches);
+                    return run_dx_table<Compute, false>(grad + at, x + at, out + at, length, line, slope, scale, shift,
+                                                        epilogue(pool), call.bypasses_caches);
                 }
             }
-            run_dx_table<Compute, true>(grad + at, x + at, out + at, length, line, slope, scale, shift, epilogue(pool), call.bypasses_caches);
+            run_dx_table<Compute, true>(grad + at, x + at, out + at, length, line, slope, scale, shift, epilogue(pool),
+                                        call.bypasses_caches);
         });
     }
 
-    void put_parameters(Scratch<double>& partial, int64_t chunks) const {
+    void write_parameter_gradients(Scratch<double>& partial, int64_t chunks) const {
         parallel_for(call, call.channels(), chunks * call.s, [&](int64_t begin, int64_t end) {
             for (int64_t c = begin; c < end; ++c) {
                 double dgamma = 0, dbeta = 0;
@@ -201,7 +213,7 @@ struct Elements {
                         dbeta += partial[(chunk * 2 + 1) * period + i];
                     }
                 }
-                put_gradients<T>(call, c, dgamma, dbeta);
+                write_gradients<T>(call, c, dgamma, dbeta);
             }
         });
     }

@@ -137,8 +137,8 @@ INLINE void store(T* p, Vector v, Full) {
     std::memcpy(p, &bits, sizeof(bits));
 }
 
-// Stores a part of a result; past the caches where it is too large for them, which else would read memory before they
-// overwrite it and forget what is needed.
+// Stores a part of a result. One that is too large for the caches bypasses them: they would read memory before it is
+// overwritten, and drop what is still needed.
 template <class T, class Vector>
 INLINE void store_result(T* p, Vector v, Full, [[maybe_unused]] bool bypasses_caches) {
     const auto bits = narrow(p, v);
@@ -155,7 +155,7 @@ INLINE void store_result(T* p, Vector v, Full, [[maybe_unused]] bool bypasses_ca
 #endif
     std::memcpy(p, &bits, sizeof(bits));
 }
-// Such stores are done before what follows.
+// Stores that bypassed the caches are seen by other threads before what follows.
 INLINE void fence_results() {
 #if defined(__AVX2__)
     _mm_sfence();
@@ -243,15 +243,15 @@ INLINE double scalar(const T* p) {
 
 // Zero in the lanes that are not in use, whatever they hold.
 template <class V>
-INLINE V keep(V v, Full) {
+INLINE V clear_unused(V v, Full) {
     return v;
 }
-INLINE Lanes keep(Lanes v, Part part) {
+INLINE Lanes clear_unused(Lanes v, Part part) {
     Indices index;
     for (int i = 0; i < W; ++i) index[i] = i;
     return index < part.n ? v : Lanes{};
 }
-INLINE Singles keep(Singles v, Part part) {
+INLINE Singles clear_unused(Singles v, Part part) {
     SingleIndices index;
     for (int i = 0; i < 2 * W; ++i) index[i] = i;
     return index < static_cast<int32_t>(part.n) ? v : Singles{};

@@ -6,9 +6,9 @@
 
 namespace anynorm::ANYNORM_TARGET {
 
-constexpr int64_t kTileBytes = 1 << 17;  // of x, for what is read once
-constexpr int64_t kTiles = 64;
-constexpr int64_t kNearBytes = 1 << 22;  // of x
+constexpr int64_t kTileBytes = 1 << 17;  // of x in a tile, where it is read once
+constexpr int64_t kTiles = 64;           // the most that have sums of their own
+constexpr int64_t kNearBytes = 1 << 22;  // of x, up to which its rows are read side by side at full speed
 
 template <class T>
 struct Panels {
@@ -22,7 +22,7 @@ struct Panels {
     int64_t rows = call.channels_last ? call.s : call.n;
     int64_t width = call.channels() * (call.channels_last ? 1 : call.s);
     int64_t columns = call.channels_last ? call.k : call.k * call.s;  // in a pool
-    int64_t tensors = call.grad ? 2 : 1;                     // that are read twice
+    int64_t tensors = call.grad ? 2 : 1;                              // that are read twice
     bool is_near = samples * rows * width * static_cast<int64_t>(sizeof(T)) <= kNearBytes;
     int64_t slab = find_slab();
     bool fused = rows * slab * tensors * static_cast<int64_t>(sizeof(T)) <= 2 * kSlabBytes;
@@ -39,12 +39,16 @@ struct Panels {
     const int64_t* extents = by_sample || call.sample_rows > 1 ? statistics.extents : nullptr;
     bool needs_mask = call.mask && !(extents && statistics.is_dense);
     // With a mask sums are over the rows that count, one after the other, wherever they are: so no padding changes a bit.
-    bool has_places = call.mask && (by_sample ? !statistics.is_dense : true);
-    Scratch<int64_t> places{has_places ? samples * rows : 0}, counted{samples};
+    bool has_indices = call.mask && (by_sample ? !statistics.is_dense : true);
+    Scratch<int64_t> indices{has_indices ? samples * rows : 0}, counted{samples};
 
     explicit Panels(const Call& call) : call(call) {
         for (int64_t n = 0; n < samples; ++n) {
-            counted[n] = !call.mask ? rows : has_places ? find_counted(call.mask + n * rows, rows, &places[n * rows]) : extents[n];
+            if (has_indices) {
+                counted[n] = find_counted_indices(call.mask + n * rows, rows, &indices[n * rows]);
+            } else {
+                counted[n] = call.mask ? extents[n] : rows;
+            }
         }
     }
     bool is_active() const { return call.is_active(); }  // rows that do not count are cleared behind the loops
@@ -69,7 +73,8 @@ struct Panels {
         Lines<Compute> lines() const { return {table<Compute>(0), table<Compute>(1), table<Compute>(2)}; }
     };
     Panel make_panel(int64_t sample, int64_t begin, int64_t size, double* scratch) const {
-        return {sample, begin, size, scratch, scratch + size, scratch + 2 * size, scratch + 3 * size, reinterpret_cast<bool*>(scratch + 8 * size)};
+        return {sample, begin, size, scratch, scratch + size, scratch + 2 * size, scratch + 3 * size,
+                reinterpret_cast<bool*>(scratch + 8 * size)};
     }
     static int64_t scratch_size(int64_t width) { return 8 * width + 1; }
 
@@ -79,13 +84,13 @@ struct Panels {
     // Rows `rank` and on of those that count, as a tile, and where its rows are counted from.
     Tile summed(const Panel& p, int64_t rank, int64_t row_count) const {
         Tile part = tile(p, row_count);
-        if (has_places) part.chosen = const_cast<Panels*>(this)->places.get() + p.sample * rows + rank;
+        if (has_indices) part.chosen = const_cast<Panels*>(this)->indices.get() + p.sample * rows + rank;
         return part;
     }
-    int64_t summed_from(const Panel& p, int64_t rank) const { return at(p, has_places ? 0 : rank); }
+    int64_t summed_from(const Panel& p, int64_t rank) const { return at(p, has_indices ? 0 : rank); }
     int64_t count_rows(const Panel& p) const { return const_cast<Panels*>(this)->counted[p.sample]; }
-    int64_t place(const Panel& p, int64_t rank) const {
-        return has_places ? const_cast<Panels*>(this)->places[p.sample * rows + rank] : rank;
+    int64_t find_row(const Panel& p, int64_t rank) const {
+        return has_indices ? const_cast<Panels*>(this)->indices[p.sample * rows + rank] : rank;
     }
     // Null where the extents say all.
     const float* mask_of(const Panel& p, int64_t row) const {
@@ -96,15 +101,15 @@ struct Panels {
         const auto* residual = static_cast<const T*>(call.residual);
         return {call.activation, residual ? residual + from : nullptr, mask_of(p, row), gradient ? gradient + from : nullptr};
     }
-    // The same of rows that are summed, which all count.
+    // What follows the norm of rows that are summed: all of these count, so no mask is read.
     TileEpilogue<T> epilogue_of_chosen(const Panel& p, int64_t rank) const {
-        TileEpilogue<T> chosen = epilogue(p, has_places ? 0 : rank);
+        TileEpilogue<T> chosen = epilogue(p, has_indices ? 0 : rank);
         chosen.mask = nullptr;
         return chosen;
     }
     int64_t tile_begin(int64_t t) const { return t / per_stretch * stretch + t % per_stretch * tile_rows; }
     int64_t tile_size(int64_t t) const { return least(tile_rows, stretch - t % per_stretch * tile_rows); }
-    // Its rows up to the extent of its sample.
+    // How many rows of tile t lie before the extent of its sample: what is behind it is not read.
     int64_t counted_size(const Panel& p, int64_t t) const {
         if (!extents) return tile_size(t);
         const int64_t extent = extents[by_sample ? p.sample : t / per_stretch];
@@ -165,7 +170,9 @@ struct Panels {
                 if (attempts[n] < 0) continue;
                 const Panel p = panel(n);
                 clear(p.first, 0, 2 * width);
-                for (int64_t t = 0; t * sum_rows < count_rows(p); ++t) add(p.first, partial.get() + (n * sums + t) * 2 * width, 2 * width);
+                for (int64_t t = 0; t * sum_rows < count_rows(p); ++t) {
+                    add(p.first, partial.get() + (n * sums + t) * 2 * width, 2 * width);
+                }
                 attempts[n] = finish(p, attempts[n]);
                 is_done = is_done && attempts[n] < 0;
             }

@@ -11,8 +11,8 @@ using Address = uintptr_t;  // 0 where a call has no such tensor
 
 // Sizes and layout of x and of what belongs to it, which stay from call to call.
 struct Plan {
-    Call call{};                   // with nothing but sizes and layout
-    int64_t element, parameter;    // bytes of one
+    Call call{};                 // with nothing but sizes and layout
+    int64_t element, parameter;  // bytes of one
 
     // Throws std::invalid_argument where sizes overflow or no walk serves the layout. See Call for what the sizes mean.
     Plan(int64_t n, int64_t g, int64_t k, int64_t s, bool channels_last, bool pool_n, bool centred, int dtype, int statistics,

@@ -13,12 +13,13 @@ struct Rows : Pools {
     const T* grad = static_cast<const T*>(call.grad);
     T* out = static_cast<T*>(call.out);
     T* gradient = static_cast<T*>(call.dresidual);
-    Scratch<int64_t> places{statistics.needs_mask() ? call.n * call.s : 0};  // that count, where there are holes between them
+    // Of the positions that count, where there are holes between them.
+    Scratch<int64_t> indices{statistics.needs_mask() ? call.n * call.s : 0};
 
     explicit Rows(const Call& call) : Pools{call, nullptr}, statistics(call) {
         extents = statistics.extents;
         for (int64_t n = 0; statistics.needs_mask() && n < call.n; ++n) {
-            find_counted(call.mask + n * call.s, call.s, &places[n * call.s]);
+            find_counted_indices(call.mask + n * call.s, call.s, &indices[n * call.s]);
         }
     }
 
@@ -35,7 +36,7 @@ struct Rows : Pools {
     // ---- moments ----------------------------------------------------------------------------------------------
 
     // The mean of a few values, exact where all are alike; of the first that count where some do not.
-    double guess(int64_t pool) const {
+    double guess_shift(int64_t pool) const {
         if (!call.centred) return 0;
         if (call.mask) return mean_of_first(pool);
         const int64_t length = by_sample ? call.s : elements, spots = most(1, least(8, elements / 512));
@@ -61,7 +62,7 @@ struct Rows : Pools {
         return found_here ? sum / found_here : 0;
     }
 
-    // body(at, places, how many) over runs of a pool that have holes, in segments of positions that count:
+    // body(at, indices, how many) over runs of a pool that have holes, in segments of positions that count:
     // those are brought together before they are summed, so that no sum depends on where the holes are.
     template <class Body>
     void each_gathered(int64_t pool, int64_t run, int64_t from, const Runs& all, Body body) const {
@@ -69,7 +70,7 @@ struct Rows : Pools {
         for (int64_t r = run; r < run + all.count; ++r) {
             const int64_t n = sample(pool, r), end = least(self.statistics.counted[n], from + all.length);
             for (int64_t f = from; f < end; f += kSegment) {
-                body(start(pool) + r * stride(), &self.places[n * call.s + f], least(kSegment, end - f));
+                body(start(pool) + r * stride(), &self.indices[n * call.s + f], least(kSegment, end - f));
             }
         }
     }
@@ -88,12 +89,12 @@ struct Rows : Pools {
     }
 
     void find_whole(int64_t begin, int64_t end) {
-        statistics.find(begin, end, [&](int64_t p) { return guess(p); }, [&](int64_t p, double shift) {
+        statistics.find(begin, end, [&](int64_t p) { return guess_shift(p); }, [&](int64_t p, double shift) {
             return moments(p, 0, 0, all_runs(p), shift);
         });
     }
     void find_in_segments(int64_t pool, Sums* parts) {
-        statistics.find(pool, pool + 1, [&](int64_t p) { return guess(p); }, [&](int64_t p, double shift) {
+        statistics.find(pool, pool + 1, [&](int64_t p) { return guess_shift(p); }, [&](int64_t p, double shift) {
             each_segment(p, [&](int64_t run, int64_t from, const Runs& all) {
                 parts[segment(run, from)] = moments(p, run, from, all, shift);
             });
@@ -281,7 +282,7 @@ struct Rows : Pools {
                 each_segment(p, [&](int64_t j, int64_t from, const Runs& all) { write_dx(p, j, from, all, slopes); });
             }
         }
-        put_parameters(sums, channels);
+        write_parameter_gradients(sums, channels);
     }
 
     Slopes slopes_of(int64_t pool, const Sums* sums, int64_t channels) {
@@ -295,7 +296,7 @@ struct Rows : Pools {
     }
 
     // A channel's sums over samples, in their order.
-    void put_parameters(Scratch<Sums>& sums, int64_t channels) {
+    void write_parameter_gradients(Scratch<Sums>& sums, int64_t channels) {
         if (!call.dgamma && !call.dbeta) return;
         const int64_t samples = by_sample ? 1 : call.n;
         for (int64_t c = 0; c < call.channels(); ++c) {
@@ -306,7 +307,7 @@ struct Rows : Pools {
                 dbeta += of.first;
                 dgamma += of.second * rstd(p);
             }
-            put_gradients<T>(call, c, dgamma, dbeta);
+            write_gradients<T>(call, c, dgamma, dbeta);
         }
     }
 };

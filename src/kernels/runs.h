@@ -43,16 +43,16 @@ struct Epilogue {
     }
 };
 
-// to[i] = from[places[i]]; places ascend, and neighbours are copied eight at once
+// to[i] = from[indices[i]]; indices ascend, so eight are neighbours where the last is the first plus seven: one copy
 template <class T>
-INLINE void gather(const T* from, const int64_t* places, int64_t size, T* to) {
+INLINE void gather(const T* from, const int64_t* indices, int64_t size, T* to) {
     int64_t i = 0;
     while (i < size) {
-        if (i + 8 <= size && places[i + 7] == places[i] + 7) {
-            std::memcpy(to + i, from + places[i], 8 * sizeof(T));
+        if (i + 8 <= size && indices[i + 7] == indices[i] + 7) {
+            std::memcpy(to + i, from + indices[i], 8 * sizeof(T));
             i += 8;
         } else {
-            to[i] = from[places[i]];
+            to[i] = from[indices[i]];
             ++i;
         }
     }
@@ -63,7 +63,7 @@ template <class T>
 Sums run_moments(const T* x, const Runs& runs, double shift, bool restart) {
     Accumulator sums;
     sums.template sweep_runs<double>(runs, restart, [&](int64_t r, int64_t i, auto some, int u) INLINE_LAMBDA {
-        const Lanes d = keep(load(x + r * runs.stride + i, some) - shift, some);
+        const Lanes d = clear_unused(load(x + r * runs.stride + i, some) - shift, some);
         sums.add(u, d, d);
     }, [&](int64_t r, int64_t size) INLINE_LAMBDA { prefetch_padding(x + r * runs.stride, size, runs.length); });
     return sums.total();

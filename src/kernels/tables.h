@@ -44,7 +44,7 @@ void run_grad_sums_table(const T* g, const T* x, int64_t length, const int64_t* 
                 const Lanes wide = part_of(v, p), xhat = (load(here + p * W, in) - lines[r].high) * lines[r].scale;
                 by_beta[p] += wide;
                 by_gamma[p] += wide * xhat;
-                const Lanes scaled = keep(wide * load(gamma + i + p * W, in), in);
+                const Lanes scaled = clear_unused(wide * load(gamma + i + p * W, in), in);
                 first[r] += scaled;
                 second[r] += scaled * xhat;
             }

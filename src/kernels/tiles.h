@@ -10,10 +10,10 @@ namespace anynorm::ANYNORM_TARGET {
 
 struct Tile {
     int64_t rows, width, stride;
-    bool is_near;      // in a cache from which rows are read side by side at full speed
+    bool is_near;          // in a cache from which rows are read side by side at full speed
     bool bypasses_caches;  // where results go
     const int64_t* chosen = nullptr;  // which rows are summed, where some do not count
-    INLINE int64_t place(int64_t row) const { return chosen ? chosen[row] : row; }
+    INLINE int64_t find_row(int64_t row) const { return chosen ? chosen[row] : row; }
 };
 
 // Rows are read side by side where they are short or near; else memory delivers less well than in order.
@@ -60,7 +60,7 @@ INLINE void sum_columns(const Tile& tile, double* first, double* second, Prepare
     }
 }
 
-// As many vectors of a table.
+// `Vectors` vectors of a table, which a loop over rows keeps in registers.
 template <class Compute, int Vectors>
 struct Loaded {
     VectorOf<Compute> v[Vectors];
@@ -78,7 +78,7 @@ INLINE auto loader(const Compute* table) {
 template <class T>
 void column_moments(const T* x, const Tile& tile, const double* shift, double* first, double* second) {
     const auto add = [&](const auto& about, int64_t r, int64_t i, auto some, auto vectors, auto* sum, auto* squares) INLINE_LAMBDA {
-        const T* from = x + tile.place(r) * tile.stride + i;
+        const T* from = x + tile.find_row(r) * tile.stride + i;
         for (int u = 0; u < vectors; ++u) {
             const Lanes d = load(from + u * W, some) - about.v[u];
             sum[u] += d;
@@ -160,7 +160,7 @@ void column_grad_sums(const T* g, const T* x, const Tile& tile, const double* me
     using V = VectorOf<Compute>;
     constexpr int width = kWidth<Compute>, parts = kParts<Compute>;
     const auto add = [&](const auto& about, int64_t r, int64_t i, auto some, auto vectors, auto* sum, auto* products) INLINE_LAMBDA {
-        const int64_t row = tile.place(r);
+        const int64_t row = tile.find_row(r);
         for (int u = 0; u < vectors; ++u) {
             const int64_t column = i + u * width, at = row * tile.stride + column;
             V v = load_as<Compute>(g + at, some);

@@ -54,7 +54,8 @@ class Scratch {
     V* data_;
 };
 
-// body(begin, end) over [0, total) in steps that depend on nothing but the sizes, from any number of threads.
+// body(begin, end) over [0, total), shared among threads in steps that depend on the sizes alone: so the number of threads
+// changes no bit.
 template <class Body>
 void parallel_for(const Call& call, int64_t total, int64_t elements_each, Body body, bool backwards = false) {
     const int64_t step = most(1, kTask / most(1, elements_each));
@@ -72,11 +73,11 @@ void parallel_for(const Call& call, int64_t total, int64_t elements_each, Body b
     run_tasks(call.threads, divide_up(total, step), run, &context, backwards);
 }
 
-// What sums are taken about: first a guess, then, where too little was left of the squares, the mean that gave. Doubles have
-// no wider type and are always summed twice.
+// What sums are taken about: first a guess, then, where too little was left of the squares, the mean that came out. Doubles
+// have no wider type and are always summed twice.
 enum Attempt : int { kGuess = 0, kMean = 1 };
 
-// What is written is computed in float where x is narrow and every coefficient is far from a float's limits.
+// Results are computed in float where x is narrow and every coefficient is far from a float's limits: twice as many at once.
 INLINE bool is_within_float(double coefficient) {
     const double size = std::fabs(coefficient);
     return size == 0 || (size > 1e-30 && size < 1e30);
@@ -117,10 +118,10 @@ struct RawSums {
 };
 
 // The positions that count, in their order. Sums are taken over these, wherever they are: so no padding changes a bit.
-INLINE int64_t find_counted(const float* mask, int64_t size, int64_t* places) {
+INLINE int64_t find_counted_indices(const float* mask, int64_t size, int64_t* indices) {
     int64_t found = 0;
     for (int64_t i = 0; i < size; ++i) {
-        places[found] = i;
+        indices[found] = i;
         found += mask[i] > 0;
     }
     return found;
@@ -205,31 +206,31 @@ struct Statistics {
     INLINE bool is_good(double deviations, double squares, int attempt) const {
         return attempt == kMean || !call.centred || (kIsNarrow<T> && deviations >= 0.01 * squares);
     }
-    void put(int64_t pool, double deviations) {
+    void set_m2(int64_t pool, double deviations) {
         m2[pool] = deviations;
         const double size = count(pool);
         rstd[pool] = 1 / std::sqrt(deviations / (size > 0 ? size : 1) + call.eps);
     }
 
-    // Moments of some pools by guess_of(pool) and sums_of(pool, shift): of all of them at once, then again and alone where
+    // Moments of some pools by shift_of(pool) and sums_of(pool, shift): of all of them at once, then again and alone where
     // that was not good enough.
     template <class GuessOf, class SumsOf>
-    void find(int64_t begin, int64_t end, GuessOf guess_of, SumsOf sums_of) {
+    void find(int64_t begin, int64_t end, GuessOf shift_of, SumsOf sums_of) {
         RawSums raw(end - begin);
         for (int64_t p = begin; p < end; ++p) {
-            const double shift = kIsNarrow<T> ? guess_of(p) : 0;
+            const double shift = kIsNarrow<T> ? shift_of(p) : 0;
             raw.put(p - begin, sums_of(p, shift), shift);
         }
         if (finish(begin, end, raw, kGuess)) return;
         for (int64_t p = begin; p < end; ++p) {
             const int64_t i = p - begin;
-            if (is_good(raw.second[i] - raw.first[i] * (raw.first[i] / most_count(p)), raw.second[i], kGuess)) continue;
+            if (is_good(raw.second[i] - raw.first[i] * (raw.first[i] / count_or_one(p)), raw.second[i], kGuess)) continue;
             RawSums again(1);
             again.put(0, sums_of(p, mean[p]), mean[p]);
             finish(p, p + 1, again, kMean);
         }
     }
-    double most_count(int64_t pool) { return count(pool) > 0 ? count(pool) : 1; }
+    double count_or_one(int64_t pool) { return count(pool) > 0 ? count(pool) : 1; }
 
     // A given variance takes the place of m2.
     template <class Given>
@@ -239,13 +240,13 @@ struct Statistics {
             m2[c] = static_cast<const Given*>(call.given_var)[c];
         }
     }
-    // From what a forward kept, or what is given.
+    // Fills rstd, and means and variances where these are given, from what a forward kept or what is given.
     void read() {
         if (call.statistics == kGivenAsParameters) copy_given<Parameter<T>>();
         if (call.statistics == kGivenAsDouble) copy_given<double>();
         const double scale = call.has_given_statistics() ? 1 : 1 / all;
         if (call.mask && !call.has_given_statistics()) {
-            for (int64_t p = 0; p < pools; ++p) put(p, m2[p]);
+            for (int64_t p = 0; p < pools; ++p) set_m2(p, m2[p]);
         } else {
             for (int64_t p = 0; p < pools; ++p) rstd[p] = 1 / std::sqrt(m2[p] * scale + call.eps);
         }
@@ -286,7 +287,7 @@ INLINE double beta_of(const Call& call, int64_t channel) {
     return call.beta ? static_cast<const Parameter<T>*>(call.beta)[channel] : 0.0;
 }
 template <class T>
-INLINE void put_gradients(const Call& call, int64_t channel, double dgamma, double dbeta) {
+INLINE void write_gradients(const Call& call, int64_t channel, double dgamma, double dbeta) {
     if (call.dgamma) static_cast<Parameter<T>*>(call.dgamma)[channel] = static_cast<Parameter<T>>(dgamma);
     if (call.dbeta) static_cast<Parameter<T>*>(call.dbeta)[channel] = static_cast<Parameter<T>>(dbeta);
 }
