@@ -95,7 +95,7 @@ def same_numbers_every_time():
 def path(request, monkeypatch):
     """With the kernels, and by blocks of torch operations where there are none."""
     if request.param == "blocks":
-        monkeypatch.setattr(kernels, "find_walk", lambda *_, **options: None)
+        monkeypatch.setattr(kernels, "find_plan", lambda *_, **options: None)
     elif kernels.OFF:
         pytest.skip("the kernels are off")
 

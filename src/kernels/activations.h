@@ -125,7 +125,7 @@ INLINE V activate(int activation, V v) {
 
 // g times the derivative. Relu's is chosen, not multiplied: as in torch, 0 times an infinite g is 0.
 template <class V>
-INLINE V chain(int activation, V g, V v) {
+INLINE V activate_backward(int activation, V g, V v) {
     using S = typename Math<V>::Scalar;
     switch (activation) {
         case kRelu: return v <= 0 ? V{} : g;

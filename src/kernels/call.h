@@ -1,4 +1,4 @@
-// What is asked of a kernel: one struct, filled by bindings.cpp, read by every walk.
+// What is asked of a kernel: one struct, filled and checked by plan.cpp, read by every walk.
 #pragma once
 
 #include <cstdint>
@@ -6,39 +6,41 @@
 namespace anynorm {
 
 enum Dtype : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
+// Where statistics come from: x itself, or one mean and one variance per g, as constants.
+enum StatisticsFrom : int { kFromInput = 0, kGivenAsParameters = 1, kGivenAsDouble = 2 };
 enum Activation : int { kIdentity = 0, kRelu = 1, kLeakyRelu = 2, kSilu = 3, kGelu = 4 };
 
-// Memory is [n][g][k][s], or [n][s][g][k] where `last`. A pool is one (n, g); one g where `pool_n`.
+// Memory is [n][g][k][s], or [n][s][g][k] where `channels_last`. A pool is one (n, g); one g where `pool_n`.
 // gamma and beta vary over channels c = (g, k). Parameters are float, or double where x is double.
 struct Call {
     int64_t n, g, k, s;
-    bool last, pool_n, centred;
-    bool given;  // statistics are given, one per g, and are constants: in `mean` and `m2`, or as parameters are
+    bool channels_last, pool_n, centred;
+    StatisticsFrom statistics;
     int dtype, activation, threads;
-    bool past_caches;  // more is touched than the last of them holds: nothing written will be read from there
+    bool bypasses_caches;    // more is touched than the last cache holds: nothing written will be read from there
     double eps;
     const void* x;
-    const void* residual;  // added before the activation; laid out as x, or null
-    const void* grad;      // backward: dL/dy, laid out as x
-    void* out;             // forward: y, or null for statistics alone; backward: dx or null
-    void* dresidual;       // backward: gradient of the residual, or null
-    const void* gamma;     // [c] or null
-    const void* beta;      // [c] or null
-    double* mean;          // [pools], null where nothing is subtracted
-    double* m2;            // [pools] sum of squared deviations; the variance where given
-    const void* given_mean;  // [g], instead of `mean` and `m2`
-    const void* given_var;
-    void* running_mean;    // [g], moved by `momentum` in a forward, or null
+    const void* residual;    // added before the activation; laid out as x, or null
+    const void* grad;        // backward: dL/dy, laid out as x
+    void* out;               // forward: y, or null for statistics alone; backward: dx or null
+    void* dresidual;         // backward: gradient of the residual, or null
+    const void* gamma;       // [c] or null
+    const void* beta;        // [c] or null
+    double* mean;            // [pools], written forward and read backward; null where nothing is subtracted
+    double* m2;              // [pools] sum of squared deviations
+    const void* given_mean;  // [g], instead of `mean` and `m2`; parameters or double as `statistics` says
+    const void* given_var;   // [g] population variance
+    void* running_mean;      // [g], moved in a forward, or null
     void* running_var;
-    int64_t* counter;  // of batches, or null
-    double momentum;   // weight of the new value
-    const float* weight;  // [n][s], 0 for positions that do not count; null where all do
-    int64_t sample_rows;  // with `weight`: rows of a sample where its positions are rows; 0 where they follow one another
-    void* dgamma;         // [c] or null
+    double momentum;         // weight of the new value in the running averages
+    const float* mask;       // [n][s], 0 for positions that do not count; null where all do
+    int64_t sample_rows;     // with a mask: rows of a sample where its positions are rows; 0 where they follow one another
+    void* dgamma;            // [c] or null
     void* dbeta;
 
     int64_t channels() const { return g * k; }
     int64_t pools() const { return pool_n ? g : n * g; }
+    bool has_given_statistics() const { return statistics != kFromInput; }
     bool is_active() const { return activation != kIdentity || residual || dresidual; }  // whether something follows
 };
 

@@ -20,8 +20,8 @@ struct Columns : Panels<T> {
     using Panels<T>::rows;
     using Panels<T>::width;
     using Panels<T>::columns;
-    using Panels<T>::found;
-    using Panels<T>::room_size;
+    using Panels<T>::statistics;
+    using Panels<T>::scratch_size;
     using Panels<T>::make_panel;
     using Panels<T>::at;
     using Panels<T>::first_pool;
@@ -29,9 +29,9 @@ struct Columns : Panels<T> {
     using Panels<T>::summed;
     using Panels<T>::summed_from;
     using Panels<T>::count_rows;
-    using Panels<T>::place;
-    using Panels<T>::after;
-    using Panels<T>::after_chosen;
+    using Panels<T>::find_row;
+    using Panels<T>::epilogue;
+    using Panels<T>::epilogue_of_chosen;
     using Panels<T>::is_active;
     using Panels<T>::walk;
     using Panels<T>::write_tile;
@@ -41,38 +41,39 @@ struct Columns : Panels<T> {
     // ---- forward ------------------------------------------------------------------------------------------------
 
     void forward() {
-        if (call.given) return forward_given();
-        auto start = [&](const Panel& p) { guess(p); };
+        if (call.has_given_statistics()) return forward_given();
+        auto start = [&](const Panel& p) { guess_shift(p); };
         auto sum = [&](const Panel& p, int64_t rank, int64_t row_count, double* first, double* second, int) {
             column_moments(x + summed_from(p, rank), summed(p, rank, row_count), p.mean, first, second);
         };
         auto finish = [&](const Panel& p, int attempt) {
-            const int next = judge(p, attempt);
+            const int next = find_next_attempt(p, attempt);
             if (next >= 0) return next;
             for (int64_t i = 0; i < p.width; i += columns) merge(p, i);
             coefficients(p);
             return -1;
         };
         walk(start, sum, finish, [&](const Panel& p, int64_t row, int64_t n) { apply(p, row, n); });
-        found.move_running();
+        statistics.move_running();
     }
+    // By given statistics: every tile at once, since no sums are needed first.
     void forward_given() {
-        found.read();
-        Room<double> room(room_size(width));
-        const Panel p = make_panel(0, 0, width, room.get());
+        statistics.read();
+        Scratch<double> scratch(scratch_size(width));
+        const Panel p = make_panel(0, 0, width, scratch.get());
         coefficients(p);
         each_tile([&](int64_t, int64_t t) {
             write_tile(p, t, [&](const Panel& q, int64_t row, int64_t n) { apply(q, row, n); });
         });
     }
 
-    // Each column's shift: the mean of a few of its values.
-    void guess(const Panel& p) const {
+    // Each column's shift, the mean of a few of its values: mean[i] = sum over a few rows of x[row][i] / how many.
+    void guess_shift(const Panel& p) const {
         clear(p.mean, 0, p.width);
         if (call.centred && kIsNarrow<T>) {
             const int64_t counted = count_rows(p), few = least(8, counted);
             for (int64_t j = 0; j < few; ++j) {
-                const T* from = x + at(p, place(p, j * counted / few));
+                const T* from = x + at(p, find_row(p, j * counted / few));
                 sweep<W>(p.width, [&](int64_t i, auto some, int) INLINE_LAMBDA {
                     store(p.mean + i, load(p.mean + i, some) + load(from + i, some), some);
                 });
@@ -81,11 +82,11 @@ struct Columns : Panels<T> {
         }
     }
     // Which attempt comes next, about the means that were found, or -1.
-    int judge(const Panel& p, int attempt) {
+    int find_next_attempt(const Panel& p, int attempt) {
         const double count = column_count(p);
         bool is_good = true;
         for (int64_t i = 0; i < p.width; ++i) {
-            is_good &= found.is_good(p.second[i] - p.first[i] * (p.first[i] / count), p.second[i], attempt);
+            is_good &= statistics.is_good(p.second[i] - p.first[i] * (p.first[i] / count), p.second[i], attempt);
         }
         if (is_good) return -1;
         for (int64_t i = 0; i < p.width; ++i) p.mean[i] += p.first[i] / count;
@@ -110,9 +111,9 @@ struct Columns : Panels<T> {
         if (call.centred) {
             const double mean = about + sum / static_cast<double>(columns);
             for (int64_t i = from; i < from + columns; ++i) m2 += count * (p.mean[i] - mean) * (p.mean[i] - mean);
-            found.mean[pool] = mean;
+            statistics.mean[pool] = mean;
         }
-        found.put(pool, m2 < 0 ? 0 : m2);
+        statistics.set_m2(pool, m2 < 0 ? 0 : m2);
     }
 
     // body(column, pool, channel) for every column of a panel, without a division for each.
@@ -120,7 +121,7 @@ struct Columns : Panels<T> {
     INLINE void each_column(const Panel& p, Body body) const {
         int64_t pool = first_pool(p), block = p.begin / columns;
         for (int64_t from = 0; from < p.width; from += columns, ++pool, ++block) {
-            for (int64_t i = from; i < from + columns; ++i) body(i, pool, call.last ? p.begin + i : block);
+            for (int64_t i = from; i < from + columns; ++i) body(i, pool, call.channels_last ? p.begin + i : block);
         }
     }
 
@@ -128,7 +129,8 @@ struct Columns : Panels<T> {
     void coefficients(const Panel& p) {
         bool fits = true;
         each_column(p, [&](int64_t, int64_t pool, int64_t c) {
-            fits = fits && fits_float<T>(found.mean[pool], found.rstd[pool] * gamma_of<T>(call, c), beta_of<T>(call, c));
+            const double a = statistics.rstd[pool] * gamma_of<T>(call, c);
+            fits = fits && fits_float<T>(statistics.mean[pool], a, beta_of<T>(call, c));
         });
         put_lines(p, fits);
     }
@@ -137,7 +139,7 @@ struct Columns : Panels<T> {
         with_compute<T>(fits, [&](auto zero) {
             auto lines = p.template lines<decltype(zero)>();
             each_column(p, [&](int64_t i, int64_t pool, int64_t c) INLINE_LAMBDA {
-                lines.put(i, found.mean[pool], found.rstd[pool] * gamma_of<T>(call, c), beta_of<T>(call, c));
+                lines.put(i, statistics.mean[pool], statistics.rstd[pool] * gamma_of<T>(call, c), beta_of<T>(call, c));
             });
         });
     }
@@ -148,32 +150,36 @@ struct Columns : Panels<T> {
             const Tile part = tile(p, row_count);
             using Compute = decltype(zero);
             if constexpr (kHasPlain<Compute, T>) {
-                if (!this->is_active()) return column_apply<Compute, false>(this->x + from, this->out + from, part, lines, TileAfter<T>{});
+                if (!this->is_active()) {
+                    return column_apply<Compute, false>(this->x + from, this->out + from, part, lines, TileEpilogue<T>{});
+                }
             }
-            column_apply<Compute, true>(x + from, out + from, part, lines, after(p, row));
+            column_apply<Compute, true>(x + from, out + from, part, lines, epilogue(p, row));
         });
     }
 
     // ---- backward -----------------------------------------------------------------------------------------------
 
     void backward() {
-        found.read();
-        Room<Sums> channel_sums(samples * call.channels(), true);
-        const bool needs_sums = !call.given || call.dgamma || call.dbeta || is_active();
+        statistics.read();
+        Scratch<Sums> channel_sums(samples * call.channels(), true);
+        const bool needs_sums = !call.has_given_statistics() || call.dgamma || call.dbeta || is_active();
         auto start = [&](const Panel& p) {
             coefficients(p);
-            each_column(p, [&](int64_t i, int64_t pool, int64_t) INLINE_LAMBDA { p.mean[i] = found.mean[pool]; });
+            each_column(p, [&](int64_t i, int64_t pool, int64_t) INLINE_LAMBDA { p.mean[i] = statistics.mean[pool]; });
         };
         auto sum = [&](const Panel& p, int64_t rank, int64_t row_count, double* first, double* second, int) {
             if (!needs_sums) return;
             const int64_t from = summed_from(p, rank);
             const Tile part = summed(p, rank, row_count);
             if (!call.is_active()) {
-                return column_grad_sums<double, false>(grad + from, x + from, part, p.mean, Lines<double>{}, TileAfter<T>{}, first, second);
+                return column_grad_sums<double, false>(grad + from, x + from, part, p.mean, Lines<double>{}, TileEpilogue<T>{},
+                                                       first, second);
             }
             with_compute<T>(*p.is_float, [&](auto zero) {
                 using Compute = decltype(zero);
-                column_grad_sums<Compute, true>(grad + from, x + from, part, p.mean, p.template lines<Compute>(), after_chosen(p, rank), first, second);
+                column_grad_sums<Compute, true>(grad + from, x + from, part, p.mean, p.template lines<Compute>(),
+                                                epilogue_of_chosen(p, rank), first, second);
             });
         };
         auto finish = [&](const Panel& p, int) {
@@ -184,7 +190,7 @@ struct Columns : Panels<T> {
             return -1;
         };
         walk(start, sum, finish, [&](const Panel& p, int64_t row, int64_t n) { write_dx(p, row, n); });
-        put_parameters(channel_sums);
+        write_parameter_gradients(channel_sums);
     }
     // dx = g * a - c1 - (x - mean) * c2, for each column of a pool. Leaves c1 and c2 in the place of the sums.
     void slopes(const Panel& p) {
@@ -193,22 +199,25 @@ struct Columns : Panels<T> {
             const int64_t pool = first_pool(p) + from / columns;
             Sums scaled;
             for (int64_t i = from; i < from + columns; ++i) {
-                const double gamma = gamma_of<T>(call, call.last ? p.begin + i : (p.begin + from) / columns);
+                const double gamma = gamma_of<T>(call, call.channels_last ? p.begin + i : (p.begin + from) / columns);
                 scaled.add({p.first[i] * gamma, p.second[i] * gamma});
             }
-            const Slopes slope = call.given ? Slopes() : Slopes(call.centred, scaled, found.rstd[pool], found.count(pool));
+            Slopes slope;  // given statistics are constants
+            if (!call.has_given_statistics()) {
+                slope = Slopes(call.centred, scaled, statistics.rstd[pool], statistics.count(pool));
+            }
             for (int64_t i = from; i < from + columns; ++i) {
                 p.first[i] = slope.c1;
                 p.second[i] = slope.c2;
             }
-            fits = fits && fits_float<T>(found.mean[pool], slope.c1, slope.c2, slope.reach);
+            fits = fits && fits_float<T>(statistics.mean[pool], slope.c1, slope.c2, slope.reach);
         }
         if (!fits && *p.is_float) put_lines(p, false);
         with_compute<T>(*p.is_float, [&](auto zero) {
             using Compute = decltype(zero);
             Compute *slope = p.template table<Compute>(3), *constant = p.template table<Compute>(4);
             each_column(p, [&](int64_t i, int64_t pool, int64_t) INLINE_LAMBDA {
-                const Line<Compute> line(found.mean[pool], p.second[i], p.first[i]);
+                const Line<Compute> line(statistics.mean[pool], p.second[i], p.first[i]);
                 slope[i] = line.scale;
                 constant[i] = line.shift;
             });
@@ -222,26 +231,28 @@ struct Columns : Panels<T> {
             using Compute = decltype(zero);
             const auto lines = p.template lines<Compute>();
             const Compute *slope = p.template table<Compute>(3), *constant = p.template table<Compute>(4);
-            if (call.given && !is_active()) return column_scale(grad + from, out + from, part, lines.scale);
+            if (call.has_given_statistics() && !is_active()) return column_scale(grad + from, out + from, part, lines.scale);
             if constexpr (kHasPlain<Compute, T>) {
                 if (!this->is_active()) {
-                    return column_dx<Compute, false>(this->grad + from, this->x + from, this->out + from, part, lines, slope, constant, TileAfter<T>{});
+                    return column_dx<Compute, false>(this->grad + from, this->x + from, this->out + from, part, lines, slope,
+                                                     constant, TileEpilogue<T>{});
                 }
             }
-            column_dx<Compute, true>(grad + from, x + from, out + from, part, lines, slope, constant, after(p, row), call.given);
+            column_dx<Compute, true>(grad + from, x + from, out + from, part, lines, slope, constant, epilogue(p, row),
+                                     call.has_given_statistics());
         });
     }
 
-    void put_parameters(Room<Sums>& channel_sums) {
+    void write_parameter_gradients(Scratch<Sums>& channel_sums) {
         if (!call.dgamma && !call.dbeta) return;
         for (int64_t c = 0; c < call.channels(); ++c) {
             double dgamma = 0, dbeta = 0;
             for (int64_t n = 0; n < samples; ++n) {
                 const Sums& sums = channel_sums[n * call.channels() + c];
                 dbeta += sums.first;
-                dgamma += sums.second * found.rstd[(by_sample ? n * call.g : 0) + c / call.k];
+                dgamma += sums.second * statistics.rstd[(by_sample ? n * call.g : 0) + c / call.k];
             }
-            put_gradients<T>(call, c, dgamma, dbeta);
+            write_gradients<T>(call, c, dgamma, dbeta);
         }
     }
 };

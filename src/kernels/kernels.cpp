@@ -19,8 +19,8 @@ constexpr int64_t kShortRow = 16;
 // padded, it would be walked so.
 template <class Body>
 void with_walk(const Call& call, Body body) {
-    const bool is_short = call.s < kShortRow && !(call.weight && call.sample_rows == 0);
-    if (call.last || (is_short && call.pool_n)) {
+    const bool is_short = call.s < kShortRow && !(call.mask && call.sample_rows == 0);
+    if (call.channels_last || (is_short && call.pool_n)) {
         Columns<Element> walk{call};
         return body(walk);
     }

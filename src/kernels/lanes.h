@@ -137,26 +137,26 @@ INLINE void store(T* p, Vector v, Full) {
     std::memcpy(p, &bits, sizeof(bits));
 }
 
-// Stores a part of a result; past the caches where it is too large for them, which else would read memory before they
-// overwrite it and forget what is needed.
+// Stores a part of a result. One that is too large for the caches bypasses them: they would read memory before it is
+// overwritten, and drop what is still needed.
 template <class T, class Vector>
-INLINE void put(T* p, Vector v, Full, [[maybe_unused]] bool past_caches) {
+INLINE void store_result(T* p, Vector v, Full, [[maybe_unused]] bool bypasses_caches) {
     const auto bits = narrow(p, v);
     [[maybe_unused]] const bool is_aligned = reinterpret_cast<uintptr_t>(p) % sizeof(bits) == 0;
 #if defined(__AVX512F__)
     if constexpr (sizeof(bits) == 64) {
-        if (past_caches && is_aligned) return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), bits_of<__m512i>(bits));
+        if (bypasses_caches && is_aligned) return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), bits_of<__m512i>(bits));
     }
 #endif
 #if defined(__AVX2__)
     if constexpr (sizeof(bits) == 32) {
-        if (past_caches && is_aligned) return _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bits_of<__m256i>(bits));
+        if (bypasses_caches && is_aligned) return _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bits_of<__m256i>(bits));
     }
 #endif
     std::memcpy(p, &bits, sizeof(bits));
 }
-// Such stores are done before what follows.
-INLINE void finish_puts() {
+// Stores that bypassed the caches are seen by other threads before what follows.
+INLINE void fence_results() {
 #if defined(__AVX2__)
     _mm_sfence();
 #endif
@@ -201,7 +201,7 @@ INLINE void store(float* p, Singles v, Part part) {
 #endif
 
 template <class T, class Vector>
-INLINE void put(T* p, Vector v, Part part, bool) {
+INLINE void store_result(T* p, Vector v, Part part, bool) {
     store(p, v, part);
 }
 
@@ -243,15 +243,15 @@ INLINE double scalar(const T* p) {
 
 // Zero in the lanes that are not in use, whatever they hold.
 template <class V>
-INLINE V keep(V v, Full) {
+INLINE V clear_unused(V v, Full) {
     return v;
 }
-INLINE Lanes keep(Lanes v, Part part) {
+INLINE Lanes clear_unused(Lanes v, Part part) {
     Indices index;
     for (int i = 0; i < W; ++i) index[i] = i;
     return index < part.n ? v : Lanes{};
 }
-INLINE Singles keep(Singles v, Part part) {
+INLINE Singles clear_unused(Singles v, Part part) {
     SingleIndices index;
     for (int i = 0; i < 2 * W; ++i) index[i] = i;
     return index < static_cast<int32_t>(part.n) ? v : Singles{};

@@ -9,10 +9,10 @@ namespace anynorm {
 int64_t last_cache();
 void set_last_cache(int64_t bytes);
 
-// Asks the system to back [begin, begin + size) with huge pages where it lends them on request, for results of more than
+// Asks the system to back `size` bytes of memory with huge pages where it lends them on request, for results of more than
 // 32 MB: these the C allocator maps anew at every call, and 8,192 page faults take longer than the kernel, 16 do not. Smaller
 // ones come from memory that is there already. Only whole pages within are named, and every byte of them is about to be
 // written: no more memory is used than without.
-void ask_for_huge_pages(uintptr_t begin, int64_t size);
+void ask_for_huge_pages(void* memory, int64_t size);
 
 }  // namespace anynorm

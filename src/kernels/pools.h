@@ -11,7 +11,7 @@ namespace anynorm::ANYNORM_TARGET {
 struct Pools {
     const Call& call;
     const int64_t* extents;                      // of samples, as in Statistics
-    bool by_sample = call.pool_n || call.given;  // whether a pool has a run in each sample
+    bool by_sample = call.pool_n || call.has_given_statistics();  // whether a pool has a run in each sample
     int64_t pools = by_sample ? call.g : call.pools();
     int64_t runs = by_sample ? call.n : call.k;  // of a pool
     int64_t elements = runs * call.s;            // of a pool
@@ -50,7 +50,7 @@ struct Pools {
     // body(run, from, runs) over the segments of a pool, on all threads.
     template <class Body>
     void each_segment(int64_t pool, Body body) const {
-        share(call, segments, elements / segments, [&](int64_t begin, int64_t end) {
+        parallel_for(call, segments, elements / segments, [&](int64_t begin, int64_t end) {
             for (int64_t j = begin; j < end; ++j) {
                 const int64_t run = j / pieces, from = (j % pieces) * kSegment;
                 body(run, from, cut_segment(pool, run, from));
@@ -61,14 +61,14 @@ struct Pools {
     template <class Body>
     void each_slab(int64_t bytes, Body body) const {
         const int64_t size = most(1, kSlabBytes / (elements * bytes));
-        share(call, pools, elements, [&](int64_t begin, int64_t end) {
+        parallel_for(call, pools, elements, [&](int64_t begin, int64_t end) {
             for (int64_t p = begin; p < end; p += size) body(p, least(end, p + size));
         });
     }
     // body(pool, run, from, runs) in the order of memory, where a pool has a run in each sample.
     template <class Body>
     void each_piece(Body body) const {
-        share(call, call.n * pools, call.s, [&](int64_t begin, int64_t end) {
+        parallel_for(call, call.n * pools, call.s, [&](int64_t begin, int64_t end) {
             int64_t pool = begin % pools, run = begin / pools;
             for (int64_t i = begin; i < end; ++i) {
                 for (int64_t from = 0; from < call.s; from += kSegment) {

@@ -19,40 +19,40 @@ struct Line {
 // What follows a run's norm: an activation, a residual before it, positions that count, and where the gradient before
 // the activation goes.
 template <class T>
-struct After {
+struct Epilogue {
     int activation = kIdentity;
     const T* residual = nullptr;
-    const float* weight = nullptr;
+    const float* mask = nullptr;
     T* gradient = nullptr;
 
     template <class V, class Compute, class Some>
     INLINE V forward(V v, int64_t i, Some some) const {
         if (residual) v += load_as<Compute>(residual + i, some);
         v = activate(activation, v);
-        if (weight) v = load_as<Compute>(weight + i, some) > 0 ? v : V{};
+        if (mask) v = load_as<Compute>(mask + i, some) > 0 ? v : V{};
         return v;
     }
     // g times the derivative, kept.
     template <class V, class Compute, class Some>
     INLINE V backward(V g, V v, int64_t i, Some some) const {
         if (residual) v += load_as<Compute>(residual + i, some);
-        g = chain(activation, g, v);
-        if (weight) g = load_as<Compute>(weight + i, some) > 0 ? g : V{};
+        g = activate_backward(activation, g, v);
+        if (mask) g = load_as<Compute>(mask + i, some) > 0 ? g : V{};
         if (gradient) store(gradient + i, g, some);
         return g;
     }
 };
 
-// to[i] = from[places[i]]; places ascend, and neighbours are copied eight at once
+// to[i] = from[indices[i]]; indices ascend, so eight are neighbours where the last is the first plus seven: one copy
 template <class T>
-INLINE void gather(const T* from, const int64_t* places, int64_t size, T* to) {
+INLINE void gather(const T* from, const int64_t* indices, int64_t size, T* to) {
     int64_t i = 0;
     while (i < size) {
-        if (i + 8 <= size && places[i + 7] == places[i] + 7) {
-            std::memcpy(to + i, from + places[i], 8 * sizeof(T));
+        if (i + 8 <= size && indices[i + 7] == indices[i] + 7) {
+            std::memcpy(to + i, from + indices[i], 8 * sizeof(T));
             i += 8;
         } else {
-            to[i] = from[places[i]];
+            to[i] = from[indices[i]];
             ++i;
         }
     }
@@ -63,9 +63,9 @@ template <class T>
 Sums run_moments(const T* x, const Runs& runs, double shift, bool restart) {
     Accumulator sums;
     sums.template sweep_runs<double>(runs, restart, [&](int64_t r, int64_t i, auto some, int u) INLINE_LAMBDA {
-        const Lanes d = keep(load(x + r * runs.stride + i, some) - shift, some);
+        const Lanes d = clear_unused(load(x + r * runs.stride + i, some) - shift, some);
         sums.add(u, d, d);
-    }, [&](int64_t r, int64_t size) INLINE_LAMBDA { pass_over(x + r * runs.stride, size, runs.length); });
+    }, [&](int64_t r, int64_t size) INLINE_LAMBDA { prefetch_padding(x + r * runs.stride, size, runs.length); });
     return sums.total();
 }
 
@@ -80,32 +80,32 @@ double run_squares(const T* x, int64_t length) {
     return sums.total().second;
 }
 
-// y[i] = after((x[i] - high) * scale + shift), for all runs; after_of(run) says what follows
-template <class Compute, bool Active, class T, class AfterOf>
-void run_apply(const T* x, T* y, const Runs& runs, Line<Compute> line, AfterOf after_of, bool past_caches) {
+// y[i] = epilogue((x[i] - high) * scale + shift), for all runs; epilogue_of(run) says what follows
+template <class Compute, bool Active, class T, class EpilogueOf>
+void run_apply(const T* x, T* y, const Runs& runs, Line<Compute> line, EpilogueOf epilogue_of, bool bypasses_caches) {
     using V = VectorOf<Compute>;
     for (int64_t r = 0; r < runs.count; ++r, x += runs.stride, y += runs.stride) {
-        const After<T> after = after_of(r);
+        const Epilogue<T> epilogue = epilogue_of(r);
         const int64_t size = runs.size(r);
         sweep<kWidth<Compute>, Active>(size, [&](int64_t i, auto some, int) INLINE_LAMBDA {
             V v = (load_as<Compute>(x + i, some) - line.high) * line.scale + line.shift;
-            if constexpr (Active) v = after.template forward<V, Compute>(v, i, some);
-            put(y + i, v, some, past_caches);
+            if constexpr (Active) v = epilogue.template forward<V, Compute>(v, i, some);
+            store_result(y + i, v, some, bypasses_caches);
         });
         clear(y, size, runs.length);
-        pass_over(x, size, runs.length);
+        prefetch_padding(x, size, runs.length);
     }
 }
 
-// first = sum(g[i]), second = sum(g[i] * (x[i] - mean)), g before the activation; after_of(run) says what follows it. The
+// first = sum(g[i]), second = sum(g[i] * (x[i] - mean)), g before the activation; epilogue_of(run) says what follows it. The
 // activation is computed as `line` is, the sums always in double.
-template <class Compute, bool Active, class T, class AfterOf>
-Sums run_grad_sums(const T* g, const T* x, const Runs& runs, double mean, Line<Compute> line, AfterOf after_of, bool restart) {
+template <class Compute, bool Active, class T, class EpilogueOf>
+Sums run_grad_sums(const T* g, const T* x, const Runs& runs, double mean, Line<Compute> line, EpilogueOf epilogue_of, bool restart) {
     using V = VectorOf<Compute>;
     Accumulator sums;
     if constexpr (Active) {
         for (int64_t r = 0; r < runs.count; ++r) {
-            if (T* gradient = after_of(r).gradient) clear(gradient, runs.size(r), runs.length);
+            if (T* gradient = epilogue_of(r).gradient) clear(gradient, runs.size(r), runs.length);
         }
     }
     sums.template sweep_runs<Compute, Active>(runs, restart, [&](int64_t r, int64_t i, auto some, int u) INLINE_LAMBDA {
@@ -113,14 +113,14 @@ Sums run_grad_sums(const T* g, const T* x, const Runs& runs, double mean, Line<C
         V v = load_as<Compute>(g + r * runs.stride + i, some);
         if constexpr (Active) {
             const V z = (load_as<Compute>(here, some) - line.high) * line.scale + line.shift;
-            v = after_of(r).template backward<V, Compute>(v, z, i, some);
+            v = epilogue_of(r).template backward<V, Compute>(v, z, i, some);
         }
         for (int p = 0; p < kParts<Compute>; ++p) {
             sums.add(u + p, part_of(v, p), load(here + p * W, part_of(some, p)) - mean);
         }
     }, [&](int64_t r, int64_t size) INLINE_LAMBDA {
-        pass_over(g + r * runs.stride, size, runs.length);
-        pass_over(x + r * runs.stride, size, runs.length);
+        prefetch_padding(g + r * runs.stride, size, runs.length);
+        prefetch_padding(x + r * runs.stride, size, runs.length);
     });
     return sums.total();
 }
@@ -128,41 +128,41 @@ Sums run_grad_sums(const T* g, const T* x, const Runs& runs, double mean, Line<C
 // dx[i] = g[i] * line.scale - ((x[i] - high) * slope + constant), 0 where a position does not count, for all runs; g
 // before the activation, found once more rather than read rounded. Given statistics have no slopes: an infinite x would
 // make NaN of a slope of 0.
-template <class Compute, bool Active, class T, class AfterOf>
-void run_dx(const T* g, const T* x, T* dx, const Runs& runs, Line<Compute> line, Line<Compute> slopes, AfterOf after_of,
-            bool past_caches, bool given = false) {
+template <class Compute, bool Active, class T, class EpilogueOf>
+void run_dx(const T* g, const T* x, T* dx, const Runs& runs, Line<Compute> line, Line<Compute> slopes, EpilogueOf epilogue_of,
+            bool bypasses_caches, bool has_given_statistics = false) {
     using V = VectorOf<Compute>;
     for (int64_t r = 0; r < runs.count; ++r, g += runs.stride, x += runs.stride, dx += runs.stride) {
-        After<T> after = after_of(r);
-        after.gradient = nullptr;
+        Epilogue<T> epilogue = epilogue_of(r);
+        epilogue.gradient = nullptr;
         const int64_t size = runs.size(r);
         sweep<kWidth<Compute>, Active>(size, [&](int64_t i, auto some, int) INLINE_LAMBDA {
             const V centred = load_as<Compute>(x + i, some) - line.high;
             V before = load_as<Compute>(g + i, some);
-            if constexpr (Active) before = after.template backward<V, Compute>(before, centred * line.scale + line.shift, i, some);
-            V v = before * line.scale - ((Active && given ? V{} : centred) * slopes.scale + slopes.shift);
+            if constexpr (Active) before = epilogue.template backward<V, Compute>(before, centred * line.scale + line.shift, i, some);
+            V v = before * line.scale - ((Active && has_given_statistics ? V{} : centred) * slopes.scale + slopes.shift);
             if constexpr (Active) {
-                if (after.weight) v = load_as<Compute>(after.weight + i, some) > 0 ? v : V{};
+                if (epilogue.mask) v = load_as<Compute>(epilogue.mask + i, some) > 0 ? v : V{};
             }
-            put(dx + i, v, some, past_caches);
+            store_result(dx + i, v, some, bypasses_caches);
         });
         clear(dx, size, runs.length);
-        pass_over(g, size, runs.length);
-        pass_over(x, size, runs.length);
+        prefetch_padding(g, size, runs.length);
+        prefetch_padding(x, size, runs.length);
     }
 }
 
 // dx[i] = g[i] * a, for all runs
 template <class Compute, class T>
-void run_scale(const T* g, T* dx, const Runs& runs, double a, bool past_caches) {
+void run_scale(const T* g, T* dx, const Runs& runs, double a, bool bypasses_caches) {
     const Compute scale = static_cast<Compute>(a);
     for (int64_t r = 0; r < runs.count; ++r, g += runs.stride, dx += runs.stride) {
         const int64_t size = runs.size(r);
         sweep<kWidth<Compute>>(size, [&](int64_t i, auto some, int) INLINE_LAMBDA {
-            put(dx + i, load_as<Compute>(g + i, some) * scale, some, past_caches);
+            store_result(dx + i, load_as<Compute>(g + i, some) * scale, some, bypasses_caches);
         });
         clear(dx, size, runs.length);
-        pass_over(g, size, runs.length);
+        prefetch_padding(g, size, runs.length);
     }
 }
 

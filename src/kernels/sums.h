@@ -34,7 +34,7 @@ struct Runs {
 
 // Brings short padding into the cache: a stream of memory that stops and begins anew takes twice as long as to go on.
 template <class T>
-INLINE void pass_over(const T* x, int64_t begin, int64_t end) {
+INLINE void prefetch_padding(const T* x, int64_t begin, int64_t end) {
     constexpr int64_t line = 64 / sizeof(T);
     if (end - begin > 16 * line) return;
     for (int64_t i = begin; i < end; i += line) __builtin_prefetch(x + i);

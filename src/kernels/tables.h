@@ -5,17 +5,17 @@
 
 namespace anynorm::ANYNORM_TARGET {
 
-// y[i] = after(((x[i] - high) * scale + shift) * gamma[i] + beta[i])
+// y[i] = epilogue(((x[i] - high) * scale + shift) * gamma[i] + beta[i])
 template <class Compute, bool Active, bool Beta, class T, class P>
-void run_apply_table(const T* x, T* y, int64_t length, Line<Compute> line, const P* gamma, const P* beta, After<T> after,
-                     bool past_caches) {
+void run_apply_table(const T* x, T* y, int64_t length, Line<Compute> line, const P* gamma, const P* beta, Epilogue<T> epilogue,
+                     bool bypasses_caches) {
     using V = VectorOf<Compute>;
     sweep<kWidth<Compute>, Active>(length, [&](int64_t i, auto some, int) INLINE_LAMBDA {
         V v = (load_as<Compute>(x + i, some) - line.high) * line.scale + line.shift;
         v *= load_as<Compute>(gamma + i, some);
         if constexpr (Beta) v += load_as<Compute>(beta + i, some);
-        if constexpr (Active) v = after.template forward<V, Compute>(v, i, some);
-        put(y + i, v, some, past_caches);
+        if constexpr (Active) v = epilogue.template forward<V, Compute>(v, i, some);
+        store_result(y + i, v, some, bypasses_caches);
     });
 }
 
@@ -24,7 +24,7 @@ void run_apply_table(const T* x, T* y, int64_t length, Line<Compute> line, const
 // is computed in Compute, the sums always in double.
 template <class Compute, int R, bool Active, bool Parameters, class T, class P>
 void run_grad_sums_table(const T* g, const T* x, int64_t length, const int64_t* at, const Line<double>* lines, const P* gamma,
-                         const P* beta, const After<T>* after, double* dgamma, double* dbeta, Sums* found) {
+                         const P* beta, const Epilogue<T>* epilogue, double* dgamma, double* dbeta, Sums* found) {
     using V = VectorOf<Compute>;
     constexpr int parts = kParts<Compute>;
     Lanes first[R] = {}, second[R] = {};
@@ -37,14 +37,14 @@ void run_grad_sums_table(const T* g, const T* x, int64_t length, const int64_t* 
                 const Line<Compute> line(lines[r].high, lines[r].scale, 0);
                 V z = ((load_as<Compute>(here, some) - line.high) * line.scale + line.shift) * load_as<Compute>(gamma + i, some);
                 if (beta) z += load_as<Compute>(beta + i, some);
-                v = after[r].template backward<V, Compute>(v, z, i, some);
+                v = epilogue[r].template backward<V, Compute>(v, z, i, some);
             }
             for (int p = 0; p < parts; ++p) {
                 const auto in = part_of(some, p);
                 const Lanes wide = part_of(v, p), xhat = (load(here + p * W, in) - lines[r].high) * lines[r].scale;
                 by_beta[p] += wide;
                 by_gamma[p] += wide * xhat;
-                const Lanes scaled = keep(wide * load(gamma + i + p * W, in), in);
+                const Lanes scaled = clear_unused(wide * load(gamma + i + p * W, in), in);
                 first[r] += scaled;
                 second[r] += scaled * xhat;
             }
@@ -64,9 +64,9 @@ void run_grad_sums_table(const T* g, const T* x, int64_t length, const int64_t* 
 // dx[i] = g[i] * gamma[i] * rstd - ((x[i] - high) * slope + constant), g before the activation
 template <class Compute, bool Active, class T, class P>
 void run_dx_table(const T* g, const T* x, T* dx, int64_t length, Line<Compute> line, Line<Compute> slopes, const P* gamma,
-                  const P* beta, After<T> after, bool past_caches) {
+                  const P* beta, Epilogue<T> epilogue, bool bypasses_caches) {
     using V = VectorOf<Compute>;
-    after.gradient = nullptr;
+    epilogue.gradient = nullptr;
     sweep<kWidth<Compute>, Active>(length, [&](int64_t i, auto some, int) INLINE_LAMBDA {
         const V scale = load_as<Compute>(gamma + i, some);
         const V centred = load_as<Compute>(x + i, some) - line.high;
@@ -74,9 +74,9 @@ void run_dx_table(const T* g, const T* x, T* dx, int64_t length, Line<Compute> l
         if constexpr (Active) {
             V z = (centred * line.scale + line.shift) * scale;
             if (beta) z += load_as<Compute>(beta + i, some);
-            before = after.template backward<V, Compute>(before, z, i, some);
+            before = epilogue.template backward<V, Compute>(before, z, i, some);
         }
-        put(dx + i, before * (scale * line.scale) - (centred * slopes.scale + slopes.shift), some, past_caches);
+        store_result(dx + i, before * (scale * line.scale) - (centred * slopes.scale + slopes.shift), some, bypasses_caches);
     });
 }
 

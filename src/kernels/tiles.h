@@ -10,10 +10,10 @@ namespace anynorm::ANYNORM_TARGET {
 
 struct Tile {
     int64_t rows, width, stride;
-    bool is_near;      // in a cache from which rows are read side by side at full speed
-    bool past_caches;  // where results go
+    bool is_near;          // in a cache from which rows are read side by side at full speed
+    bool bypasses_caches;  // where results go
     const int64_t* chosen = nullptr;  // which rows are summed, where some do not count
-    INLINE int64_t place(int64_t row) const { return chosen ? chosen[row] : row; }
+    INLINE int64_t find_row(int64_t row) const { return chosen ? chosen[row] : row; }
 };
 
 // Rows are read side by side where they are short or near; else memory delivers less well than in order.
@@ -60,7 +60,7 @@ INLINE void sum_columns(const Tile& tile, double* first, double* second, Prepare
     }
 }
 
-// As many vectors of a table.
+// `Vectors` vectors of a table, which a loop over rows keeps in registers.
 template <class Compute, int Vectors>
 struct Loaded {
     VectorOf<Compute> v[Vectors];
@@ -78,7 +78,7 @@ INLINE auto loader(const Compute* table) {
 template <class T>
 void column_moments(const T* x, const Tile& tile, const double* shift, double* first, double* second) {
     const auto add = [&](const auto& about, int64_t r, int64_t i, auto some, auto vectors, auto* sum, auto* squares) INLINE_LAMBDA {
-        const T* from = x + tile.place(r) * tile.stride + i;
+        const T* from = x + tile.find_row(r) * tile.stride + i;
         for (int u = 0; u < vectors; ++u) {
             const Lanes d = load(from + u * W, some) - about.v[u];
             sum[u] += d;
@@ -90,23 +90,23 @@ void column_moments(const T* x, const Tile& tile, const double* shift, double* f
 
 // What follows a tile's norm; `at` is an element's place in the tile.
 template <class T>
-struct TileAfter {
+struct TileEpilogue {
     int activation = kIdentity;
     const T* residual = nullptr;
-    const float* weight = nullptr;  // one for each row
+    const float* mask = nullptr;  // one for each row
     T* gradient = nullptr;
 
     template <class V, class Compute, class Some>
     INLINE V forward(V v, int64_t row, int64_t at, Some some) const {
-        if (weight && !(weight[row] > 0)) return V{};
+        if (mask && !(mask[row] > 0)) return V{};
         if (residual) v += load_as<Compute>(residual + at, some);
         return activate(activation, v);
     }
     template <class V, class Compute, class Some>
     INLINE V backward(V g, V v, int64_t row, int64_t at, Some some) const {
         if (residual) v += load_as<Compute>(residual + at, some);
-        g = chain(activation, g, v);
-        if (weight && !(weight[row] > 0)) g = V{};
+        g = activate_backward(activation, g, v);
+        if (mask && !(mask[row] > 0)) g = V{};
         if (gradient) store(gradient + at, g, some);
         return g;
     }
@@ -136,9 +136,9 @@ INLINE void sweep_tile(const Tile& tile, Body body) {
     }
 }
 
-// y[r][i] = after((x[r][i] - high[i]) * scale[i] + shift[i])
+// y[r][i] = epilogue((x[r][i] - high[i]) * scale[i] + shift[i])
 template <class Compute, bool Active, class T>
-void column_apply(const T* x, T* y, const Tile& tile, const Lines<Compute>& lines, const TileAfter<T>& after) {
+void column_apply(const T* x, T* y, const Tile& tile, const Lines<Compute>& lines, const TileEpilogue<T>& epilogue) {
     using V = VectorOf<Compute>;
     sweep_tile<Compute, Active>(tile, [&](int64_t r, int64_t i, auto some, int rows) INLINE_LAMBDA {
         const V high = load_as<Compute>(lines.high + i, some), scale = load_as<Compute>(lines.scale + i, some);
@@ -146,8 +146,8 @@ void column_apply(const T* x, T* y, const Tile& tile, const Lines<Compute>& line
         for (int u = 0; u < rows; ++u) {
             const int64_t at = (r + u) * tile.stride + i;
             V v = (load_as<Compute>(x + at, some) - high) * scale + shift;
-            if constexpr (Active) v = after.template forward<V, Compute>(v, r + u, at, some);
-            put(y + at, v, some, tile.past_caches);
+            if constexpr (Active) v = epilogue.template forward<V, Compute>(v, r + u, at, some);
+            store_result(y + at, v, some, tile.bypasses_caches);
         }
     });
 }
@@ -156,18 +156,18 @@ void column_apply(const T* x, T* y, const Tile& tile, const Lines<Compute>& line
 // which is computed as `lines` are, and the sums always in double
 template <class Compute, bool Active, class T>
 void column_grad_sums(const T* g, const T* x, const Tile& tile, const double* mean, const Lines<Compute>& lines,
-                      const TileAfter<T>& after, double* first, double* second) {
+                      const TileEpilogue<T>& epilogue, double* first, double* second) {
     using V = VectorOf<Compute>;
     constexpr int width = kWidth<Compute>, parts = kParts<Compute>;
     const auto add = [&](const auto& about, int64_t r, int64_t i, auto some, auto vectors, auto* sum, auto* products) INLINE_LAMBDA {
-        const int64_t row = tile.place(r);
+        const int64_t row = tile.find_row(r);
         for (int u = 0; u < vectors; ++u) {
             const int64_t column = i + u * width, at = row * tile.stride + column;
             V v = load_as<Compute>(g + at, some);
             if constexpr (Active) {
                 const V high = load_as<Compute>(lines.high + column, some);
                 const V scale = load_as<Compute>(lines.scale + column, some), shift = load_as<Compute>(lines.shift + column, some);
-                v = after.template backward<V, Compute>(v, (load_as<Compute>(x + at, some) - high) * scale + shift, row, at, some);
+                v = epilogue.template backward<V, Compute>(v, (load_as<Compute>(x + at, some) - high) * scale + shift, row, at, some);
             }
             for (int p = 0; p < parts; ++p) {
                 const Lanes d = load(x + at + p * W, part_of(some, p)) - about.v[u * parts + p];
@@ -189,9 +189,9 @@ void column_grad_sums(const T* g, const T* x, const Tile& tile, const double* me
 // slope of 0.
 template <class Compute, bool Active, class T>
 void column_dx(const T* g, const T* x, T* dx, const Tile& tile, const Lines<Compute>& lines, const Compute* slope,
-               const Compute* constant, TileAfter<T> after, bool given = false) {
+               const Compute* constant, TileEpilogue<T> epilogue, bool has_given_statistics = false) {
     using V = VectorOf<Compute>;
-    after.gradient = nullptr;
+    epilogue.gradient = nullptr;
     sweep_tile<Compute, Active>(tile, [&](int64_t r, int64_t i, auto some, int rows) INLINE_LAMBDA {
         const V high = load_as<Compute>(lines.high + i, some), scale = load_as<Compute>(lines.scale + i, some);
         const V by = load_as<Compute>(slope + i, some), less = load_as<Compute>(constant + i, some);
@@ -201,13 +201,13 @@ void column_dx(const T* g, const T* x, T* dx, const Tile& tile, const Lines<Comp
             V before = load_as<Compute>(g + at, some);
             if constexpr (Active) {
                 const V shift = load_as<Compute>(lines.shift + i, some);
-                before = after.template backward<V, Compute>(before, centred * scale + shift, r + u, at, some);
+                before = epilogue.template backward<V, Compute>(before, centred * scale + shift, r + u, at, some);
             }
-            V v = before * scale - ((Active && given ? V{} : centred) * by + less);
+            V v = before * scale - ((Active && has_given_statistics ? V{} : centred) * by + less);
             if constexpr (Active) {
-                if (after.weight && !(after.weight[r + u] > 0)) v = V{};
+                if (epilogue.mask && !(epilogue.mask[r + u] > 0)) v = V{};
             }
-            put(dx + at, v, some, tile.past_caches);
+            store_result(dx + at, v, some, tile.bypasses_caches);
         }
     });
 }
@@ -219,7 +219,7 @@ void column_scale(const T* g, T* dx, const Tile& tile, const Compute* a) {
         const auto factor = load_as<Compute>(a + i, some);
         for (int u = 0; u < rows; ++u) {
             const int64_t at = (r + u) * tile.stride + i;
-            put(dx + at, load_as<Compute>(g + at, some) * factor, some, tile.past_caches);
+            store_result(dx + at, load_as<Compute>(g + at, some) * factor, some, tile.bypasses_caches);
         }
     });
 }

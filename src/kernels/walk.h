@@ -1,4 +1,4 @@
-// What the walks share: room, threads, and how sums become moments, coefficients and gradients.
+// What the walks share: scratch memory, threads, and how sums become moments, coefficients and gradients.
 #pragma once
 
 #include <cmath>
@@ -26,11 +26,12 @@ INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 INLINE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Room for `size` values, zero where asked; freed with its owner. Little of it comes from the stack.
+// Scratch memory for `size` values, zero where asked, freed with its owner. Up to 512 bytes lie in the object itself: small
+// norms would spend longer in malloc than in their sums.
 template <class V>
-class Room {
+class Scratch {
   public:
-    explicit Room(int64_t size, bool zero = false) {
+    explicit Scratch(int64_t size, bool zero = false) {
         const size_t bytes = static_cast<size_t>(most(size, 1)) * sizeof(V);
         if (bytes <= sizeof(own_)) {
             data_ = reinterpret_cast<V*>(own_);
@@ -40,11 +41,11 @@ class Room {
         data_ = static_cast<V*>(zero ? std::calloc(bytes, 1) : std::malloc(bytes));
         if (!data_) throw std::bad_alloc();
     }
-    ~Room() {
+    ~Scratch() {
         if (data_ != reinterpret_cast<V*>(own_)) std::free(data_);
     }
-    Room(const Room&) = delete;
-    Room& operator=(const Room&) = delete;
+    Scratch(const Scratch&) = delete;
+    Scratch& operator=(const Scratch&) = delete;
     V* get() { return data_; }
     V& operator[](int64_t i) { return data_[i]; }
 
@@ -53,36 +54,37 @@ class Room {
     V* data_;
 };
 
-// body(begin, end) over [0, total) in steps that depend on nothing but the sizes, from any number of threads.
+// body(begin, end) over [0, total), shared among threads in steps that depend on the sizes alone: so the number of threads
+// changes no bit.
 template <class Body>
-void share(const Call& call, int64_t total, int64_t elements_each, Body body, bool backwards = false) {
+void parallel_for(const Call& call, int64_t total, int64_t elements_each, Body body, bool backwards = false) {
     const int64_t step = most(1, kTask / most(1, elements_each));
     if (total <= step) return body(int64_t{0}, total);
     struct Context {
         Body& body;
         int64_t total, step;
-        bool past_caches;
-    } context{body, total, step, call.past_caches};
+        bool bypasses_caches;
+    } context{body, total, step, call.bypasses_caches};
     auto run = [](void* argument, int64_t task) {
         auto& c = *static_cast<Context*>(argument);
         c.body(task * c.step, least(c.total, (task + 1) * c.step));
-        if (c.past_caches) finish_puts();
+        if (c.bypasses_caches) fence_results();
     };
     run_tasks(call.threads, divide_up(total, step), run, &context, backwards);
 }
 
-// What sums are taken about: first a guess, then, where too little was left of the squares, the mean that gave. Doubles have
-// no wider type and are always summed twice.
+// What sums are taken about: first a guess, then, where too little was left of the squares, the mean that came out. Doubles
+// have no wider type and are always summed twice.
 enum Attempt : int { kGuess = 0, kMean = 1 };
 
-// What is written is computed in float where x is narrow and every coefficient is far from a float's limits.
-INLINE bool is_tame(double coefficient) {
+// Results are computed in float where x is narrow and every coefficient is far from a float's limits: twice as many at once.
+INLINE bool is_within_float(double coefficient) {
     const double size = std::fabs(coefficient);
     return size == 0 || (size > 1e-30 && size < 1e30);
 }
 template <class T, class... Coefficients>
 INLINE bool fits_float(double mean, Coefficients... coefficients) {
-    return kIsNarrow<T> && std::fabs(mean) < 1e30 && (is_tame(coefficients) && ...);
+    return kIsNarrow<T> && std::fabs(mean) < 1e30 && (is_within_float(coefficients) && ...);
 }
 // Whether there are loops of their own for calls in which nothing follows the norm. Else those with an activation serve,
 // one that is the identity: a module half as large, and slower only where numbers near a float's limits are rare.
@@ -104,10 +106,10 @@ INLINE void with_compute(bool fits, Body body) {
 }
 
 // Sums of some pools about a shift of each.
-struct Raw {
-    Room<double> room;
+struct RawSums {
+    Scratch<double> scratch;
     double *first, *second, *shift;
-    explicit Raw(int64_t size) : room(3 * size), first(room.get()), second(first + size), shift(second + size) {}
+    explicit RawSums(int64_t size) : scratch(3 * size), first(scratch.get()), second(first + size), shift(second + size) {}
     INLINE void put(int64_t i, const Sums& sums, double about) {
         first[i] = sums.first;
         second[i] = sums.second;
@@ -116,11 +118,11 @@ struct Raw {
 };
 
 // The positions that count, in their order. Sums are taken over these, wherever they are: so no padding changes a bit.
-INLINE int64_t find_places(const float* weight, int64_t size, int64_t* places) {
+INLINE int64_t find_counted_indices(const float* mask, int64_t size, int64_t* indices) {
     int64_t found = 0;
     for (int64_t i = 0; i < size; ++i) {
-        places[found] = i;
-        found += weight[i] > 0;
+        indices[found] = i;
+        found += mask[i] > 0;
     }
     return found;
 }
@@ -129,33 +131,33 @@ INLINE int64_t find_places(const float* weight, int64_t size, int64_t* places) {
 template <class T>
 struct Statistics {
     const Call& call;
-    const int64_t pools = call.given ? call.g : call.pools();
-    Room<double> own_mean, own_m2, rstd, counts;
-    // Positions of a sample, which have a weight each: its rows where samples and positions were made one axis.
+    const int64_t pools = call.has_given_statistics() ? call.g : call.pools();
+    Scratch<double> own_mean, own_m2, rstd, counts;
+    // Positions of a sample, which have a mask value each: its rows where samples and positions were made one axis.
     const int64_t positions = call.s > 1 ? call.s : most(1, call.sample_rows);
-    const int64_t samples = call.weight ? call.n * call.s / positions : 0;
-    Room<int64_t> own_extents{samples}, counted{samples};  // of each sample how many positions count
-    const int64_t* extents = call.weight ? own_extents.get() : nullptr;  // of each sample up to where anything counts
-    bool is_dense = find_extents();  // whether all positions up to there count, so that the weights need not be looked at
+    const int64_t samples = call.mask ? call.n * call.s / positions : 0;
+    Scratch<int64_t> own_extents{samples}, counted{samples};  // of each sample how many positions count
+    const int64_t* extents = call.mask ? own_extents.get() : nullptr;  // of each sample up to where anything counts
+    bool is_dense = find_extents();  // whether all positions up to there count, so that the mask need not be looked at
     double *mean, *m2;
     double all = static_cast<double>((call.pool_n ? call.n : call.k) * call.s);
 
     explicit Statistics(const Call& call)
         : call(call), own_mean(call.mean ? 0 : pools, true), own_m2(call.m2 ? 0 : pools), rstd(pools),
-          counts(call.weight ? call.n : 0), mean(call.mean ? call.mean : own_mean.get()),
+          counts(call.mask ? call.n : 0), mean(call.mean ? call.mean : own_mean.get()),
           m2(call.m2 ? call.m2 : own_m2.get()) {
-        if (call.weight) count_positions();
+        if (call.mask) count_positions();
     }
 
     // Elements of a pool that count.
     INLINE double count(int64_t pool) {
-        if (!call.weight) return all;
+        if (!call.mask) return all;
         return counts[call.pool_n ? 0 : pool / call.g];
     }
     void count_positions() {
         for (int64_t n = 0; n < call.n; ++n) {
             int64_t found = 0;
-            for (int64_t s = 0; s < call.s; ++s) found += call.weight[n * call.s + s] > 0;
+            for (int64_t s = 0; s < call.s; ++s) found += call.mask[n * call.s + s] > 0;
             counts[n] = static_cast<double>(found * (call.pool_n ? 1 : call.k));
             if (call.pool_n && n > 0) counts[0] += counts[n];
         }
@@ -163,25 +165,25 @@ struct Statistics {
     bool find_extents() {
         bool is_dense = true;
         for (int64_t i = 0; i < samples; ++i) {
-            const float* weight = call.weight + i * positions;
+            const float* mask = call.mask + i * positions;
             int64_t extent = positions, found = 0;
-            while (extent > 0 && !(weight[extent - 1] > 0)) --extent;
-            for (int64_t s = 0; s < extent; ++s) found += weight[s] > 0;
+            while (extent > 0 && !(mask[extent - 1] > 0)) --extent;
+            for (int64_t s = 0; s < extent; ++s) found += mask[s] > 0;
             own_extents[i] = extent;
             counted[i] = found;
             is_dense = is_dense && found == extent;
         }
         return is_dense;
     }
-    bool needs_weight() const { return call.weight && !is_dense; }
+    bool needs_mask() const { return call.mask && !is_dense; }
     // Whether the loops for a bare norm will not do.
-    bool is_active() const { return call.is_active() || needs_weight(); }
+    bool is_active() const { return call.is_active() || needs_mask(); }
 
     // Mean, m2 and rstd of pools from their sums about shifts. False where a pool's sums cannot be trusted: too little was
     // left of the squares.
-    bool finish(int64_t begin, int64_t end, const Raw& raw, int attempt) {
+    bool finish(int64_t begin, int64_t end, const RawSums& raw, int attempt) {
         int64_t wrong = 0;
-        if (call.weight) {
+        if (call.mask) {
             for (int64_t p = begin; p < end; ++p) {
                 wrong += finish_one(p, raw.first[p - begin], raw.second[p - begin], raw.shift[p - begin], count(p), attempt);
             }
@@ -204,60 +206,63 @@ struct Statistics {
     INLINE bool is_good(double deviations, double squares, int attempt) const {
         return attempt == kMean || !call.centred || (kIsNarrow<T> && deviations >= 0.01 * squares);
     }
-    void put(int64_t pool, double deviations) {
+    void set_m2(int64_t pool, double deviations) {
         m2[pool] = deviations;
         const double size = count(pool);
         rstd[pool] = 1 / std::sqrt(deviations / (size > 0 ? size : 1) + call.eps);
     }
 
-    // Moments of some pools by guess_of(pool) and sums_of(pool, shift): of all of them at once, then again and alone where
+    // Moments of some pools by shift_of(pool) and sums_of(pool, shift): of all of them at once, then again and alone where
     // that was not good enough.
     template <class GuessOf, class SumsOf>
-    void find(int64_t begin, int64_t end, GuessOf guess_of, SumsOf sums_of) {
-        Raw raw(end - begin);
+    void find(int64_t begin, int64_t end, GuessOf shift_of, SumsOf sums_of) {
+        RawSums raw(end - begin);
         for (int64_t p = begin; p < end; ++p) {
-            const double shift = kIsNarrow<T> ? guess_of(p) : 0;
+            const double shift = kIsNarrow<T> ? shift_of(p) : 0;
             raw.put(p - begin, sums_of(p, shift), shift);
         }
         if (finish(begin, end, raw, kGuess)) return;
         for (int64_t p = begin; p < end; ++p) {
             const int64_t i = p - begin;
-            if (is_good(raw.second[i] - raw.first[i] * (raw.first[i] / most_count(p)), raw.second[i], kGuess)) continue;
-            Raw again(1);
+            if (is_good(raw.second[i] - raw.first[i] * (raw.first[i] / count_or_one(p)), raw.second[i], kGuess)) continue;
+            RawSums again(1);
             again.put(0, sums_of(p, mean[p]), mean[p]);
             finish(p, p + 1, again, kMean);
         }
     }
-    double most_count(int64_t pool) { return count(pool) > 0 ? count(pool) : 1; }
+    double count_or_one(int64_t pool) { return count(pool) > 0 ? count(pool) : 1; }
 
-    // From what a forward kept, or what is given.
-    void read() {
-        if (call.given_mean) {
-            for (int64_t c = 0; c < pools; ++c) {
-                mean[c] = static_cast<const Parameter<T>*>(call.given_mean)[c];
-                m2[c] = static_cast<const Parameter<T>*>(call.given_var)[c];
-            }
+    // A given variance takes the place of m2.
+    template <class Given>
+    void copy_given() {
+        for (int64_t c = 0; c < pools; ++c) {
+            mean[c] = static_cast<const Given*>(call.given_mean)[c];
+            m2[c] = static_cast<const Given*>(call.given_var)[c];
         }
-        const double scale = call.given ? 1 : 1 / all;
-        if (call.weight && !call.given) {
-            for (int64_t p = 0; p < pools; ++p) put(p, m2[p]);
+    }
+    // Fills rstd, and means and variances where these are given, from what a forward kept or what is given.
+    void read() {
+        if (call.statistics == kGivenAsParameters) copy_given<Parameter<T>>();
+        if (call.statistics == kGivenAsDouble) copy_given<double>();
+        const double scale = call.has_given_statistics() ? 1 : 1 / all;
+        if (call.mask && !call.has_given_statistics()) {
+            for (int64_t p = 0; p < pools; ++p) set_m2(p, m2[p]);
         } else {
             for (int64_t p = 0; p < pools; ++p) rstd[p] = 1 / std::sqrt(m2[p] * scale + call.eps);
         }
     }
 
-    // running = (1 - momentum) * running + momentum * new, rounded once; a negative momentum is that of a cumulative
-    // average. Pools of several samples are averaged. Nothing that counts changes nothing.
+    // running = (1 - momentum) * running + momentum * new, rounded once; new variances are divided by their count - 1.
+    // Pools of several samples are averaged. Where no position counts, nothing changes.
     void move_running() {
         if (!call.running_mean) return;
         const int64_t samples = pools / call.g;
         double counted = 0;
         for (int64_t n = 0; n < samples; ++n) counted += count(n * call.g) > 0;
         if (counted == 0) return;
-        const double weight = call.momentum < 0 ? 1 / static_cast<double>(*call.counter + 1) : call.momentum;
         auto move = [&](void* running, int64_t c, double value) {
             auto& old = static_cast<Parameter<T>*>(running)[c];
-            old = static_cast<Parameter<T>>(old * (1 - weight) + value / counted * weight);
+            old = static_cast<Parameter<T>>(old * (1 - call.momentum) + value / counted * call.momentum);
         };
         for (int64_t c = 0; c < call.g; ++c) {
             double means = 0, variances = 0;
@@ -270,7 +275,6 @@ struct Statistics {
             move(call.running_mean, c, means);
             move(call.running_var, c, variances);
         }
-        if (call.counter) ++*call.counter;
     }
 };
 
@@ -283,7 +287,7 @@ INLINE double beta_of(const Call& call, int64_t channel) {
     return call.beta ? static_cast<const Parameter<T>*>(call.beta)[channel] : 0.0;
 }
 template <class T>
-INLINE void put_gradients(const Call& call, int64_t channel, double dgamma, double dbeta) {
+INLINE void write_gradients(const Call& call, int64_t channel, double dgamma, double dbeta) {
     if (call.dgamma) static_cast<Parameter<T>*>(call.dgamma)[channel] = static_cast<Parameter<T>>(dgamma);
     if (call.dbeta) static_cast<Parameter<T>*>(call.dbeta)[channel] = static_cast<Parameter<T>>(dbeta);
 }

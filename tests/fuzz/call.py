@@ -98,7 +98,7 @@ def along(path: str) -> Iterator[None]:
             yield
     else:
         paths.PLANS.clear()
-        with mock.patch.object(kernels, "find_walk", return_value=None):
+        with mock.patch.object(kernels, "find_plan", return_value=None):
             yield
 
 

@@ -49,7 +49,7 @@ std::vector<float> run(const Case& c, int activation, int threads) {
     const int64_t total = c.n * c.g * c.k * c.s, channels = c.g * c.k;
     Call call{};
     call.n = c.n, call.g = c.g, call.k = c.k, call.s = c.s;
-    call.last = c.last, call.pool_n = c.pool_n, call.centred = c.centred;
+    call.channels_last = c.last, call.pool_n = c.pool_n, call.centred = c.centred;
     call.dtype = anynorm::kFloat32, call.activation = activation, call.threads = threads, call.eps = 1e-5;
     const auto x = draw(total, 1), grad = draw(total, 2), gamma = draw(channels, 3), beta = draw(channels, 4);
     std::vector<float> y(total), dx(total), dgamma(channels), dbeta(channels), running(2 * c.g, 1.0f);

@@ -9,7 +9,7 @@ build=build/sanitize
 mkdir -p "$build"
 
 # A narrow instruction set where the machine has no other; -O1 keeps reports readable and the build short.
-target=$("$python" -c 'from anynorm import kernels; print(kernels.compiled.instruction_set())')
+target=$("$python" -c 'from anynorm.engine import kernels; print(kernels.compiled.instruction_set())')
 case $target in
   avx512) flags="-mavx512f -mavx512vl -mavx512bw -mavx512dq -mavx2 -mfma -mf16c -mprefer-vector-width=512" ;;
   avx2) flags="-mavx2 -mfma -mf16c" ;;
@@ -30,4 +30,5 @@ module=$(ls "$build"/module/_kernels*.so)
 # Python itself is not instrumented, so leaks of its own would be reported: only ours are looked for, in what is touched.
 LD_PRELOAD="$(${CXX:-g++} -print-file-name=libasan.so) $(${CXX:-g++} -print-file-name=libubsan.so)" \
 ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-  "$python" tests/sanitize/with_module.py "$module" -q -p no:cacheprovider tests/test_kernels.py tests/test_masks.py -k "not compile"
+  "$python" tests/sanitize/with_module.py "$module" -q -p no:cacheprovider tests/engine/test_kernels.py \
+    tests/engine/test_kernel_arguments.py tests/engine/test_kernel_masks.py tests/engine/test_kernel_process.py tests/test_masks.py -k "not compile"

@@ -25,7 +25,7 @@ def forward_by_blocks(
     """In torch operations, block by block, for what no kernel walks."""
     source, eps, *_ = request
     for name, t in (("input", x), ("weight", weight), ("bias", bias), *zip(source._fields[:2], source[:2])):
-        memory.check_room(name, t)
+        memory.check_storage(name, t)
     if type(source) is Given:  # What is kept for backward must not change when the buffers do.
         known = read_given(source, pooling, pooling.open(x)).clone()
         return plain.forward_given(x, weight, bias, eps, known, pooling), known
@@ -101,7 +101,7 @@ class NormalizeByBlocks(torch.autograd.Function):
         pooling, eps, is_given, count = ctx.how
         for name, t, known in zip(("input", "weight", "mean", "variance"), ctx.saved_tensors, ctx.likes, strict=True):
             memory.check_like(name, t, known)
-            memory.check_room(name, t)
+            memory.check_storage(name, t)
         if torch.is_grad_enabled() or not is_plain(g) or is_legacy_batchedtensor(g):
             request = Request(Given(mean, m2) if is_given else BATCH, eps)
             return *backward_differentiable(ctx, g, (x, weight, None), request, pooling), None, None

@@ -22,7 +22,7 @@ from . import memory
 from .memory import CPU, find_address, ready
 from .plain import find_memory_format
 from .request import Request
-from .walks import Plan, compiled, find_plan
+from .walks import Plan, compiled, make_plan
 
 CHOICES = {IDENTITY: 0} | {name: code for code, name in enumerate((None, *ACTIVATIONS))}  # as enum Activation counts
 PLANS_KEPT = 4096  # for each pooling
@@ -65,13 +65,13 @@ def address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
-def find_walk(x: Tensor, pooling: Pooling, given: int = 0, masked: bool = False) -> Plan | None:
+def find_plan(x: Tensor, pooling: Pooling, given: int = 0, masked: bool = False) -> Plan | None:
     """The plan of x, remembered with its pooling; None where `plain` must serve."""
     key = (x.shape, x.stride(), x.dtype, given, masked)
     try:
         return pooling.plans[key]
     except KeyError:
-        plan = None if OFF or x.numel() == 0 else find_plan(pooling, *key)
+        plan = None if OFF or x.numel() == 0 else make_plan(pooling, *key)
         if len(pooling.plans) >= PLANS_KEPT:
             pooling.plans.clear()
         pooling.plans[key] = plan
@@ -114,24 +114,34 @@ def forward(
         moves_here = moves and not plan.pooling.ghosts and can_move(plan, *source)
         if keep or (moves and not moves_here):
             statistics = make_statistics(plan)
-    averages: tuple[int, int, int, float] = (0, 0, 0, 0.0)
+    moved, momentum = (0, 0), 0.0
     if moves_here:
-        size = plan.parameter_bytes
-        averages = (
+        size, momentum = plan.parameter_bytes, source.momentum
+        moved = (
             find_address("running_mean", source.running_mean, size),
             find_address("running_var", source.running_var, size),
-            0,
-            source.momentum,
         )
-    mean, m2 = find_addresses(statistics, plan)
+    mean, m2, var = find_addresses(statistics, plan)
     start = find_address("input", x, plan.bytes)
     y = torch.empty_like(x, memory_format=plan.memory_format)
     compiled.forward(
-        plan.walk, eps, torch.get_num_threads(), CHOICES[activation],
-        start, find_address("residual", residual, plan.bytes), y.data_ptr(),
-        find_address("weight", gamma, plan.parameter_bytes), find_address("bias", beta, plan.parameter_bytes),
-        mean, m2, find_weight(mask, plan), *averages,
-    )  # fmt: skip
+        plan.compiled,
+        threads=torch.get_num_threads(),
+        eps=eps,
+        activation=CHOICES[activation],
+        x=start,
+        residual=find_address("residual", residual, plan.bytes),
+        y=y.data_ptr(),
+        gamma=find_address("weight", gamma, plan.parameter_bytes),
+        beta=find_address("bias", beta, plan.parameter_bytes),
+        mean=mean,
+        m2=m2,
+        var=var,
+        mask=find_mask_address(mask, plan),
+        running_mean=moved[0],
+        running_var=moved[1],
+        momentum=momentum,
+    )
     if moves_here:
         increment_version(source)
     elif moves:
@@ -152,19 +162,19 @@ def make_statistics(plan: Plan) -> Tensor:
     return torch.empty(plan.pools * (2 if plan.centred else 1), dtype=torch.float64, device=CPU)
 
 
-def find_addresses(statistics: Statistics | None, plan: Plan) -> tuple[int, int]:
-    """Where mean and m2, or a given mean and variance, are."""
+def find_addresses(statistics: Statistics | None, plan: Plan) -> tuple[int, int, int]:
+    """Where mean, m2 and a given variance are, 0 for what is not there."""
     if statistics is None:
-        return 0, 0
+        return 0, 0, 0
     if isinstance(statistics, tuple):
-        size = plan.pools * plan.given.itemsize
-        return find_address("mean", statistics[0], size), find_address("variance", statistics[1], size)
+        size = plan.pools * plan.statistics_dtype.itemsize
+        return find_address("mean", statistics[0], size), 0, find_address("variance", statistics[1], size)
     start = find_address("statistics", statistics, 8 * plan.pools * (2 if plan.centred else 1))
-    return (start, start + 8 * plan.pools) if plan.centred else (0, start)
+    return (start, start + 8 * plan.pools, 0) if plan.centred else (0, start, 0)
 
 
 def open_statistics(statistics: Tensor, plan: Plan, mask: Tensor | None = None) -> Moments:
-    """What the kernels left in the room for statistics."""
+    """What the kernels left as statistics."""
     count: int | Tensor = plan.count if mask is None else find_count(mask, plan)
     if not plan.centred:
         return Moments(count, None, statistics.view(plan.shape))
@@ -172,11 +182,11 @@ def open_statistics(statistics: Tensor, plan: Plan, mask: Tensor | None = None) 
     return Moments(count, mean, m2)
 
 
-def find_weight(mask: Tensor | None, plan: Plan) -> int:
+def find_mask_address(mask: Tensor | None, plan: Plan) -> int:
     """Where the mask is: one float for each of n and s, in this order, as a contiguous mask has them."""
     if mask is None:
         return 0
-    n, _, _, s, *_ = plan.packed
+    n, s = plan.layout.n, plan.layout.s
     if mask.numel() != n * s or not mask.is_contiguous() or mask.dtype is not torch.float32:
         raise RuntimeError(f"kernels: a mask must be {n * s} contiguous floats; got {mask.numel()} of {mask.dtype}")
     return find_address("mask", mask, 4 * n * s)
@@ -184,7 +194,7 @@ def find_weight(mask: Tensor | None, plan: Plan) -> int:
 
 def find_count(mask: Tensor, plan: Plan) -> Tensor:
     """Elements of each pool that count, as they broadcast over its mean."""
-    n, _, k, s, _, pool_n, *_ = plan.packed
+    n, _, k, s, _, pool_n, *_ = plan.layout
     if pool_n:
         return mask.sum(dtype=torch.float64)
     count = mask.view(n, s).sum(1, dtype=torch.float64) * k
@@ -193,9 +203,13 @@ def find_count(mask: Tensor, plan: Plan) -> Tensor:
 
 def ready_statistics(given: Given, plan: Plan) -> tuple[Tensor, Tensor]:
     """A given mean and variance as the kernels read them."""
-    if given.mean.dtype is plan.given and given.var.dtype is plan.given and plan.given is not plan.parameter:
-        return memory.recover("mean", given.mean, plan.given, plan.pools), memory.recover(
-            "variance", given.var, plan.given, plan.pools
+    if (
+        given.mean.dtype is plan.statistics_dtype
+        and given.var.dtype is plan.statistics_dtype
+        and plan.statistics_dtype is not plan.parameter
+    ):
+        return memory.recover("mean", given.mean, plan.statistics_dtype, plan.pools), memory.recover(
+            "variance", given.var, plan.statistics_dtype, plan.pools
         )
     return ready("running_mean", given.mean, plan, plan.pools), ready("running_var", given.var, plan, plan.pools)
 
@@ -204,7 +218,7 @@ def recover_statistics(kept: Statistics, plan: Plan) -> Statistics:
     """What came back from forward, which hooks on saved tensors may have laid out anew."""
     if isinstance(kept, tuple):
         mean, var = kept
-        how = plan.given, plan.pools
+        how = plan.statistics_dtype, plan.pools
         return memory.recover("mean", mean, *how), memory.recover("variance", var, *how)
     return memory.recover("statistics", kept, torch.float64, plan.pools * (2 if plan.centred else 1))
 
@@ -212,21 +226,24 @@ def recover_statistics(kept: Statistics, plan: Plan) -> Statistics:
 def find_moments(x: Tensor, pooling: Pooling, mask: Tensor | None = None) -> Moments | None:
     """Statistics alone, as synchronization and recalibration need them; None where x has no walk."""
     x = arrange(x)
-    plan = find_walk(x, pooling, masked=mask is not None)
+    plan = find_plan(x, pooling, masked=mask is not None)
     if plan is None:
         return None
     return open_statistics(find_statistics(x, plan, mask), plan, mask)
 
 
 def find_statistics(x: Tensor, plan: Plan, mask: Tensor | None = None) -> Tensor:
-    """What `forward` leaves in the room for statistics, alone."""
+    """What `forward` leaves as statistics, alone."""
     statistics = make_statistics(plan)
-    mean, m2 = find_addresses(statistics, plan)
-    compiled.forward(
-        plan.walk, 0.0, torch.get_num_threads(), 0,
-        find_address("input", x, plan.bytes), 0, 0, 0, 0, mean, m2,
-        find_weight(mask, plan), 0, 0, 0, 0.0,
-    )  # fmt: skip
+    mean, m2, _ = find_addresses(statistics, plan)
+    compiled.statistics(
+        plan.compiled,
+        threads=torch.get_num_threads(),
+        x=find_address("input", x, plan.bytes),
+        mask=find_mask_address(mask, plan),
+        mean=mean,
+        m2=m2,
+    )
     return statistics
 
 
@@ -234,7 +251,7 @@ def can_move(plan: Plan, mean: Tensor, var: Tensor, momentum: float | Tensor) ->
     """Whether the kernels can move running averages: in memory, as wide as parameters are, by a plain number."""
     dtype = plan.parameter
     return (
-        not plan.packed[2] > 1
+        plan.layout.k == 1
         and type(momentum) is float
         and momentum >= 0
         and mean.dtype is dtype
@@ -266,7 +283,7 @@ def backward(
     if residual is not None:
         residual = memory.arrange("residual", residual, plan)
     statistics = recover_statistics(statistics, plan)
-    mean, m2 = find_addresses(statistics, plan)
+    mean, m2, var = find_addresses(statistics, plan)
     mask = mask if mask is None else mask.contiguous()
     read = find_address("gradient", g, plan.bytes), find_address("input", x, plan.bytes)
     dx = torch.empty_like(x, memory_format=plan.memory_format) if needs[0] else None
@@ -274,9 +291,22 @@ def backward(
     dbeta = torch.empty(plan.channels, dtype=plan.parameter, device=CPU) if needs[2] else None
     dresidual = torch.empty_like(x, memory_format=plan.memory_format) if needs[3] else None
     compiled.backward(
-        plan.walk, eps, torch.get_num_threads(), CHOICES[activation],
-        *read, find_address("residual", residual, plan.bytes), address(dx), address(dresidual),
-        find_address("weight", gamma, plan.parameter_bytes), find_address("bias", beta, plan.parameter_bytes),
-        mean, m2, find_weight(mask, plan), address(dgamma), address(dbeta),
-    )  # fmt: skip
+        plan.compiled,
+        threads=torch.get_num_threads(),
+        eps=eps,
+        activation=CHOICES[activation],
+        grad=read[0],
+        x=read[1],
+        residual=find_address("residual", residual, plan.bytes),
+        dx=address(dx),
+        dresidual=address(dresidual),
+        gamma=find_address("weight", gamma, plan.parameter_bytes),
+        beta=find_address("bias", beta, plan.parameter_bytes),
+        mean=mean,
+        m2=m2,
+        var=var,
+        mask=find_mask_address(mask, plan),
+        dgamma=address(dgamma),
+        dbeta=address(dbeta),
+    )
     return dx, dgamma, dbeta, dresidual

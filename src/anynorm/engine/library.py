@@ -72,12 +72,11 @@ def normalize(
     return y, Moments(count, statistics[0].view(shape), statistics[1].view(shape))
 
 
-def forward_cpu(
-    x: Tensor, weight: Any, bias: Any, residual: Any, text: str, eps: float, activation: str
-) -> tuple[Tensor, Tensor]:
+def forward_cpu(x: Tensor, weight: Any, bias: Any, residual: Any, *how: Any) -> tuple[Tensor, Tensor]:
+    text, eps, activation = how
     pooling, request = read_pooling(text), Request(BATCH, eps, activation or None)
     x = kernels.arrange(x)
-    plan = kernels.find_walk(x, pooling)
+    plan = kernels.find_plan(x, pooling)
     if plan is not None:
         y, statistics = kernels.forward(x, weight, bias, residual, request, plan, keep=True)
         assert isinstance(statistics, Tensor)
@@ -93,7 +92,7 @@ def backward_cpu(
     text, eps, activation, needs = how
     pooling = read_pooling(text)
     x = kernels.arrange(x)
-    plan = kernels.find_walk(x, pooling)
+    plan = kernels.find_plan(x, pooling)
     inputs = (x, weight, bias, residual)
     found: tuple[Tensor | None, ...]
     if plan is not None:
@@ -117,8 +116,8 @@ def empty_output(x: Tensor) -> Tensor:
 
 
 @register_fake("anynorm::forward")
-def _(x: Tensor, weight: Any, bias: Any, residual: Any, text: str, eps: float, activation: str) -> Any:
-    pooling = read_pooling(text)
+def _(x: Tensor, weight: Any, bias: Any, residual: Any, *how: Any) -> Any:
+    pooling = read_pooling(how[0])
     rows = 2 if pooling.centred else 1
     return empty_output(x), x.new_empty((rows, count_pools(x, pooling)), dtype=torch.float64)
 
@@ -148,7 +147,7 @@ def differentiate(ctx: Any, g: Tensor, _: Any) -> tuple[Any, ...]:
         torch.is_grad_enabled()
         or is_legacy_batchedtensor(g)
         # Inside an operation autograd records nothing, so a formula cannot be differentiated there.
-        or kernels.find_walk(kernels.arrange(x), read_pooling(text)) is None
+        or kernels.find_plan(kernels.arrange(x), read_pooling(text)) is None
     ):
         outer, request = (
             SimpleNamespace(bias_like=None, needs_input_grad=needs),

@@ -37,7 +37,7 @@ def arrange(name: str, t: Tensor, plan: Plan) -> Tensor:
     if t.stride() == plan.strides and t.dtype is plan.dtype and t.shape == plan.sizes:
         return t
     check_like(name, t, (plan.sizes, plan.dtype))
-    check_room(name, t)
+    check_storage(name, t)
     return torch.empty_strided(plan.sizes, plan.strides, dtype=plan.dtype, device=CPU).copy_(t)
 
 
@@ -57,7 +57,7 @@ def ready(name: str, t: Tensor | None, plan: Plan, size: int = 0) -> Tensor | No
         raise RuntimeError(f"norm: {name} must have {size} elements; got {show(t)}; pass one for each channel")
     if t.dtype is plan.parameter and t.is_contiguous():
         return t
-    check_room(name, t)
+    check_storage(name, t)
     return t.to(plan.parameter).contiguous()
 
 
@@ -73,11 +73,11 @@ def find_address(name: str, t: Tensor | None, size: int) -> int:
     if t is None:
         return 0
     if t.untyped_storage().nbytes() < size or t.storage_offset() or not t.is_cpu:
-        check_room(name, t, size)
+        check_storage(name, t, size)
     return t.data_ptr()
 
 
-def check_room(name: str, t: Tensor | None, size: int | None = None) -> None:
+def check_storage(name: str, t: Tensor | None, size: int | None = None) -> None:
     """Refuse other devices, and storages that were freed or cut, as FSDP does: memory behind them is another's.
 
     Args:

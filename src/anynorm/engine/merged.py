@@ -22,7 +22,6 @@ from . import kernels, memory, plain
 from .gradients import keep, like
 from .merge import backward_uncompiled
 from .request import Request
-from .walks import Plan
 from .watch import is_plain
 
 
@@ -34,7 +33,7 @@ def normalize(
     x, plan = request.source.exchange.take_input(x), None
     if x.numel() and is_plain(x, weight, bias, residual, request.mask, *request.source[:2]):
         x = kernels.arrange(x)
-        plan = kernels.find_walk(x, pooling, 2, request.mask is not None)
+        plan = kernels.find_plan(x, pooling, 2, request.mask is not None)
     if plan is None:
         return compose(x, weight, bias, residual, request, pooling)
     own = kernels.find_moments(x, pooling, request.mask)
@@ -67,10 +66,8 @@ class NormalizeMerged(torch.autograd.Function):
     to add what flows through them, an affine function of xhat."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Any, bias: Any, residual: Any, request: Request, plan: Plan, moments: Moments
-    ) -> Tensor:
-        source, eps, activation, mask, *_ = request
+    def forward(ctx: Any, x: Tensor, weight: Any, bias: Any, residual: Any, request: Request, *found: Any) -> Tensor:
+        (plan, moments), (source, eps, activation, mask, *_) = found, request
         assert moments.mean is not None
         given = Given(moments.mean.double().flatten(), moments.var.double().flatten())
         y, _ = kernels.forward(x, weight, bias, residual, Request(given, eps, activation, mask), plan)
@@ -100,7 +97,7 @@ class NormalizeMerged(torch.autograd.Function):
             residual = memory.arrange("residual", residual, plan)
         if dtype in (torch.bfloat16, torch.float16):  # What is added twice is rounded once.
             x, g, residual = x.float(), g.float(), residual if residual is None else residual.float()
-            plan = kernels.find_walk(x, plan.pooling, 2, mask is not None)
+            plan = kernels.find_plan(x, plan.pooling, 2, mask is not None)
         needs_x, needs_weight, needs_bias, needs_residual, *_ = ctx.needs_input_grad
         needs = needs_x, True, True, needs_residual
         saved = kernels.Saved(x, weight, bias, residual, mask, (mean, var))

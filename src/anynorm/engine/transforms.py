@@ -88,7 +88,7 @@ class Standardize(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, pooling: Pooling, eps: float) -> tuple[Tensor, Tensor]:
         x = kernels.arrange(x)
-        plan = kernels.find_walk(x, pooling)
+        plan = kernels.find_plan(x, pooling)
         if plan is None:
             return plain.forward(x, None, None, eps, pooling)[0], x.new_empty(0)
         y, statistics = kernels.forward(x, None, None, None, Request(BATCH, eps), plan, keep=True)
@@ -118,7 +118,7 @@ class Project(torch.autograd.Function):
     def forward(g: Tensor, x: Tensor, statistics: Tensor | None, pooling: Pooling, eps: float) -> Tensor:
         x = kernels.arrange(x)
         needs = (True, False, False, False)
-        plan = kernels.find_walk(x, pooling)
+        plan = kernels.find_plan(x, pooling)
         if plan is not None:
             if statistics is None:
                 statistics = kernels.find_statistics(x, plan)

@@ -1,15 +1,15 @@
-"""Which walk over memory serves a tensor? A pooling and a tensor's strides become ten integers, a `Plan`."""
+"""Which walk over memory serves a tensor? A pooling and a tensor's strides become a `Layout`, the sizes in a `Plan`."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from ..pooling import Pooling, remember
+from ..pooling import Pooling
 from .plain import suggest_memory_format
 
 try:
@@ -26,14 +26,38 @@ SAMPLES_LAST = re.compile("n?pa?b?")
 BATCH = re.compile("p?ap?|p")
 
 
+class Layout(NamedTuple):
+    """How a tensor is walked, as the compiled module takes it by these names.
+
+    Memory is [n][g][k][s], or [n][s][g][k] with channels last; gamma and beta vary over (g, k).
+
+    Attributes:
+        pool_n: whether one g is pooled over all n; else each (n, g) has statistics of its own.
+        dtype: of x, as in `CODES`.
+        statistics: 0 they come from x; 1 they are given in the dtype of the parameters; 2 they are given in float64.
+        sample_rows: with a mask, how many n are one sample whose positions are its rows; 0 where positions are s.
+    """
+
+    n: int
+    g: int
+    k: int
+    s: int
+    channels_last: bool
+    pool_n: bool
+    centred: bool
+    dtype: int
+    statistics: int
+    sample_rows: int
+
+
 @dataclass(frozen=True)
 class Plan:
-    """How a tensor is walked.
+    """How a tensor is walked, and what the kernels need to know of what belongs to it.
 
     Attributes:
         pooling: what it is a plan for.
-        walk: sizes, as the compiled module keeps them.
-        packed: the same, to look at: n, g, k, s, channels last, pooled over n, centred, dtype, given, rows of a sample.
+        compiled: the layout as the compiled module keeps it, checked once.
+        layout: the same, to look at.
         pools: how many elements share nothing: the size of mean and m2.
         channels: the size of gamma and beta.
         shape: of mean and m2, as they broadcast over the view.
@@ -41,13 +65,13 @@ class Plan:
         memory_format: of results, which differ from x at most in the strides of axes of size 1.
         sizes, strides, dtype: of x.
         parameter: the dtype that kernels read gamma and beta in.
-        given: the dtype of given statistics; float64 where they come from x.
+        statistics_dtype: of given statistics; float64 where they come from x.
         bytes, parameter_bytes: of x, and of gamma as kernels read it.
     """
 
     pooling: Pooling
-    walk: Any
-    packed: tuple[int, ...]
+    compiled: Any
+    layout: Layout
     pools: int
     channels: int
     shape: tuple[int, ...]
@@ -58,7 +82,7 @@ class Plan:
     strides: tuple[int, ...]
     dtype: torch.dtype
     parameter: torch.dtype
-    given: torch.dtype
+    statistics_dtype: torch.dtype
     bytes: int
     parameter_bytes: int
 
@@ -75,8 +99,7 @@ def open_sizes(pooling: Pooling, shape: tuple[int, ...], strides: tuple[int, ...
     return sizes, steps
 
 
-@remember
-def find_plan(
+def make_plan(
     pooling: Pooling,
     shape: tuple[int, ...],
     strides: tuple[int, ...],
@@ -84,12 +107,11 @@ def find_plan(
     given: int,
     masked: bool = False,
 ) -> Plan | None:
-    """The walk over x, or None where it is not one of the two.
+    """The plan for x, or None where no walk serves; `kernels.make_plan` remembers it.
 
     Args:
         shape, strides: of x.
-        given: 1 where statistics are given in the dtype of the parameters, 2 in float64, one for every channel, so that
-            samples share them; else 0.
+        given: as `Layout.statistics`; given ones are one for every channel, so that samples share them.
         masked: whether a mask will tell which positions count.
     """
     if dtype not in CODES:
@@ -116,14 +138,26 @@ def find_plan(
         is_last = len(shape) > 3 and strides[1] < min(strides[2:])
         last = follows and is_last and not pool_n
         sample_rows = 0 if last or (follows and not is_last) else max(1, n // shape[0]) if pool_n else 1
-    packed = (n, g, k, s, last, pool_n, pooling.centred, CODES[dtype], given, sample_rows)
-    count = n * s if pool_n else k * s
+    layout = Layout(n, g, k, s, last, pool_n, pooling.centred, CODES[dtype], given, sample_rows)
     parameter = torch.float64 if dtype is torch.float64 else torch.float32
     return Plan(
-        pooling, compiled.Plan(*packed), packed, prod(statistics), g * k, statistics, count, pooling.centred,
-        suggest_memory_format(shape, strides), shape, strides, dtype, parameter,
-        parameter if given == 1 else torch.float64, prod(shape) * dtype.itemsize, g * k * parameter.itemsize,
-    )  # fmt: skip
+        pooling=pooling,
+        compiled=compiled.Plan(**layout._asdict()),
+        layout=layout,
+        pools=prod(statistics),
+        channels=g * k,
+        shape=statistics,
+        count=n * s if pool_n else k * s,
+        centred=pooling.centred,
+        memory_format=suggest_memory_format(shape, strides),
+        sizes=shape,
+        strides=strides,
+        dtype=dtype,
+        parameter=parameter,
+        statistics_dtype=parameter if given == 1 else torch.float64,
+        bytes=prod(shape) * dtype.itemsize,
+        parameter_bytes=g * k * parameter.itemsize,
+    )
 
 
 def has_lone_position(pooling: Pooling, sizes: list[int]) -> bool:
