@@ -19,6 +19,7 @@ from torch.func import functional_call, grad, jvp, vmap
 import anynorm
 from anynorm import FAMILY, activations
 from anynorm.activations import ACTIVATIONS
+from anynorm.engine import paths
 from anynorm.modules.fused import Fused
 from specimens import ARGUMENTS, SIZES, SPECIMENS, TRACKING, Specimen, assert_close, wide
 

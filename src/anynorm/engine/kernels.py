@@ -202,16 +202,12 @@ def find_count(mask: Tensor, plan: Plan) -> Tensor:
 
 
 def ready_statistics(given: Given, plan: Plan) -> tuple[Tensor, Tensor]:
-    """A given mean and variance as the kernels read them."""
-    if (
-        given.mean.dtype is plan.statistics_dtype
-        and given.var.dtype is plan.statistics_dtype
-        and plan.statistics_dtype is not plan.parameter
-    ):
-        return memory.recover("mean", given.mean, plan.statistics_dtype, plan.pools), memory.recover(
-            "variance", given.var, plan.statistics_dtype, plan.pools
-        )
-    return ready("running_mean", given.mean, plan, plan.pools), ready("running_var", given.var, plan, plan.pools)
+    """A given mean and variance as the kernels read them: wide where the plan is for wide ones, else as parameters."""
+    mean, var = given
+    if plan.statistics_dtype is not plan.parameter:
+        how = plan.statistics_dtype, plan.pools
+        return memory.recover("mean", mean, *how), memory.recover("variance", var, *how)
+    return ready("running_mean", mean, plan, plan.pools), ready("running_var", var, plan, plan.pools)
 
 
 def recover_statistics(kept: Statistics, plan: Plan) -> Statistics:
