@@ -286,9 +286,8 @@ def instance_norm(
     if key is None:
         if ragged.is_ragged(input):
             averages: Any = None if running_mean is None else (running_mean, running_var, momentum)
-            return ragged.by_sequence(
-                "instance_norm", input, residual, None, weight, bias, eps, activation, averages, use_input_stats
-            )
+            how: Any = {"eps": eps, "activation": activation, "running": averages, "from_batch": use_input_stats}
+            return ragged.by_sequence("instance_norm", input, residual, None, weight, bias, **how)
         given = (input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
         found = protocol.offer(instance_norm, given, activation, residual)
         if found is not None:

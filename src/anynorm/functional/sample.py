@@ -241,7 +241,9 @@ def group_norm(
         return ops.run(ops.RECIPES[key], input, weight, bias, eps, None, activation, residual, None, mask)
     if key is None:
         if ragged.is_ragged(input):
-            return ragged.by_sequence("group_norm", input, residual, num_groups, weight, bias, eps, activation)
+            return ragged.by_sequence(
+                "group_norm", input, residual, num_groups, weight, bias, eps=eps, activation=activation
+            )
         given = (input, num_groups, weight, bias, eps)
         found = protocol.offer(group_norm, given, activation, residual)
         if found is not None:

@@ -21,7 +21,7 @@ from ..statistics import Moments, at_least_one, find_wide_dtype
 
 
 def is_ragged(x: Any) -> bool:
-    """Whether x is one of the two."""
+    """Whether x is a packed sequence or a jagged nested tensor."""
     if isinstance(x, PackedSequence):
         return True
     if type(x) is Tensor or not isinstance(x, Tensor) or is_renamed_memory(x):
@@ -35,7 +35,7 @@ def find_ragged_axis(x: Tensor) -> int:
 
 
 def open_rows(function: str, x: Any) -> Tensor:
-    """(positions, C...), a view."""
+    """The positions of all sequences, (positions, C...), a view of x."""
     if isinstance(x, PackedSequence):
         return x.data
     if x.lengths() is not None:
@@ -46,7 +46,7 @@ def open_rows(function: str, x: Any) -> Tensor:
 
 
 def close_rows(rows: Tensor, x: Any) -> Any:
-    """What x is, with other values."""
+    """Rows as what x is: packed or jagged, with the sequences of x."""
     if isinstance(x, PackedSequence):
         return PackedSequence(rows, x.batch_sizes, x.sorted_indices, x.unsorted_indices)
     axis = find_ragged_axis(x)
@@ -55,11 +55,12 @@ def close_rows(rows: Tensor, x: Any) -> Any:
 
 
 def find_owners(x: Any) -> tuple[Tensor, int]:
-    """Whose row each is, and how many sequences there are."""
+    """The sequence that each row belongs to, and how many sequences there are."""
     if isinstance(x, PackedSequence):
         count = int(x.batch_sizes[0])
-        running = torch.arange(count, device=x.batch_sizes.device) < x.batch_sizes[:, None]
-        return running.nonzero()[:, 1].to(x.data.device), count
+        # Rows are packed step after step; at each step the longest sequences, which come first, still run.
+        is_running = torch.arange(count, device=x.batch_sizes.device) < x.batch_sizes[:, None]
+        return is_running.nonzero()[:, 1].to(x.data.device), count
     lengths = x.offsets().diff()
     return torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths), len(lengths)
 
@@ -82,10 +83,13 @@ def open_residual(function: str, x: Any, residual: Any) -> Tensor | None:
     return rows
 
 
-def by_rows(norm: Callable[..., Tensor], x: Any, residual: Any, *how: Any, activation: str | None) -> Any:
-    """A norm of the rows: of each, or of all together."""
+def by_rows(norm: Callable[..., Tensor], x: Any, residual: Any, *arguments: Any, activation: str | None) -> Any:
+    """Apply a norm to the rows of x, which to it are an ordinary input."""
     rows = norm(
-        open_rows(norm.__name__, x), *how, activation=activation, residual=open_residual(norm.__name__, x, residual)
+        open_rows(norm.__name__, x),
+        *arguments,
+        activation=activation,
+        residual=open_residual(norm.__name__, x, residual),
     )
     return close_rows(rows, x)
 
@@ -97,6 +101,7 @@ def by_sequence(
     groups: int | None,
     weight: Tensor | None,
     bias: Tensor | None,
+    *,
     eps: float,
     activation: str | None,
     running: tuple[Tensor, Tensor, float] | None = None,
@@ -105,6 +110,11 @@ def by_sequence(
     """Instance norm, or with `groups` group norm: a mean and a variance for each sequence and channel or group.
 
     y[i,c] = (x[i,c] - mean[o,g]) / sqrt(var[o,g] + eps) * weight[c] + bias[c],  o the owner of row i, g the group of c
+
+    Args:
+        function: whose call it is, for errors.
+        running: running mean and variance, and the weight of the new value.
+        from_batch: whether the statistics come from x; else from `running`.
     """
     rows, added = open_rows(function, x), open_residual(function, x, residual)
     channels, averages = rows.shape[1], running or (None, None)
@@ -115,18 +125,24 @@ def by_sequence(
     if not from_batch and running is None:
         raise RuntimeError(f"{function}: use_input_stats=False needs running statistics; got None; pass running_mean")
     wide = rows.to(find_wide_dtype(rows)).view(len(rows), groups or channels, channels // (groups or channels))
-    owners, count = find_owners(x)
     if from_batch:
-        moments = find_sequence_moments(wide, owners, count)
-        mean, var = moments.mean[owners], moments.var[owners]  # type: ignore[index]
-        if running is not None:
-            update_running(running[0], running[1], squeeze(moments), (0,), running[2])
+        mean, var = take_batch_statistics(wide, x, running)
     else:
         mean, var = (t.to(wide.dtype).view(1, -1, 1) for t in running[:2])  # type: ignore[index]
     y = ((wide - mean) * torch.rsqrt(var + eps)).view(rows.shape)
     y = y if weight is None else y * weight
     y = y if bias is None else y + bias
     return close_rows(finish(y, activation, added).to(rows.dtype), x)
+
+
+def take_batch_statistics(wide: Tensor, x: Any, running: tuple[Tensor, Tensor, float] | None) -> tuple[Tensor, Tensor]:
+    """Mean and variance for each row and group, those of the row's sequence; running averages are moved."""
+    owners, count = find_owners(x)
+    moments = find_sequence_moments(wide, owners, count)
+    mean, var = moments.mean[owners], moments.var[owners]  # type: ignore[index]
+    if running is not None:
+        update_running(running[0], running[1], squeeze(moments), (0,), running[2])
+    return mean, var
 
 
 def find_sequence_moments(wide: Tensor, owners: Tensor, count: int) -> Moments:
@@ -138,12 +154,13 @@ def find_sequence_moments(wide: Tensor, owners: Tensor, count: int) -> Moments:
 
     counts = torch.bincount(owners, minlength=count).to(wide.dtype).view(-1, 1, 1) * size
     mean = add(wide) / at_least_one(counts)
+    # Once more about the mean: what the first sum rounded away.
     mean = mean + add(wide - mean[owners]) / at_least_one(counts)
     return Moments(counts, mean, add((wide - mean[owners]).square()))
 
 
 def squeeze(moments: Moments) -> Moments:
-    """(sequences, channels)"""
+    """Moments (sequences, channels, 1) without their last axis."""
     assert moments.mean is not None
     assert isinstance(moments.count, Tensor)
     return Moments(moments.count[..., 0], moments.mean[..., 0], moments.m2[..., 0])
