@@ -17,7 +17,7 @@ from ..modules.recent import find_regions
 from . import hooks
 from .masks import check_zeros_and_ones, describe
 from .model import MaskedModel
-from .parts import name_modules
+from .parts import ModelParts, name_modules
 from .registry import ROOT, MaskRegistry, SizedMask
 from .unmasked import list_first
 
@@ -78,7 +78,7 @@ class masked:
             )
         given = read_masks(masks, model)
         self._masks = MaskRegistry(given, follow=model is not None)
-        self._model = None if model is None else MaskedModel(model, list(given), self._masks)
+        self._model = None if model is None else MaskedModel(ModelParts(model, list(given), self._masks))
         self._tokens: list[Token[masked | None]] = []
         self._was_used = False
 
@@ -135,7 +135,7 @@ class masked:
         self._was_used = self._was_used or found is not None
         return found
 
-    def knows(self, layer: nn.Module) -> bool:
+    def has_layer(self, layer: nn.Module) -> bool:
         """Whether a layer is one of the model's."""
         return self._model is not None and self._model.has_layer(layer)
 
@@ -222,7 +222,7 @@ def check_recomputation(layer: nn.Module, context: masked | None) -> None:
 def pre_hook(layer: nn.Module, args: Any) -> Any:
     """Blank the padding of a layer's input."""
     context = CURRENT.get() if masked.opened else None
-    if context is None or not context.knows(layer):
+    if context is None or not context.has_layer(layer):
         if layer in hooks.CHECKPOINTED:
             # Its forward had a mask. Called within backward it is computed again, and raises; else the entry is stale.
             check_recomputation(layer, None)
@@ -240,7 +240,7 @@ def pre_hook(layer: nn.Module, args: Any) -> Any:
 def hook(layer: nn.Module, args: Any, named: Any, output: Any) -> Any:
     """Follow the mask to a layer's output."""
     context = CURRENT.get() if masked.opened else None
-    if context is None or not context.knows(layer):
+    if context is None or not context.has_layer(layer):
         return None
     assert context._model is not None
     return context._model.finish_output(layer, args, named, output)

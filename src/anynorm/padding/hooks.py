@@ -31,7 +31,7 @@ COMPILED = (
 
 
 def install_hooks(pre_hook: Callable[..., Any], hook: Callable[..., Any]) -> None:
-    """A context that knows its model is entered: hooks are there, and compiled code runs eagerly.
+    """Install the hooks, and let compiled code run eagerly, where a context that knows its model is entered.
 
     Compiled code does not look for hooks that came later, so it is not used until the context is left.
     """
@@ -59,7 +59,7 @@ def force_eager() -> Any:
 
 
 def release_hooks() -> None:
-    """A context that knows its model is left."""
+    """Undo one `install_hooks` where its context is left; with the last one the hooks may go."""
     with LOCK:
         OPEN[0] -= 1
         if OPEN[0] == 0 and (stance := STANCE.pop()) is not None:
@@ -68,7 +68,7 @@ def release_hooks() -> None:
 
 
 def remove_unused_hooks() -> None:
-    """Hooks stay while a layer that had a mask may be computed again by activation checkpointing."""
+    """Remove the hooks, unless a context is open or a layer that had a mask may be computed again by checkpointing."""
     with LOCK:
         if OPEN[0] == 0 and not REGIONS:
             CHECKPOINTED.clear()
@@ -80,7 +80,7 @@ def remove_unused_hooks() -> None:
 
 
 def expect_recomputation(layer: nn.Module, context: Any, regions: list[Any]) -> None:
-    """A layer had a mask in stretches of a forward that will be computed again."""
+    """Keep the hooks for a layer that had a mask in stretches of a forward that will be computed again."""
     with LOCK:
         if regions:
             CHECKPOINTED[layer] = context
@@ -89,14 +89,14 @@ def expect_recomputation(layer: nn.Module, context: Any, regions: list[Any]) -> 
 
 
 def drop_region(region: Any) -> None:
-    """The graph is gone, so nothing is computed again."""
+    """Forget a stretch whose graph is gone: nothing of it is computed again."""
     with LOCK:
         REGIONS.discard(region)
     remove_unused_hooks()
 
 
 def expect_no_recomputation() -> None:
-    """Recomputation ended in an error, so no layer is computed again."""
+    """Forget all stretches, where recomputation ended in an error."""
     REGIONS.clear()
     remove_unused_hooks()
 

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 from .layers import fill_padding, find_action, has_window_name, is_over_positions, is_pointwise, run_per_sample
 from .masks import lengths_of
 from .parts import ModelParts
-from .registry import MaskRegistry, SizedMask
+from .registry import SizedMask
 from .shorten import Window, apply_transposed_windows, apply_windows, find_windows, read_option
 from .unmasked import UnmaskedLayers
 
@@ -20,16 +20,10 @@ FILL_VALUES = {"window": 0.0, "transposed": 0.0, "max_pool": -torch.inf}
 
 
 class MaskedModel:
-    """A model whose layers are given inputs with blank padding, and whose outputs' masks are followed.
+    """A model whose layers are given inputs with blank padding, and whose outputs' masks are followed."""
 
-    Args:
-        model: a module; its name is "".
-        parts: the names of the parts that have masks of their own.
-        masks: of the parts.
-    """
-
-    def __init__(self, model: nn.Module, parts: list[str], masks: MaskRegistry) -> None:
-        self.masks, self.parts = masks, ModelParts(model, parts, masks)
+    def __init__(self, parts: ModelParts) -> None:
+        self.parts, self.masks = parts, parts.masks
         self.unmasked = UnmaskedLayers(self.parts)
         self.derived: dict[Any, Tensor] = {}  # masks behind windows, computed once for all layers with the same ones
 
@@ -46,7 +40,7 @@ class MaskedModel:
     # ---- before a layer ----------------------------------------------------------------------------------------------
 
     def prepare_input(self, layer: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """What a layer is called with; None where no mask is about it."""
+        """The arguments of a layer with blank padding; None where they stay as they are."""
         action, axes = find_action(layer) or ("", 0)
         if action in ("", "keep", "attention"):
             return None
@@ -70,7 +64,7 @@ class MaskedModel:
         return self.fill_input(action, layer, x, args)
 
     def fill_input(self, action: str, layer: Any, x: Tensor, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """Blank the padding of what a layer with windows reads."""
+        """The arguments of a layer with windows, with blank padding; None where no mask is about them."""
         sizes = (x.shape[0], *x.shape[2:])
         mask = self.find_mask(layer, sizes, x)
         if mask is None:
@@ -88,7 +82,7 @@ class MaskedModel:
         return (filled, *args[1:])
 
     def fill_softmax(self, layer: nn.Module, x: Tensor) -> tuple[Any, ...] | None:
-        """Softmax over positions: padding has no weight."""
+        """The arguments of a softmax over positions with -inf at padding, which so gets no weight."""
         recorded = self.masks.find_recorded(x)
         if recorded is None or not is_over_positions(layer, x, recorded):
             return None
@@ -98,7 +92,7 @@ class MaskedModel:
         return (filled,)
 
     def pack(self, layer: Any, x: Tensor, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """A recurrent layer reads up to each sequence's end."""
+        """The arguments of a recurrent layer, packed so that it reads up to each sequence's end."""
         if x.dim() != 3:
             return None
         steps = x if layer.batch_first else x.transpose(0, 1)
@@ -122,7 +116,7 @@ class MaskedModel:
     # ---- after a layer -----------------------------------------------------------------------------------------------
 
     def finish_output(self, layer: Any, args: tuple[Any, ...], named: dict[str, Any], output: Any) -> Any:
-        """What a layer gives back, None for what it gave; its mask is remembered."""
+        """A layer's output where padding changed it, mended; None where it stays as it is. Its mask is recorded."""
         action, _ = find_action(layer) or ("", 0)
         x: Any = args[0] if args else None
         if action == "attention" or (action == "" and has_window_name(layer)):
@@ -145,7 +139,7 @@ class MaskedModel:
         return None if self.parts.is_unpadded(layer) else self.follow(action, layer, x, recorded, output)
 
     def unpack(self, layer: Any, x: Any, output: Any) -> Any:
-        """The padded batch again, 0 behind each sequence; and the states at each sequence's end."""
+        """A recurrent layer's output as a padded batch, 0 behind each sequence, and the states at each end."""
         recorded = self.masks.find_recorded(x.data) if isinstance(x, PackedSequence) else None
         if recorded is None or recorded.sizes is None:
             return None

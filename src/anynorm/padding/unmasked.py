@@ -30,7 +30,7 @@ class UnmaskedLayers:
         self.kinds[self.parts.get_name(layer)] = type(layer).__name__
 
     def check_norm(self, norm: Any, x: Tensor) -> None:
-        """A norm of torch's, or a subclass of one, is called and takes no mask.
+        """Refuse or note a norm of torch's, or a subclass of one, that is called and takes no mask.
 
         Raises:
             ValueError: a norm of torch's that counts the padding.
@@ -50,13 +50,13 @@ class UnmaskedLayers:
         self.add(norm)
 
     def add_if_over_positions(self, norm: nn.Module, x: Tensor) -> None:
-        """A layer norm over features and positions together counts the padding."""
+        """Note a layer norm over features and positions together, which counts the padding."""
         layouts = [(x.shape[0], *x.shape[2:]), tuple(x.shape[:-1])]
         if x.dim() > 2 and not self.parts.is_unpadded(norm) and any(self.masks.has_padding(one) for one in layouts):
             self.add(norm)
 
     def add_if_on_padding(self, layer: Any, action: str, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-        """Attention is called without the padding, or a layer of the user's that has the name of one with windows."""
+        """Note attention without the padding, and layers of the user's with the name of one that has windows."""
         inputs = [one for one in (*args, *named.values()) if isinstance(one, Tensor) and not one.is_nested]
         if not inputs or inputs[0].dim() < 3 or self.parts.is_unpadded(layer):
             return
@@ -86,7 +86,7 @@ class UnmaskedLayers:
 
 
 def list_first(names: list[str]) -> str:
-    """The first eight names, and how many more there are."""
+    """The first eight names in one string, and how many more there are."""
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 

@@ -9,7 +9,7 @@ from .frames import PHASES, Call, describe_header
 
 
 def make_broken_error(call: Call, earlier: SyncError) -> SyncError:
-    """The group has failed before."""
+    """The error of a call in a group that has failed before."""
     return SyncError(
         f"{call.label}: its process group cannot be used any more; it failed before: {earlier}; start the "
         "job again from its last checkpoint",
@@ -21,7 +21,7 @@ def make_broken_error(call: Call, earlier: SyncError) -> SyncError:
 def make_mismatch_error(
     call: Call, members: Sequence[int], rank: int, headers: Sequence[Sequence[int]]
 ) -> SyncError | None:
-    """Ranks that do different things; None where all headers equal this rank's.
+    """The error where ranks do different things; None where all headers equal this rank's.
 
     Args:
         members: global ranks of the group's ranks.
@@ -46,7 +46,7 @@ def make_mismatch_error(
 def make_missing_error(
     call: Call, rank: int, missing: tuple[int, ...], waited: float, timeout: float, cause: Exception
 ) -> SyncError:
-    """Ranks did not come to a call.
+    """The error where ranks did not come to a call.
 
     Args:
         rank: this one, in the job.
