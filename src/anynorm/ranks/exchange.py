@@ -35,7 +35,7 @@ class Ranks:
         members: global ranks, in the order of the group.
         rank, world: this rank in the group, and how many there are.
         channel: the group that frames travel on; None before the first frame and after a failure.
-        frame: words of the next frame, the same on all ranks.
+        frame_size: words of the next frame, the same on all ranks.
         sent: messages so far.
         broken: why the group cannot be used any more.
         order: of the layers, as they were synchronized for the first time.
@@ -49,7 +49,7 @@ class Ranks:
         self.timeout = find_timeout(group)
         self.store_prefix = f"anynorm/{group.group_name}"  # in the default store, the same on all ranks
         self.channel: Any = None
-        self.frame = FRAME
+        self.frame_size = FRAME
         self.sent = 0
         self.broken: SyncError | None = None
         self.order: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
@@ -89,21 +89,21 @@ class Ranks:
         """
         if self.broken is not None:
             raise make_broken_error(call, self.broken)
-        with self.guard(call):
+        with self.translate_errors(call):
             if self.channel is None:
-                # Opening is collective too, so a rank that does not come must be named here as well: under the guard.
+                # Opening is collective too, so a rank that does not come must be named here as well.
                 self.channel = open_channel(self.members, self.timeout)
             length = payload.numel()
-            frames = self.gather(make_frame(self.frame, call.pack(length), payload))
+            frames = self.gather(make_frame(self.frame_size, call.pack(length), payload))
         # All ranks see the same headers, so they refuse together.
         mismatch = make_mismatch_error(call, self.members, self.rank, frames[:, :HEADER].tolist())
         if mismatch is not None:
             self.fail(mismatch)
-        if HEADER + length <= self.frame:
+        if HEADER + length <= self.frame_size:
             return read_payloads(frames, length)
-        with self.guard(call):
+        with self.translate_errors(call):
             payloads = self.gather(payload.view(torch.int64))
-        self.frame = HEADER + length  # Only now, that all ranks have agreed on it.
+        self.frame_size = HEADER + length  # Only now, that all ranks have agreed on it.
         return payloads.view(torch.float64)
 
     def gather(self, message: Tensor) -> Tensor:
@@ -116,7 +116,7 @@ class Ranks:
         return received
 
     @contextmanager
-    def guard(self, call: Call) -> Iterator[None]:
+    def translate_errors(self, call: Call) -> Iterator[None]:
         """Turn what the channel raises into an error that names the layer and the ranks that are missing."""
         start = time.monotonic()
         try:

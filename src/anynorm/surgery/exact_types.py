@@ -2,7 +2,7 @@
 
 Opacus would take a batch norm for a layer that keeps samples apart, and its promise of privacy would be gone in
 silence; captum's attributions would be refused, or wrong behind a fused activation. Neither package is imported here:
-what is there already is registered with at once, and what is imported later right after its import.
+what was imported before gets our classes at once, and what is imported later right after its import.
 """
 
 from __future__ import annotations
