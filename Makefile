@@ -68,7 +68,7 @@ test faults fuzz: export OMP_WAIT_POLICY = passive
 
 test: check $(VENV)/.vowels ## lint, types, tests and doctests
 	$(BIN)/pytest -n 2 $(ARGS)
-	ANYNORM_KERNELS=0 $(BIN)/pytest -n 2 tests/test_family.py tests/test_accuracy.py tests/test_masks.py
+	ANYNORM_KERNELS=0 $(BIN)/pytest -n 2 tests/test_family.py tests/test_accuracy.py tests/padding/test_masks.py tests/padding/test_mask_*.py tests/padding/test_ragged.py
 
 check: $(READY) ## lint and types
 	$(BIN)/ruff check .

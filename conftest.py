@@ -27,7 +27,7 @@ def no_hooks_on_all_modules(request):
     while hooks.STANCE:
         if (stance := hooks.STANCE.pop()) is not None:
             stance.__exit__(None, None, None)
-    hooks.expect_nothing()
+    hooks.expect_no_recomputation()
     for left in (
         modules._global_forward_pre_hooks,
         modules._global_forward_hooks,

@@ -19,7 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 import anynorm
-from anynorm.ranks.exchange import FRAME, HEADER, Ranks
+from anynorm.ranks.exchange import Ranks
+from anynorm.ranks.frames import FRAME, HEADER
 
 from .machine import Watch, describe_load, find_facts
 

@@ -57,7 +57,7 @@ from .surgery.accelerate import accelerate
 from .surgery.recalibration.recalibrate import recalibrate
 from .surgery.sync import sync
 
-exact_types.listen()
+exact_types.register_with_packages()
 
 __version__ = "0.1.0"
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from ..functional.batch import BATCH_OF_ONE
 from ..padding.masks import describe
 from ..padding.ragged import is_ragged, open_rows
-from ..ranks.exchange import BACKWARD, DTYPES, FORWARD, Call, Ranks
+from ..ranks.exchange import Ranks
+from ..ranks.frames import BACKWARD, DTYPES, FORWARD, Call
 from ..sources import Batch, Exchange, Merged, Source
 from ..statistics import Moments
 from . import batch
@@ -117,7 +118,7 @@ class _Synchronized(batch._BatchNorm):
         call = {
             "label": self.label or f"{type(self).__name__} {self.serial}",
             "number": self.calls,
-            "place": ranks.find_place(self),
+            "order": ranks.register_layer(self),
             "channels": self.num_features,
             "dtype": DTYPES.index(data.dtype) if data.dtype in DTYPES else len(DTYPES),
             "mode": int(wants_gradient) + 2 * moves,

@@ -15,14 +15,16 @@ from torch import Tensor
 
 from ..modules.recent import find_regions
 from . import hooks
-from .known import WHOLE, Known, Masks
 from .masks import check_zeros_and_ones, describe
-from .model import Layers, name_modules
+from .model import MaskedModel
+from .parts import ModelParts, name_modules
+from .registry import ROOT, MaskRegistry, SizedMask
+from .unmasked import list_first
 
-Given = Tensor | Sequence[Tensor] | None
+MaskArgument = Tensor | Sequence[Tensor] | None
 CURRENT: ContextVar[masked | None] = ContextVar("anynorm.masked", default=None)
-SERVED: WeakKeyDictionary[nn.Module, masked] = WeakKeyDictionary()
-LOCK = Lock()
+LAST_CONTEXT: WeakKeyDictionary[nn.Module, masked] = WeakKeyDictionary()  # that a layer was called in
+LOCK = Lock()  # contexts are entered and left by any thread
 
 
 class masked:
@@ -75,14 +77,15 @@ class masked:
                 f"masked: model must be a torch.nn.Module; got {type(model).__name__}; pass the model itself"
             )
         given = read_masks(masks, model)
-        self._masks = Masks(given, follow=model is not None)
-        self._layers = None if model is None else Layers(model, list(given), self._masks)
+        self._masks = MaskRegistry(given, follow=model is not None)
+        self._model = None if model is None else MaskedModel(ModelParts(model, list(given), self._masks))
         self._tokens: list[Token[masked | None]] = []
-        self._was_taken = False
+        self._was_used = False
 
     def __enter__(self) -> masked:
-        if self._layers is not None:
-            hooks.open_model(before, after)
+        if self._model is not None:
+            hooks.install_hooks(pre_hook, hook)
+        # After what may raise, so that a context that was not entered is not counted.
         masked.count(1)
         self._tokens.append(CURRENT.set(self))
         return self
@@ -90,27 +93,26 @@ class masked:
     def __exit__(self, kind: Any, *exception: object) -> None:
         masked.count(-1)
         CURRENT.reset(self._tokens.pop())
-        if self._layers is not None:
-            hooks.close_model()
+        if self._model is not None:
+            hooks.release_hooks()
         if kind is None and not self._tokens:
-            self._tell()
+            self._warn()
 
-    def _tell(self) -> None:
-        """Warn of what did not take a mask; once for all calls inside."""
-        unheard = {} if self._layers is None else dict(self._layers.unheard)
-        was_taken, self._was_taken = self._was_taken, False
-        if unheard:
-            assert self._layers is not None
-            self._layers.unheard.clear()
-            named = [f"{name} ({kind})" for name, kind in unheard.items()]
-            more = f" and {len(named) - 8} more" if len(named) > 8 else ""
+    def _warn(self) -> None:
+        """Warn of layers that took no mask; once for all calls inside."""
+        was_used, self._was_used = self._was_used, False
+        unmasked: list[str] = []
+        if self._model is not None:
+            unmasked = [f"{name} ({kind})" for name, kind in self._model.unmasked.kinds.items()]
+            self._model.unmasked.kinds.clear()
+        if unmasked:
             warnings.warn(
-                f"masked: layers inside took no mask and compute on the padding as well; got {', '.join(named[:8])}"
-                f"{more}; anynorm.accelerate(model) turns torch's norms into ours, not subclasses of them; pass "
-                "key_padding_mask=~mask to attention, and the mask to layers of your own",
+                f"masked: layers inside took no mask and compute on the padding as well; got "
+                f"{list_first(unmasked)}; anynorm.accelerate(model) turns torch's norms into ours, not subclasses of "
+                "them; pass key_padding_mask=~mask to attention, and the mask to layers of your own",
                 stacklevel=3,
             )
-        elif not was_taken:
+        elif not was_used:
             warnings.warn(
                 "masked: no layer inside took a mask; got norms of torch's, norms that were given masks of their own, "
                 "or none; call anynorm.accelerate(model) before, and pass model=model to have them named",
@@ -119,37 +121,42 @@ class masked:
 
     @classmethod
     def count(cls, step: int) -> None:
-        """Contexts are entered and left by any thread."""
+        """Add to the number of contexts that are entered."""
         with LOCK:
             cls.opened += step
             cls.was_opened = True
 
-    def find(self, layer: nn.Module, positions: Sequence[int], x: Any) -> Tensor | None:
+    def find_mask(self, layer: nn.Module, positions: Sequence[int], x: Any) -> Tensor | None:
         """The mask for an input, None where it has no positions and no mask is about samples alone."""
-        if self._layers is not None and layer in self._layers.names:
-            found = self._layers.find_by_sizes(layer, tuple(positions), x)
+        if self._model is not None and self._model.has_layer(layer):
+            found = self._model.find_mask(layer, tuple(positions), x)
         else:
-            found = self._masks.find(describe(layer), frozenset({WHOLE}), tuple(positions), x)
-        self._was_taken = self._was_taken or found is not None
+            found = self._masks.find(describe(layer), frozenset({ROOT}), tuple(positions), x)
+        self._was_used = self._was_used or found is not None
         return found
 
-    def knows(self, layer: nn.Module) -> bool:
+    def has_layer(self, layer: nn.Module) -> bool:
         """Whether a layer is one of the model's."""
-        return self._layers is not None and layer in self._layers.names
+        return self._model is not None and self._model.has_layer(layer)
 
 
-def read_masks(masks: tuple[Any, ...], model: nn.Module | None) -> dict[str, list[Known] | None]:
+def read_masks(masks: tuple[Any, ...], model: nn.Module | None) -> dict[str, list[SizedMask] | None]:
     """The masks of each part of the model, by its name."""
-    parts: dict[Any, Given] = {WHOLE: masks}
+    parts: dict[Any, MaskArgument] = {ROOT: masks}
     if len(masks) == 1 and isinstance(masks[0], dict):
         if model is None:
             raise TypeError("masked: masks for each part need the model; got a dict alone; pass model=model as well")
-        parts = {find_part(part, model): given for part, given in masks[0].items()}
-    return {part: None if given is None else read_some(given) for part, given in parts.items()}
+        parts = {find_part_name(part, model): given for part, given in masks[0].items()}
+    return {part: None if given is None else read_masks_of_part(given) for part, given in parts.items()}
 
 
-def read_some(given: Any) -> list[Known]:
-    """One or more masks."""
+def read_masks_of_part(given: Any) -> list[SizedMask]:
+    """The masks that were given for one part, bool.
+
+    Raises:
+        TypeError: none, or something that is no tensor.
+        ValueError: values that are neither 0 nor 1.
+    """
     several = list(given) if isinstance(given, tuple | list) else [given]
     if not several or any(not isinstance(mask, Tensor) for mask in several):
         got = ", ".join(type(mask).__name__ for mask in several) or "nothing"
@@ -157,10 +164,10 @@ def read_some(given: Any) -> list[Known]:
     for mask in several:
         if mask.dtype != torch.bool:
             check_zeros_and_ones("masked", mask)
-    return [Known(mask.bool()) for mask in several]
+    return [SizedMask(mask.bool()) for mask in several]
 
 
-def find_part(part: Any, model: nn.Module) -> str:
+def find_part_name(part: Any, model: nn.Module) -> str:
     """The name of a submodule, or of the module that is given for it."""
     names = {name: module for name, module in name_modules(model)}
     if isinstance(part, nn.Module):
@@ -178,8 +185,9 @@ def find_part(part: Any, model: nn.Module) -> str:
 
 def may_be_masked() -> bool:
     """Whether a norm must look for a context: one is open, or one may have been left before backward."""
-    # An attribute first: it is all that a process costs that never had a context.
-    return masked.opened > 0 or (masked.was_opened and not torch.compiler.is_compiling() and len(SERVED) > 0)
+    # An attribute first: it is all that a process costs that never had a context. The compiler is asked before the
+    # weak dictionary, which it cannot trace.
+    return masked.opened > 0 or (masked.was_opened and not torch.compiler.is_compiling() and len(LAST_CONTEXT) > 0)
 
 
 def find_current(layer: nn.Module, positions: Sequence[int], x: Any) -> Tensor | None:
@@ -187,16 +195,19 @@ def find_current(layer: nn.Module, positions: Sequence[int], x: Any) -> Tensor |
     context = CURRENT.get() if masked.opened else None
     check_recomputation(layer, context)
     if context is None:
-        SERVED.pop(layer, None)
+        LAST_CONTEXT.pop(layer, None)
         return None
-    SERVED[layer] = context
-    return context.find(layer, positions, x)
+    LAST_CONTEXT[layer] = context
+    return context.find_mask(layer, positions, x)
 
 
 def check_recomputation(layer: nn.Module, context: masked | None) -> None:
     """Activation checkpointing must compute a layer again with the mask that it had."""
-    if torch._C._current_graph_task_id() != -1 and SERVED.get(layer, hooks.SEEN.get(layer)) is not context:
-        hooks.expect_nothing()
+    # Private to torch, and the only sign that this call runs within backward; -1 says it does not.
+    if torch._C._current_graph_task_id() == -1:
+        return
+    if LAST_CONTEXT.get(layer, hooks.CHECKPOINTED.get(layer)) is not context:
+        hooks.expect_no_recomputation()
         word = "norm" if hasattr(layer, "find_channel_axes") else "layer"
         raise RuntimeError(
             f"{describe(layer)}: activation checkpointing computes this {word} again outside the anynorm.masked "
@@ -208,28 +219,28 @@ def check_recomputation(layer: nn.Module, context: masked | None) -> None:
 # ---- what torch calls before and after every module, while a context knows a model -----------------------------------
 
 
-def before(layer: nn.Module, args: Any) -> Any:
+def pre_hook(layer: nn.Module, args: Any) -> Any:
     """Blank the padding of a layer's input."""
     context = CURRENT.get() if masked.opened else None
-    known = context if context is not None and context.knows(layer) else None
-    if known is None:
-        if layer in hooks.SEEN:
+    if context is None or not context.has_layer(layer):
+        if layer in hooks.CHECKPOINTED:
+            # Its forward had a mask. Called within backward it is computed again, and raises; else the entry is stale.
             check_recomputation(layer, None)
-            hooks.SEEN.pop(layer, None)
+            hooks.CHECKPOINTED.pop(layer, None)
         return None
-    assert known._layers is not None
-    changed = known._layers.before(layer, args)
+    assert context._model is not None
+    changed = context._model.prepare_input(layer, args)
     if changed is not None:
-        check_recomputation(layer, known)
-        hooks.expect_again(layer, known, find_regions()[0])
-        known._was_taken = True
+        check_recomputation(layer, context)
+        hooks.expect_recomputation(layer, context, find_regions()[0])
+        context._was_used = True
     return changed
 
 
-def after(layer: nn.Module, args: Any, named: Any, output: Any) -> Any:
+def hook(layer: nn.Module, args: Any, named: Any, output: Any) -> Any:
     """Follow the mask to a layer's output."""
     context = CURRENT.get() if masked.opened else None
-    if context is None or not context.knows(layer):
+    if context is None or not context.has_layer(layer):
         return None
-    assert context._layers is not None
-    return context._layers.after(layer, args, named, output)
+    assert context._model is not None
+    return context._model.finish_output(layer, args, named, output)

@@ -45,17 +45,23 @@ def find_mask(
             raise ValueError(f"{function}: mask and lengths say the same; got both; leave one of them out")
         mask = mask_of(check_lengths(function, lengths, wanted, x), wanted[1])
     assert mask is not None
-    if not fits(mask, wanted):
+    check_mask(function, mask, wanted, x)
+    mask = mask.to(x.device, torch.float32)
+    if mask.shape != wanted:
+        mask = mask.expand(wanted)
+    # The kernels read one float for each position, one after the other; where the mask is that already this is a view.
+    return mask.reshape([1 if axis in channels else size for axis, size in enumerate(x.shape)]).contiguous()
+
+
+def check_mask(function: str, mask: Tensor, wanted: tuple[int, ...], x: Tensor) -> None:
+    """Refuse masks that do not fit the positions of an input, or hold other values than 0 and 1."""
+    if not is_broadcastable(mask, wanted):
         raise ValueError(
             f"{function}: mask must be broadcastable to the input without its channels, {wanted}; "
             f"got mask {tuple(mask.shape)}, input {tuple(x.shape)}; reshape the mask, or pass lengths"
         )
     if mask.dtype != torch.bool:
         check_zeros_and_ones(function, mask)
-    mask = mask.to(x.device, torch.float32)
-    if mask.shape != wanted:
-        mask = mask.expand(wanted)
-    return mask.reshape([1 if axis in channels else size for axis, size in enumerate(x.shape)]).contiguous()
 
 
 def find_feature_mask(function: str, x: Tensor, shape: Any, mask: Tensor | None, lengths: Any) -> Tensor | None:
@@ -64,7 +70,7 @@ def find_feature_mask(function: str, x: Tensor, shape: Any, mask: Tensor | None,
     return find_mask(function, x, tuple(range(-axes, 0)), mask, lengths)
 
 
-def fits(mask: Tensor, wanted: tuple[int, ...]) -> bool:
+def is_broadcastable(mask: Tensor, wanted: tuple[int, ...]) -> bool:
     """Whether a mask broadcasts to the positions of an input."""
     if mask.dim() > len(wanted):
         return False
@@ -75,6 +81,7 @@ def check_zeros_and_ones(function: str, mask: Tensor) -> None:
     """Refuse additive masks, 0 for real positions and -inf for padding, which would mean the opposite."""
     if mask.is_complex():
         raise ValueError(f"{function}: mask must be bool or 0 and 1; got {mask.dtype}; pass mask.bool()")
+    # Reading the values waits for a device, and is impossible for a compiler: there they are taken on trust.
     if not has_memory(mask):
         return
     odd = mask[(mask != 0) & (mask != 1)]
@@ -86,7 +93,12 @@ def check_zeros_and_ones(function: str, mask: Tensor) -> None:
 
 
 def check_lengths(function: str, lengths: Any, wanted: tuple[int, ...], x: Tensor) -> Tensor:
-    """Lengths as a tensor, held against the input."""
+    """Lengths as a tensor, checked against the input.
+
+    Raises:
+        ValueError: other axes than samples and positions; another number of samples; lengths out of range.
+        TypeError: lengths that are no whole numbers.
+    """
     lengths = torch.as_tensor(lengths, device=x.device)
     if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
         raise TypeError(f"{function}: lengths must be whole numbers; got {lengths.dtype}; pass lengths.long()")
@@ -131,7 +143,7 @@ def mask_of(lengths: Any, size: int) -> Tensor:
 
 
 def lengths_of(function: str, mask: Tensor) -> Tensor:
-    """(N,), the lengths that a mask (N, L) says.
+    """The lengths (N,) of sequences whose mask is (N, L).
 
     Raises:
         ValueError: where a sample's real positions are not the first ones.
@@ -147,7 +159,7 @@ def lengths_of(function: str, mask: Tensor) -> Tensor:
 
 
 def describe(layer: nn.Module) -> str:
-    """A layer as it prints itself, with its name in the model where `accelerate` or `sync` has told it."""
+    """A layer as it prints itself, with its name in the model where `accelerate` or `sync` gave it one."""
     label = getattr(layer, "label", "")
     name = f"{label} = " if label else ""
     return f"{name}{type(layer).__name__}({layer.extra_repr()})"

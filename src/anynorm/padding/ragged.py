@@ -22,7 +22,7 @@ from ..statistics import Moments, at_least_one, find_wide_dtype
 
 
 def is_ragged(x: Any) -> bool:
-    """Whether x is one of the two."""
+    """Whether x is a packed sequence or a jagged nested tensor."""
     if isinstance(x, PackedSequence):
         return True
     if type(x) is Tensor or not isinstance(x, Tensor) or is_renamed_memory(x):
@@ -36,7 +36,7 @@ def find_ragged_axis(x: Tensor) -> int:
 
 
 def open_rows(function: str, x: Any) -> Tensor:
-    """(positions, C...), a view."""
+    """The positions of all sequences, (positions, C...), a view of x."""
     if isinstance(x, PackedSequence):
         return x.data
     if x.lengths() is not None:
@@ -47,7 +47,7 @@ def open_rows(function: str, x: Any) -> Tensor:
 
 
 def close_rows(rows: Tensor, x: Any) -> Any:
-    """What x is, with other values."""
+    """Rows as what x is: packed or jagged, with the sequences of x."""
     if isinstance(x, PackedSequence):
         return PackedSequence(rows, x.batch_sizes, x.sorted_indices, x.unsorted_indices)
     axis = find_ragged_axis(x)
@@ -56,11 +56,12 @@ def close_rows(rows: Tensor, x: Any) -> Any:
 
 
 def find_owners(x: Any) -> tuple[Tensor, int]:
-    """Whose row each is, and how many sequences there are."""
+    """The sequence that each row belongs to, and how many sequences there are."""
     if isinstance(x, PackedSequence):
         count = int(x.batch_sizes[0])
-        running = torch.arange(count, device=x.batch_sizes.device) < x.batch_sizes[:, None]
-        return running.nonzero()[:, 1].to(x.data.device), count
+        # Rows are packed step after step; at each step the longest sequences, which come first, still run.
+        is_running = torch.arange(count, device=x.batch_sizes.device) < x.batch_sizes[:, None]
+        return is_running.nonzero()[:, 1].to(x.data.device), count
     lengths = x.offsets().diff()
     return torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths), len(lengths)
 

@@ -39,10 +39,11 @@ class Window(NamedTuple):
 
     def count(self, size: int) -> int:
         """How many windows there are over so many positions."""
-        room = size + self.before + self.after - self.reach - 1
+        last_start = size + self.before + self.after - self.reach - 1
         if not self.ceil:
-            return room // self.stride + 1
-        count = -(-room // self.stride) + 1
+            return last_start // self.stride + 1
+        # As torch: with ceil_mode the last window may reach out, but must begin inside the input or its left padding.
+        count = -(-last_start // self.stride) + 1
         return count - 1 if (count - 1) * self.stride >= size + self.before else count
 
     def count_transposed(self, size: int) -> int:
@@ -101,16 +102,27 @@ def shorten(
         windows = find_windows(kernel_size, axes)
     else:
         windows = make_windows(axes, kernel_size, stride, padding, dilation, ceil_mode)
-    alike = [window if axes == 1 or mask.shape[axis] != 1 else None for axis, window in enumerate(windows, 1)]
-    transposed = isinstance(kernel_size, nn.modules.conv._ConvTransposeNd)
-    more = each("output_padding", kernel_size.output_padding, axes) if transposed else [0] * axes
-    for size, window, rest in zip(mask.shape[1:], alike, more):
-        if window is not None and (window.count_transposed(size) + rest if transposed else window.count(size)) < 1:
+    # An axis of size 1 beside others is shared by all positions along it; alone, it is one position.
+    own_windows = [window if axes == 1 or mask.shape[axis] != 1 else None for axis, window in enumerate(windows, 1)]
+    if isinstance(kernel_size, nn.modules.conv._ConvTransposeNd):
+        extra = read_option("output_padding", kernel_size.output_padding, axes)
+        check_reach(mask.shape[1:], own_windows, extra)
+        return apply_transposed_windows(mask.bool(), own_windows, extra)
+    check_reach(mask.shape[1:], own_windows)
+    return apply_windows(mask.bool(), own_windows)
+
+
+def check_reach(sizes: Sequence[int], windows: Sequence[Window | None], extra: Sequence[int] | None = None) -> None:
+    """Refuse layers that make no position of these; `extra` is a transposed layer's output_padding."""
+    for axis, (size, window) in enumerate(zip(sizes, windows)):
+        if window is None:
+            continue
+        made = window.count(size) if extra is None else window.count_transposed(size) + extra[axis]
+        if made < 1:
             raise ValueError(
                 f"shorten: the layer's reach must fit into the padded positions; got {size} positions, {window}; "
                 "the layer refuses such a batch, too"
             )
-    return spread(mask.bool(), alike, more) if transposed else slide(mask.bool(), alike)
 
 
 def find_windows(layer: Any, axes: int) -> list[Window]:
@@ -131,8 +143,8 @@ def make_windows(
     axes: int, kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool
 ) -> list[Window]:
     """One window for each axis, from what a layer's constructor takes."""
-    kernels, dilations = each("kernel_size", kernel_size, axes, 1), each("dilation", dilation, axes, 1)
-    strides = each("stride", stride, axes, 1)
+    kernels, dilations = read_option("kernel_size", kernel_size, axes, 1), read_option("dilation", dilation, axes, 1)
+    strides = read_option("stride", stride, axes, 1)
     if isinstance(padding, str):
         if padding not in ("same", "valid"):
             raise ValueError(f"shorten: padding must be 'same', 'valid' or whole numbers; got {padding!r}; correct it")
@@ -143,14 +155,14 @@ def make_windows(
         whole = [d * (k - 1) if padding == "same" else 0 for k, d in zip(kernels, dilations)]
         ends = [(total // 2, total - total // 2) for total in whole]
     else:
-        ends = [(one, one) for one in each("padding", padding, axes)]
+        ends = [(one, one) for one in read_option("padding", padding, axes)]
     return [
         Window(k, s, before, after, d, bool(ceil_mode))
         for k, s, (before, after), d in zip(kernels, strides, ends, dilations)
     ]
 
 
-def each(name: str, value: Any, axes: int, least: int = 0) -> list[int]:
+def read_option(name: str, value: Any, axes: int, least: int = 0) -> list[int]:
     """An option for each axis, from one for all or one for each."""
     values = list(value) if isinstance(value, tuple | list) else [value]
     if any(isinstance(one, bool) or not isinstance(one, int) for one in values):
@@ -172,60 +184,67 @@ def find_ends(mask: Tensor, axis: int) -> tuple[Tensor, Tensor]:
     return torch.minimum(begin, end), end
 
 
-def lay(values: Tensor, axis: int, axes: int) -> Tensor:
-    """(N, size) in the axes of a mask."""
+def align(values: Tensor, axis: int, axes: int) -> Tensor:
+    """(N, size) as a mask whose positions lie along one of its axes, size 1 along the others."""
     return values.view([values.shape[0], *(values.shape[1] if other == axis else 1 for other in range(1, axes + 1))])
 
 
-def slide(mask: Tensor, windows: Sequence[Window | None]) -> Tensor:
+def has_real_positions(mask: Tensor) -> Tensor:
+    """Which samples have any real position, in the axes of the mask."""
+    return mask.flatten(1).any(1).view(-1, *[1] * (mask.dim() - 1))
+
+
+def apply_windows(mask: Tensor, windows: Sequence[Window | None]) -> Tensor:
     """The mask behind windows; None is an axis that all positions share.
 
     In positions that include what the layer adds before, window j is real if j * stride >= begin and
     j * stride + reach < end + before + after; with ceil_mode if it begins before end + before and reaches at most
     stride - 1 further.
     """
-    axes, inside = len(windows), mask.flatten(1).any(1).view(-1, *[1] * len(windows))
-    outside, grown = torch.zeros_like(mask), mask
+    axes, inside = len(windows), has_real_positions(mask)
+    # `padded` is the mask with what the layer adds; `outside` is where a sample, taken alone, would have been padded.
+    outside, padded = torch.zeros_like(mask), mask
     for axis, window in enumerate(windows, 1):
         if window is None:
             continue
         begin, end = (t[:, None] for t in find_ends(mask, axis))
         first = torch.arange(window.count(mask.shape[axis]), device=mask.device) * window.stride
-        spare = window.stride - 1 if window.ceil else 0
-        real = (first >= begin) & (first + window.reach < end + window.before + window.after + spare)
+        beyond = window.stride - 1 if window.ceil else 0
+        real = (first >= begin) & (first + window.reach < end + window.before + window.after + beyond)
         if window.ceil:
             real = real & (first < end + window.before)
-        inside = inside & lay(real, axis, axes)
-        pads = [0] * (2 * (axes - axis)) + [window.before, window.after + spare]
-        grown, outside = F.pad(grown, pads), F.pad(outside, pads)
-        place = torch.arange(grown.shape[axis], device=mask.device) - window.before
-        outside = outside | lay((place < begin) | (place >= end), axis, axes)
-    return inside & touch(grown | outside, windows, inside)
+        inside = inside & align(real, axis, axes)
+        pads = [0] * (2 * (axes - axis)) + [window.before, window.after + beyond]
+        padded, outside = F.pad(padded, pads), F.pad(outside, pads)
+        position = torch.arange(padded.shape[axis], device=mask.device) - window.before
+        outside = outside | align((position < begin) | (position >= end), axis, axes)
+    # A window that touches nothing but holes inside a sample makes no real position.
+    return inside & touches_any(padded | outside, windows, inside.shape)
 
 
-def touch(real: Tensor, windows: Sequence[Window | None], like: Tensor) -> Tensor:
-    """Which windows reach over a real position, or over the ends of their sample."""
+def touches_any(mask: Tensor, windows: Sequence[Window | None], sizes: torch.Size) -> Tensor:
+    """Which windows touch a position of the mask, for the first `sizes` windows along each axis."""
     kernels = [1 if window is None else window.reach + 1 for window in windows]
     strides = [1 if window is None else window.stride for window in windows]
-    found = MAX_POOL[len(windows) - 1](real.unsqueeze(1).to(torch.float32), kernels, strides).squeeze(1) > 0
+    touched = MAX_POOL[len(windows) - 1](mask.unsqueeze(1).to(torch.float32), kernels, strides).squeeze(1) > 0
     for axis, window in enumerate(windows, 1):
         if window is not None:
-            found = found.narrow(axis, 0, like.shape[axis])
-    return found
+            touched = touched.narrow(axis, 0, sizes[axis])
+    return touched
 
 
-def spread(mask: Tensor, windows: Sequence[Window | None], more: Sequence[int]) -> Tensor:
-    """The mask behind a transposed convolution; `more` is its output_padding.
+def apply_transposed_windows(mask: Tensor, windows: Sequence[Window | None], extra: Sequence[int]) -> Tensor:
+    """The mask behind a transposed convolution; `extra` is its output_padding.
 
     Of n positions (n - 1) * stride - 2 * padding + reach + output_padding + 1 are made; holes count as real.
     """
-    axes, inside = len(windows), mask.flatten(1).any(1).view(-1, *[1] * len(windows))
-    for axis, (window, rest) in enumerate(zip(windows, more), 1):
+    axes, inside = len(windows), has_real_positions(mask)
+    for axis, (window, added) in enumerate(zip(windows, extra), 1):
         if window is None:
             continue
         begin, end = (t[:, None] for t in find_ends(mask, axis))
-        extra = window.reach + rest + 1 - window.before - window.after
-        place = torch.arange(window.count_transposed(mask.shape[axis]) + rest, device=mask.device)
-        real = (place >= begin * window.stride) & (place < (end - 1) * window.stride + extra)
-        inside = inside & lay(real, axis, axes)
+        beyond = window.reach + added + 1 - window.before - window.after
+        position = torch.arange(window.count_transposed(mask.shape[axis]) + added, device=mask.device)
+        real = (position >= begin * window.stride) & (position < (end - 1) * window.stride + beyond)
+        inside = inside & align(real, axis, axes)
     return inside

@@ -12,10 +12,10 @@ from ..modules.fused import Fused
 from ..modules.state import Norm
 from ..modules.sync import SyncBatchNorm
 from .exact_types import NOTE
-from .fuse import fuse_graph, tell_unfused
+from .fuse import fuse_graph, report_unfused
 from .report import FUSED, PAIRS, UNDO_FIRST, Entry, Report, describe, is_ours
-from .rewrite import build
-from .sequential import Place, find_fused, find_places, fuse_place, is_norm, take_apart
+from .rewrite import apply_graph
+from .sequential import Place, fuse_place, is_norm, plan_fusion, plan_undo, take_apart
 from .trace import Traces, copy_sharing, is_hooked, trace
 
 NAMED_NORM = re.compile("norm(?!al(?!i[sz])|ous)", re.IGNORECASE)  # LlamaRMSNorm, Normalize; no NormalDistribution
@@ -78,10 +78,11 @@ def accelerate(model: nn.Module, undo: bool = False, fuse: bool = False) -> Repo
     if undo and fuse:
         raise ValueError("accelerate: undo and fuse exclude each other; got both; call it twice")
     report = Report(model=model)
-    swaps = find_swaps(model, undo, report)
+    # All is planned before anything is changed: whatever raises leaves the model as it was.
+    swaps = plan_swaps(model, undo, report)
     if undo:
-        fused = find_fused(model, report)
-        report.changed += [tell_apart(model, place) for place in fused]
+        fused = plan_undo(model, report)
+        report.changed += [make_undo_entry(model, place) for place in fused]
         swap(model, swaps)
         for place in fused:
             take_apart(model, place)
@@ -89,9 +90,9 @@ def accelerate(model: nn.Module, undo: bool = False, fuse: bool = False) -> Repo
     places: list[Place] = []
     if fuse:
         traces = trace(model)
-        places = find_places(model, traces.graphs, report)
-        tell_fused(model, places, report)
-        report.model = make_model(model, swaps, places, traces, report)
+        places = plan_fusion(model, traces.graphs, report)
+        report_fused(model, places, report)
+        report.model = make_graph_model(model, swaps, places, traces, report)
     swap(model, swaps, places)  # Last: whatever can fail has been done.
     report.note = NOTE if report.changed else ""
     return report
@@ -101,6 +102,7 @@ def swap(model: nn.Module, swaps: dict[str, type[nn.Module]], places: Iterable[P
     """Change classes, then fuse in place."""
     for name, kind in swaps.items():
         module = model.get_submodule(name)
+        # The same object: optimizers, hooks and references keep it. The classes hold their state under the same names.
         module.__class__ = kind
         if isinstance(module, Norm):
             module.label = name
@@ -110,12 +112,12 @@ def swap(model: nn.Module, swaps: dict[str, type[nn.Module]], places: Iterable[P
         fuse_place(model, place)
 
 
-def make_model(
+def make_graph_model(
     model: nn.Module, swaps: dict[str, type[nn.Module]], places: list[Place], traces: Traces, report: Report
 ) -> nn.Module:
     """The model as a graph with what only a graph can fuse, or the model itself where there is nothing or no graph."""
-    told = {place.norm for place in places} | {entry.name for entry in report.left} | {""}
-    norms = {name for name, module in model.named_modules() if is_norm(module)} - told
+    reported = {place.norm for place in places} | {entry.name for entry in report.left} | {""}
+    norms = {name for name, module in model.named_modules() if is_norm(module)} - reported
     if traces.reason:
         if norms:
             reason = f"not fused beyond Sequentials: {traces.reason}"
@@ -130,11 +132,11 @@ def make_model(
     twin, graph = copy_sharing(model), traces.graphs[0]
     swap(twin, swaps, places)
     fused = fuse_graph(twin, graph, report)
-    tell_unfused(twin, graph, norms, report)
-    return build(twin, graph, fused) if fused else model
+    report_unfused(twin, graph, norms, report)
+    return apply_graph(twin, graph, fused) if fused else model
 
 
-def tell_fused(model: nn.Module, places: list[Place], report: Report) -> None:
+def report_fused(model: nn.Module, places: list[Place], report: Report) -> None:
     """Report what is fused in place, which is a change too."""
     changed = {entry.name: entry for entry in report.changed}
     for place in places:
@@ -146,16 +148,16 @@ def tell_fused(model: nn.Module, places: list[Place], report: Report) -> None:
     report.changed = list(changed.values())
 
 
-def tell_apart(model: nn.Module, place: Place) -> Entry:
-    """What taking a fused norm apart changes, for the report."""
+def make_undo_entry(model: nn.Module, place: Place) -> Entry:
+    """The report's line about a fused norm that is taken apart."""
     norm = model.get_submodule(place.norm)
     assert isinstance(norm, Fused)
     theirs = next(theirs for theirs, ours in PAIRS.items() if ours is norm.plain)
     return Entry(place.norm, describe(type(norm)), became=describe(theirs))
 
 
-def find_swaps(model: nn.Module, undo: bool, report: Report) -> dict[str, type[nn.Module]]:
-    """Which norm, by name, becomes which class; reported, and so is what is left."""
+def plan_swaps(model: nn.Module, undo: bool, report: Report) -> dict[str, type[nn.Module]]:
+    """Which norm, by name, becomes which class; changes and what is left are added to the report."""
     pairs = {ours: theirs for theirs, ours in PAIRS.items()} if undo else PAIRS
     others = set(pairs.values())
     bypassed = {} if undo else find_bypassed(model)
@@ -169,7 +171,7 @@ def find_swaps(model: nn.Module, undo: bool, report: Report) -> dict[str, type[n
             if not undo and is_unknown_norm(module):
                 report.left.append(Entry(name, describe(kind), reason=UNKNOWN))
             continue
-        reason = "" if undo and kind in pairs else find_reason(module, bypassed)
+        reason = "" if undo and kind in pairs else find_norm_obstacle(module, bypassed)
         if reason:
             report.left.append(Entry(name, describe(kind), reason=reason))
         elif kind in pairs:
@@ -191,7 +193,7 @@ def is_unknown_norm(module: nn.Module) -> bool:
 
 
 def find_bypassed(model: nn.Module) -> dict[int, str]:
-    """Norms, by identity, that torch calls a fused kernel for in evaluation."""
+    """Why norms, by identity, are never called in evaluation: torch runs a fused kernel on their weights."""
     return {
         id(norm): "nn.TransformerEncoderLayer's fast path in evaluation reads its weights and never calls it"
         for layer in model.modules()
@@ -200,8 +202,8 @@ def find_bypassed(model: nn.Module) -> dict[int, str]:
     }
 
 
-def find_reason(module: nn.Module, bypassed: dict[int, str]) -> str:
-    """Why a norm is not changed, or nothing."""
+def find_norm_obstacle(module: nn.Module, bypassed: dict[int, str]) -> str:
+    """Why a norm is not changed, or ""."""
     kind = type(module)
     if id(module) in bypassed:
         return bypassed[id(module)]

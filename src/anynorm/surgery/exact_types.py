@@ -1,8 +1,8 @@
-"""Packages that look classes up by exact type do not find a subclass: here they are told of ours.
+"""Packages that look classes up by exact type do not find a subclass: here ours are registered with them.
 
 Opacus would take a batch norm for a layer that keeps samples apart, and its promise of privacy would be gone in
 silence; captum's attributions would be refused, or wrong behind a fused activation. Neither package is imported here:
-what is there already is told at once, and what is imported later right after its import.
+what was imported before gets our classes at once, and what is imported later right after its import.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from ..pooling import parse
 from .report import FUSED, PAIRS, describe
 
 BATCH_NORMS: tuple[type[nn.Module], ...] = tuple(
-    getattr(room, f"{kind}{n}d")
-    for room, kind in (
+    getattr(module, f"{kind}{n}d")
+    for module, kind in (
         (batch, "BatchNorm"),
         (lazy, "LazyBatchNorm"),
         (ghost, "GhostBatchNorm"),
@@ -34,8 +34,8 @@ BATCH_NORMS: tuple[type[nn.Module], ...] = tuple(
     for n in (1, 2, 3)
 ) + (sync.SyncBatchNorm,)
 INSTANCE_NORMS: tuple[type[nn.Module], ...] = tuple(
-    getattr(room, f"{kind}{n}d")
-    for room, kind in ((instance, "InstanceNorm"), (lazy, "LazyInstanceNorm"))
+    getattr(module, f"{kind}{n}d")
+    for module, kind in ((instance, "InstanceNorm"), (lazy, "LazyInstanceNorm"))
     for n in (1, 2, 3)
 )
 SAMPLE_NORMS = (layer.LayerNorm, group.GroupNorm, rms.RMSNorm, *INSTANCE_NORMS[:3])
@@ -45,7 +45,7 @@ NOTE = (
 )
 
 
-def tell_validators(module: ModuleType) -> None:
+def register_validators(module: ModuleType) -> None:
     """Opacus' validators: what mixes samples, and what has no per-sample gradients, is no valid layer."""
     validators, fixers = module.ModuleValidator.VALIDATORS, module.ModuleValidator.FIXERS
     error = module.errors.UnsupportableModuleError
@@ -57,7 +57,7 @@ def tell_validators(module: ModuleType) -> None:
         validators[ours], fixers[ours] = validators[nn.InstanceNorm2d], fixers[nn.InstanceNorm2d]
 
     def refuse(layer: nn.Module) -> list[Exception]:
-        return [error(say_refused(layer))]
+        return [error(explain_refusal(layer))]
 
     def check_pattern(layer: AnyNorm) -> list[Exception]:
         left, right = parse(layer.pattern)
@@ -69,11 +69,11 @@ def tell_validators(module: ModuleType) -> None:
     validators[AnyNorm] = check_pattern
 
 
-def tell_grad_samplers(module: ModuleType) -> None:
+def register_grad_samplers(module: ModuleType) -> None:
     """Opacus' per-sample gradients: those of torch's namesakes; no others, since a residual would be left out."""
 
     def refuse(layer: nn.Module, *_: Any) -> dict[nn.Parameter, Any]:
-        raise NotImplementedError(f"opacus: {say_refused(layer)}")
+        raise NotImplementedError(f"opacus: {explain_refusal(layer)}")
 
     theirs = {ours: kind for kind, ours in PAIRS.items()}
     for hooks in (module.GradSampleHooks, module.GradSampleHooksFastGradientClipping):
@@ -82,19 +82,19 @@ def tell_grad_samplers(module: ModuleType) -> None:
         samplers.update((ours, refuse) for ours in FUSED.values())
 
 
-def tell_captum(module: ModuleType) -> None:
-    """captum's layer-wise relevance propagation knows one norm; DeepLift must be told of every activation."""
+def register_captum(module: ModuleType) -> None:
+    """captum's layer-wise relevance propagation knows one norm; DeepLift must know every activation."""
     from captum.attr._core import deep_lift, lrp
 
     lrp.SUPPORTED_LAYERS_WITH_RULES[batch.BatchNorm2d] = lrp.SUPPORTED_LAYERS_WITH_RULES[nn.BatchNorm2d]
 
     def refuse(layer: nn.Module, *_: Any, **__: Any) -> Any:
-        raise NotImplementedError(f"captum's DeepLift: {say_refused(layer)}")
+        raise NotImplementedError(f"captum's DeepLift: {explain_refusal(layer)}")
 
     deep_lift.SUPPORTED_NON_LINEAR.update((ours, refuse) for ours in FUSED.values())
 
 
-def say_refused(layer: nn.Module) -> str:
+def explain_refusal(layer: nn.Module) -> str:
     """Why a layer cannot be used there, and the remedy."""
     if isinstance(layer, LSTM | GRU):
         return f"{describe(type(layer))} has no per-sample gradients here; use torch's layer"
@@ -102,17 +102,20 @@ def say_refused(layer: nn.Module) -> str:
     return f"{describe(type(layer))} is norm, sum and activation in one, which it must see apart; {remedy}"
 
 
-TOLD: dict[str, Callable[[ModuleType], None]] = {
-    "opacus.validators": tell_validators,
-    "opacus.grad_sample": tell_grad_samplers,
-    "captum.attr": tell_captum,
+REGISTRATIONS: dict[str, Callable[[ModuleType], None]] = {
+    "opacus.validators": register_validators,
+    "opacus.grad_sample": register_grad_samplers,
+    "captum.attr": register_captum,
 }
 
 
-def tell(module: ModuleType) -> None:
-    """Tell one package; it must not fail to import where its private tables have changed, but nor must it be silent."""
+def register(module: ModuleType) -> None:
+    """Register our classes with one package.
+
+    Where its private tables have changed, its import must not fail, nor must that pass in silence.
+    """
     try:
-        TOLD[module.__name__](module)
+        REGISTRATIONS[module.__name__](module)
     except (ImportError, AttributeError, KeyError, TypeError) as problem:
         warnings.warn(
             f"anynorm: {module.__name__} could not be told of anynorm's classes ({problem!r}), and does not know a "
@@ -121,31 +124,34 @@ def tell(module: ModuleType) -> None:
         )
 
 
-class Listener(MetaPathFinder):
-    """Finds nothing itself: it lets the other finders find one of these packages, and tells it once it has run."""
+class ImportHook(MetaPathFinder):
+    """Finds nothing itself: the other finders find one of these packages, and ours are registered once it has run."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname not in TOLD:
+        if fullname not in REGISTRATIONS:
             return None
+        # Asked one by one: find_spec of importlib would come back here.
         others = [finder.find_spec for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec")]
         spec = next((found for find in others if (found := find(fullname, path, target)) is not None), None)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
-            def execute_and_tell(module: ModuleType) -> None:
+            def execute_and_register(module: ModuleType) -> None:
                 execute(module)
-                tell(module)
+                register(module)
 
-            spec.loader.exec_module = execute_and_tell  # type: ignore[method-assign]
+            # On this one loader object, which importlib made for this import alone.
+            spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec
 
 
-def listen() -> None:
-    """Tell what has been imported, and listen for what will be; called once, at import."""
-    for name in TOLD:
+def register_with_packages() -> None:
+    """Register our classes with what has been imported, and with what will be; called once, at import."""
+    for name in REGISTRATIONS:
         if (module := sys.modules.get(name)) is not None:
-            tell(module)
-    if not any(isinstance(finder, Listener) for finder in sys.meta_path):
-        sys.meta_path.insert(0, Listener())
+            register(module)
+    if not any(isinstance(finder, ImportHook) for finder in sys.meta_path):
+        # First: behind the finder that finds the package it would never be asked.
+        sys.meta_path.insert(0, ImportHook())

@@ -19,9 +19,10 @@ from torch import fx
 
 from ..activations import ACTIVATIONS, list_activations
 from ..modules.state import Norm
-from . import trace
+from .in_place import IN_PLACE
 from .report import FUSED, Entry, Report, describe
-from .sequential import check_settings, count_places, find_reason, leave, read_activation
+from .sequential import check_settings, count_places, find_module_obstacle, make_unfused_entry, read_activation
+from .trace import is_hooked
 
 # Function or method, and what adds where shapes or dtypes differ.
 SUMS: dict[Any, Callable[[Any, Any], Any]] = {
@@ -29,15 +30,17 @@ SUMS: dict[Any, Callable[[Any, Any], Any]] = {
     torch.add: operator.add,
     "add": operator.add,
     operator.iadd: operator.iadd,
-    vars(trace)["iadd"]: operator.iadd,
+    IN_PLACE["iadd"]: operator.iadd,
     "add_": operator.iadd,
 }
-SAFE = ("_operator", "math", "builtins", "torch", "anynorm")  # where functions tell by their name what is in place
-
-NEW = {"add", "sub", "mul", "truediv", "div", "matmul", "bmm", "cat", "stack", "linear", "conv1d", "conv2d", "conv3d"}
-NEW |= {name.lower() for name in nn.modules.activation.__all__} - {"multiheadattention"}
-NEW_MODULES = {kind.__module__ for kind in (nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.LayerNorm, nn.ReLU, nn.MaxPool2d)}
-
+TRUSTED = ("_operator", "math", "builtins", "torch", "anynorm")  # where functions tell by their name what is in place
+# What returns new memory, by name; anything else may return a view of its inputs.
+ALLOCATING = {"add", "sub", "mul", "truediv", "div", "matmul", "bmm", "cat", "stack"}
+ALLOCATING |= {"linear", "conv1d", "conv2d", "conv3d"}
+ALLOCATING |= {name.lower() for name in nn.modules.activation.__all__} - {"multiheadattention"}
+ALLOCATING_MODULES = {
+    kind.__module__ for kind in (nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.LayerNorm, nn.ReLU, nn.MaxPool2d)
+}
 
 NO_ACTIVATION = "not fused: no activation follows that can be fused"
 
@@ -53,7 +56,7 @@ class Chain:
 
 
 def fuse_graph(model: nn.Module, graph: fx.Graph, report: Report) -> list[str]:
-    """Fuse what can be fused, in the graph and in the model's modules; the names of the norms that were.
+    """Fuse what can be fused, in the graph and in the model's modules, and return the names of the norms that were.
 
     Args:
         model: a copy, whose norms are ours.
@@ -61,13 +64,15 @@ def fuse_graph(model: nn.Module, graph: fx.Graph, report: Report) -> list[str]:
     """
     modules = dict(model.named_modules())
     counts = count_places(model)
-    left = {entry.name for entry in report.left}
+    reported = {entry.name for entry in report.left}
     fused: list[str] = []
     for node in list(graph.nodes):
         activation, reason = read_node(node, modules)
         if not activation and not reason:
             continue
-        chains = [(chain, reason or find_obstacle(chain, modules, counts)) for chain in find_chains(node, modules)]
+        chains = [
+            (chain, reason or find_chain_obstacle(chain, modules, counts)) for chain in find_chains(node, modules)
+        ]
         free = [chain for chain, obstacle in chains if not obstacle]
         if free:
             entry = fuse_chain(free[0], activation, graph, modules)
@@ -77,31 +82,32 @@ def fuse_graph(model: nn.Module, graph: fx.Graph, report: Report) -> list[str]:
             continue
         for chain, obstacle in chains:
             name = str(chain.norm.target)
-            if name not in left:
-                left.add(name)
+            if name not in reported:
+                reported.add(name)
                 called = describe(type(modules[str(node.target)])) if node.op == "call_module" else name_call(node)
-                report.left.append(leave(name, modules[name], called, obstacle))
+                report.left.append(make_unfused_entry(name, modules[name], called, obstacle))
     return fused
 
 
-def tell_unfused(model: nn.Module, graph: fx.Graph, norms: Collection[str], report: Report) -> None:
+def report_unfused(model: nn.Module, graph: fx.Graph, norms: Collection[str], report: Report) -> None:
     """Report the norms that are neither fused nor left for another reason: what follows them is no activation."""
     modules = dict(model.named_modules())
-    told = {entry.name for entry in (*report.fused, *report.left)}
+    reported = {entry.name for entry in (*report.fused, *report.left)}
     for node in graph.nodes:
         name = str(node.target)
-        if node.op != "call_module" or name not in norms or name in told:
+        if node.op != "call_module" or name not in norms or name in reported:
             continue
-        told.add(name)
-        followers = [kind for user in node.users if (kind := find_own_module(user, name)) is not None]
+        reported.add(name)
+        followers = [kind for user in node.users if (kind := find_user_class(user, name)) is not None]
         only = f"only {list_activations()} can be fused"
         reason = f"not fused with {describe(followers[0])}: {only}" if followers else NO_ACTIVATION
         report.left.append(Entry(name, describe(type(modules[name])), reason=reason))
 
 
-def find_own_module(node: fx.Node, norm: str) -> type[nn.Module] | None:
+def find_user_class(node: fx.Node, norm: str) -> type[nn.Module] | None:
     """The class of the user's module that a node behind a norm belongs to, where that module does not hold the norm."""
     name, kind = next(reversed(node.meta.get("nn_module_stack", {}).values()), ("", nn.Module))
+    # fx writes the stack of modules that each node was recorded in; the innermost is last.
     outside = name and not norm.startswith(f"{name}.") and kind.__module__.partition(".")[0] not in ("torch", "anynorm")
     return kind if outside else None
 
@@ -124,8 +130,10 @@ def read_node(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[str, str]:
 def find_spellings(name: str) -> set[Any]:
     """The functions and methods that apply an activation, also in place."""
     names = (name, f"{name}_")
-    rooms = (F, torch, torch._C._nn)
-    return {getattr(room, spelling) for room in rooms for spelling in names if hasattr(room, spelling)} | set(names)
+    # torch._C._nn: some names of F stand for its functions, whose own name a graph shows.
+    modules = (F, torch, torch._C._nn)
+    found = {getattr(module, spelling) for module in modules for spelling in names if hasattr(module, spelling)}
+    return found | set(names)
 
 
 def name_call(node: fx.Node) -> str:
@@ -151,12 +159,12 @@ def is_norm(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     return node.op == "call_module" and type(modules[str(node.target)]) in FUSED
 
 
-def find_obstacle(chain: Chain, modules: dict[str, nn.Module], counts: Counter[int]) -> str:
-    """Why a chain must not be fused, or nothing."""
+def find_chain_obstacle(chain: Chain, modules: dict[str, nn.Module], counts: Counter[int]) -> str:
+    """Why a chain must not be fused, or ""."""
     target = str(chain.norm.target)
     called = [target, str(chain.activation.target)] if chain.activation.op == "call_module" else [target]
     for name in called:
-        if reason := find_reason(name, modules[name], counts):
+        if reason := find_module_obstacle(name, modules[name], counts):
             return reason
     reads = [str(node.target) for node in chain.norm.graph.nodes if node.op in ("call_module", "get_attr")]
     uses = [name for name in reads if name == target or name.startswith(f"{target}.")]
@@ -164,11 +172,11 @@ def find_obstacle(chain: Chain, modules: dict[str, nn.Module], counts: Counter[i
         return f"the norm or its tensors are used {len(uses)} times"
     if set(chain.norm.users) != {chain.sum or chain.activation}:
         return "the norm's output is used elsewhere too"
-    return find_obstacle_of_sum(chain, modules) if chain.sum else ""
+    return find_sum_obstacle(chain, modules) if chain.sum else ""
 
 
-def find_obstacle_of_sum(chain: Chain, modules: dict[str, nn.Module]) -> str:
-    """Why the sum cannot move into the norm, or nothing."""
+def find_sum_obstacle(chain: Chain, modules: dict[str, nn.Module]) -> str:
+    """Why the sum cannot move into the norm, or ""."""
     assert chain.sum is not None
     if set(chain.sum.users) != {chain.activation}:
         return "the sum is used elsewhere too"
@@ -179,12 +187,13 @@ def find_obstacle_of_sum(chain: Chain, modules: dict[str, nn.Module]) -> str:
     if SUMS[chain.sum.target] is operator.iadd and chain.sum.args[0] is not chain.norm:
         return "the sum is written into a tensor that others may see"
     (x,) = chain.norm.all_input_nodes
+    # Fused, the norm stands where the sum stood: its input is read later, and the residual is kept for backward.
     watched, where = find_aliases(x, modules), "the norm's input before the sum"
     node = chain.norm
     while (node := node.next).op != "output":
         if node is chain.sum:  # It keeps nothing for backward; fused, the residual is kept and must not change.
             watched, where = find_aliases(chain.residual, modules), "the residual after the sum"
-        elif node is not chain.activation and not watched.isdisjoint(find_changed(node, modules)):
+        elif node is not chain.activation and not watched.isdisjoint(find_written(node, modules)):
             return f"{node.name} may change {where}"
     return ""
 
@@ -192,6 +201,7 @@ def find_obstacle_of_sum(chain: Chain, modules: dict[str, nn.Module]) -> str:
 def find_aliases(node: fx.Node, modules: dict[str, nn.Module]) -> set[fx.Node]:
     """All nodes that may return the same memory, as far as it is not known that they do not."""
     found: set[fx.Node] = set()
+    # Both ways: what the node may be a view of, and what may be a view of the node.
     todo = [node]
     while todo:
         if (node := todo.pop()) not in found:
@@ -203,31 +213,31 @@ def find_aliases(node: fx.Node, modules: dict[str, nn.Module]) -> set[fx.Node]:
 
 def find_sources(node: fx.Node, modules: dict[str, nn.Module]) -> list[fx.Node]:
     """The inputs that a node's output may be a view of."""
-    if changed := find_changed(node, modules):
-        return changed
+    if written := find_written(node, modules):
+        return written
     if node.op == "call_module":
         kind = type(modules[str(node.target)])
-        is_new = kind is not nn.Identity and (kind.__module__ in NEW_MODULES or issubclass(kind, Norm))
+        is_new = kind is not nn.Identity and (kind.__module__ in ALLOCATING_MODULES or issubclass(kind, Norm))
     else:
-        is_new = name_call(node) in NEW
+        is_new = name_call(node) in ALLOCATING
     return [] if is_new else node.all_input_nodes
 
 
-def find_changed(node: fx.Node, modules: dict[str, nn.Module]) -> list[fx.Node]:
+def find_written(node: fx.Node, modules: dict[str, nn.Module]) -> list[fx.Node]:
     """The inputs that a call may change, as far as its name and its arguments tell; unknown code may change any."""
     inputs = node.all_input_nodes
     if node.op == "call_module":
         module = modules[str(node.target)]
-        if not type(module).__module__.startswith(("torch.nn.", "anynorm.")) or trace.is_hooked(module):
+        if not type(module).__module__.startswith(("torch.nn.", "anynorm.")) or is_hooked(module):
             return inputs
         return inputs[:1] if getattr(module, "inplace", False) else []
     if node.op not in ("call_function", "call_method"):
         return []
-    name, room = name_call(node), getattr(node.target, "__module__", None) or "torch"
-    if "out" in node.kwargs or (node.op == "call_function" and room.split(".")[0] not in SAFE):
+    name, package = name_call(node), getattr(node.target, "__module__", None) or "torch"
+    if "out" in node.kwargs or (node.op == "call_function" and package.split(".")[0] not in TRUSTED):
         return inputs
     flagged = any(value is True for value in (*node.args, node.kwargs.get("inplace")))
-    named = name.endswith("_") or (node.op == "call_function" and name in ("setitem", *trace.IN_PLACE))
+    named = name.endswith("_") or (node.op == "call_function" and name in ("setitem", *IN_PLACE))
     return inputs[:1] if flagged or named else []
 
 

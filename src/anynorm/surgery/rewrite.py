@@ -11,43 +11,48 @@ from typing import Any
 import torch.nn as nn
 from torch import fx
 
-LISTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
-class Rewritten:
+class GraphForward:
     """Stands before the user's class: an instance has that class, and the graph's `forward`.
 
     Attributes:
         graph: what `forward` runs.
-        written: the class of the model that was traced.
+        original_class: the class of the model that was traced.
         refused: methods that must not be called here, with what they call by itself.
     """
 
     graph: fx.Graph
-    written: type[nn.Module]
+    original_class: type[nn.Module]
     refused: dict[str, str]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # A class made at run time cannot be found again by name; a GraphModule knows how its graph is kept.
         graph = fx.GraphModule(self, self.graph)  # type: ignore[arg-type]
-        return restore, (self.written, self.refused, graph), self.__getstate__()
+        return restore, (self.original_class, self.refused, graph), self.__getstate__()
 
 
-def restore(written: type[nn.Module], refused: dict[str, str], graph: fx.GraphModule) -> nn.Module:
+def restore(original: type[nn.Module], refused: dict[str, str], graph: fx.GraphModule) -> nn.Module:
     """An empty instance, which pickle and copy fill."""
-    kind = make_class(written, refused, graph)
+    kind = make_class(original, refused, graph)
     return kind.__new__(kind)
 
 
-def make_class(written: type[nn.Module], refused: dict[str, str], graph: fx.GraphModule) -> type[nn.Module]:
+def make_class(original: type[nn.Module], refused: dict[str, str], graph: fx.GraphModule) -> type[nn.Module]:
     """The user's class with the graph's `forward`."""
-    members: dict[str, Any] = {name: make_refusal(written, name, why) for name, why in refused.items()}
-    members |= {"graph": graph.graph, "written": written, "refused": refused, "forward": type(graph).forward}
-    members |= {name: getattr(written, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return types.new_class(written.__name__, (Rewritten, written), {}, lambda space: space.update(members))
+    members: dict[str, Any] = {name: make_refusal(original, name, why) for name, why in refused.items()}
+    members |= {
+        "graph": graph.graph,
+        "original_class": original,
+        "refused": refused,
+        "forward": type(graph).forward,
+    }
+    members |= {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return types.new_class(original.__name__, (GraphForward, original), {}, lambda space: space.update(members))
 
 
-def build(model: nn.Module, graph: fx.Graph, fused: Collection[str]) -> nn.Module:
+def apply_graph(model: nn.Module, graph: fx.Graph, fused: Collection[str]) -> nn.Module:
     """Let a copy of the user's model run the graph: the same object with another class.
 
     What the graph never calls, and would now apply an activation twice, raises where it is called: the modules that
@@ -57,18 +62,19 @@ def build(model: nn.Module, graph: fx.Graph, fused: Collection[str]) -> nn.Modul
         model: a copy, whose norms are fused already.
         fused: names of the norms that were fused in this graph.
     """
-    written: type[nn.Module] = model.written if isinstance(model, Rewritten) else type(model)
+    original: type[nn.Module] = model.original_class if isinstance(model, GraphForward) else type(model)
     direct = {name.partition(".")[0] for name in fused if is_direct(model, name)}
-    refused = {**getattr(model, "refused", {}), **find_refused(written, direct)}
+    refused = {**getattr(model, "refused", {}), **find_refused(original, direct)}
     for parent in {parent for name in fused for parent in find_parents(name)}:
         model.get_submodule(parent).forward = partial(refuse, parent)
-    model.__class__ = make_class(written, refused, fx.GraphModule(model, graph))
+    # A GraphModule writes and compiles the graph's code; its forward is all that is kept of it.
+    model.__class__ = make_class(original, refused, fx.GraphModule(model, graph))
     return model
 
 
 def is_direct(model: nn.Module, name: str) -> bool:
     """Whether a norm can be reached from the model without calling another module that holds it."""
-    return all(isinstance(model.get_submodule(parent), LISTS) for parent in find_parents(name))
+    return all(isinstance(model.get_submodule(parent), CONTAINERS) for parent in find_parents(name))
 
 
 def find_parents(name: str) -> list[str]:
@@ -91,20 +97,20 @@ def find_refused(kind: type[nn.Module], names: Collection[str]) -> dict[str, str
 
 
 def find_names(code: types.CodeType) -> Iterator[str]:
-    """All names that a function reads, also in the functions inside it."""
-    yield from code.co_names
+    """All attributes and globals that a function reads, also in the functions inside it."""
+    yield from code.co_names  # of bytecode, so that no source is needed
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             yield from find_names(constant)
 
 
-def make_refusal(written: type[nn.Module], name: str, what: str) -> Callable[..., Any]:
+def make_refusal(original: type[nn.Module], name: str, what: str) -> Callable[..., Any]:
     """A method that says why it cannot be called."""
 
     def method(self: nn.Module, *arguments: Any, **options: Any) -> Any:
         raise RuntimeError(
-            f"{written.__name__}.{name} uses {what} by itself, and in this model, made by accelerate(fuse=True), norms "
-            "have taken over what follows them; call this method of the model that was given to accelerate"
+            f"{original.__name__}.{name} uses {what} by itself, and in this model, made by accelerate(fuse=True), "
+            "norms have taken over what follows them; call this method of the model that was given to accelerate"
         )
 
     method.__name__ = name

@@ -18,10 +18,10 @@ from torch import fx
 from ..activations import ACTIVATIONS, list_activations
 from ..modules.fused import Fused
 from .report import FUSED, PAIRS, UNDO_FIRST, Entry, Report, describe, is_ours
-from .rewrite import Rewritten
+from .rewrite import GraphForward
 from .trace import is_hooked
 
-KEPT_AS = "replaced"  # the attribute of nn.Identity that holds the activation
+ACTIVATION_ATTRIBUTE = "replaced"  # the attribute of nn.Identity that holds the activation
 
 
 @dataclass(frozen=True)
@@ -42,15 +42,15 @@ class Place:
     @property
     def norm(self) -> str:
         """Name of the norm in the model."""
-        return join(self.sequential, self.first)
+        return join_name(self.sequential, self.first)
 
     @property
     def successor(self) -> str:
         """Name of the activation, or of the nn.Identity in its place."""
-        return join(self.sequential, self.second)
+        return join_name(self.sequential, self.second)
 
 
-def join(parent: str, key: str) -> str:
+def join_name(parent: str, key: str) -> str:
     """A name below another."""
     return f"{parent}.{key}" if parent else key
 
@@ -76,8 +76,8 @@ def count_places(model: nn.Module) -> Counter[int]:
     return Counter(id(child) for parent in model.modules() for child in parent._modules.values())
 
 
-def find_places(model: nn.Module, graphs: Collection[fx.Graph], report: Report) -> list[Place]:
-    """What can be fused in place; what cannot, though an activation follows, goes to the report.
+def plan_fusion(model: nn.Module, graphs: Collection[fx.Graph], report: Report) -> list[Place]:
+    """What can be fused in place; what cannot, though an activation follows, is added to the report.
 
     Args:
         graphs: of the model, where it can be traced: they show outputs of norms that are used elsewhere too.
@@ -86,8 +86,8 @@ def find_places(model: nn.Module, graphs: Collection[fx.Graph], report: Report) 
     left = {id(model.get_submodule(entry.name)) for entry in report.left}
     places = []
     for sequential, first, second in find_pairs(model):
-        norm = model.get_submodule(join(sequential, first))
-        successor = model.get_submodule(join(sequential, second))
+        norm = model.get_submodule(join_name(sequential, first))
+        successor = model.get_submodule(join_name(sequential, second))
         if id(norm) in left or not is_norm(norm):
             continue
         activation, reason = read_activation(successor)
@@ -95,20 +95,20 @@ def find_places(model: nn.Module, graphs: Collection[fx.Graph], report: Report) 
             continue
         place = Place(sequential, first, second, activation)
         reason = (
-            find_reason(place.norm, norm, counts)
+            find_module_obstacle(place.norm, norm, counts)
             or reason
-            or find_reason(place.successor, successor, counts)
-            or find_other_users(place, graphs)
+            or find_module_obstacle(place.successor, successor, counts)
+            or find_user_obstacle(place, graphs)
         )
         if reason:
             left.add(id(norm))
-            report.left.append(leave(place.norm, norm, describe(type(successor)), reason))
+            report.left.append(make_unfused_entry(place.norm, norm, describe(type(successor)), reason))
         else:
             places.append(place)
     return places
 
 
-def leave(name: str, norm: nn.Module, successor: str, reason: str) -> Entry:
+def make_unfused_entry(name: str, norm: nn.Module, successor: str, reason: str) -> Entry:
     """The report's line about a norm that is not fused with its successor."""
     return Entry(name, describe(type(norm)), reason=f"not fused with {successor}: {reason}")
 
@@ -134,8 +134,8 @@ def check_settings(name: str, given: dict[str, Any]) -> tuple[str, str]:
     return name, ""
 
 
-def find_reason(name: str, module: nn.Module, counts: Counter[int]) -> str:
-    """Why a norm or an activation must not be fused wherever it is, or nothing."""
+def find_module_obstacle(name: str, module: nn.Module, counts: Counter[int]) -> str:
+    """Why a norm or an activation must not be fused wherever it is, or ""."""
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
         return f"{name} does not know its size yet; call the model once before"
     if is_hooked(module):
@@ -147,8 +147,8 @@ def find_reason(name: str, module: nn.Module, counts: Counter[int]) -> str:
     return ""
 
 
-def find_other_users(place: Place, graphs: Collection[fx.Graph]) -> str:
-    """Whether a graph shows that something else reads the norm's output, or that the Sequential is cut there."""
+def find_user_obstacle(place: Place, graphs: Collection[fx.Graph]) -> str:
+    """Why a norm cannot be fused in place, where a graph shows that something else reads its output, or ""."""
     for node in (node for graph in graphs for node in graph.nodes):
         if node.op == "call_module" and node.target == place.norm:
             if [(user.op, user.target) for user in node.users] != [("call_module", place.successor)]:
@@ -163,16 +163,22 @@ def fuse_place(model: nn.Module, place: Place) -> None:
     assert norm is not None
     assert activation is not None
     identity = nn.Identity().train(activation.training)
-    identity.__dict__[KEPT_AS] = activation
+    # Into __dict__, past nn.Module: the activation must not appear among the modules of the model.
+    identity.__dict__[ACTIVATION_ATTRIBUTE] = activation
     norm.__class__ = FUSED[type(norm)]
     norm.activation = place.activation  # type: ignore[assignment]
     sequential._modules[place.second] = identity
 
 
-def find_fused(model: nn.Module, report: Report) -> list[Place]:
-    """Fused norms that can be taken apart: nn.Identity stands behind them in a Sequential. The others are left."""
+def plan_undo(model: nn.Module, report: Report) -> list[Place]:
+    """Fused norms that can be taken apart: nn.Identity stands behind them in a Sequential.
+
+    The others are added to the report as left.
+    """
     counts = count_places(model)
-    pairs = {join(sequential, first): (sequential, first, second) for sequential, first, second in find_pairs(model)}
+    pairs = {
+        join_name(sequential, first): (sequential, first, second) for sequential, first, second in find_pairs(model)
+    }
     places = []
     for name, norm in model.named_modules():
         if not isinstance(norm, Fused):
@@ -181,10 +187,10 @@ def find_fused(model: nn.Module, report: Report) -> list[Place]:
             report.left.append(Entry(name, describe(type(norm)), reason=UNDO_FIRST))
             continue
         sequential, first, second = pairs.get(name, ("", "", ""))
-        behind = model.get_submodule(join(sequential, second))
+        successor = model.get_submodule(join_name(sequential, second))
         # A graph calls what it called when it was made: there only an nn.Identity that was called as the activation.
-        called = not isinstance(model, fx.GraphModule | Rewritten) or KEPT_AS in vars(behind)
-        if type(behind) is nn.Identity and called and type(norm) in FUSED.values() and counts[id(norm)] == 1:
+        called = not isinstance(model, fx.GraphModule | GraphForward) or ACTIVATION_ATTRIBUTE in vars(successor)
+        if type(successor) is nn.Identity and called and type(norm) in FUSED.values() and counts[id(norm)] == 1:
             places.append(Place(sequential, first, second, norm.activation))
         else:
             reason = "a fused norm is taken apart where torch.nn.Identity stands behind it in a Sequential"
@@ -198,7 +204,7 @@ def take_apart(model: nn.Module, place: Place) -> None:
     norm, identity = sequential._modules[place.first], sequential._modules[place.second]
     assert isinstance(norm, Fused)
     assert identity is not None
-    activation = vars(identity).get(KEPT_AS)
+    activation = vars(identity).get(ACTIVATION_ATTRIBUTE)
     if activation is None and place.activation in ACTIVATIONS:
         activation = ACTIVATIONS[place.activation].module()
     theirs = {ours: theirs for theirs, ours in PAIRS.items()}

@@ -8,7 +8,7 @@ import torch.nn as nn
 
 from ..modules import batch, fused
 from ..modules.sync import SyncBatchNorm, _Synchronized
-from ..ranks.exchange import find_id
+from ..ranks.frames import register_label
 from .report import Entry, Report, describe, is_ours
 
 PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, batch.BatchNorm1d, batch.BatchNorm2d, batch.BatchNorm3d)
@@ -92,7 +92,7 @@ def find_change(module: Any, undo: bool) -> tuple[type[nn.Module] | None, str]:
 def tell_name(module: Any, name: str) -> None:
     """For messages of this rank, and of others that wait for it."""
     module.label = name
-    find_id(name)
+    register_label(name)
 
 
 def change(module: Any, name: str, kind: type[nn.Module], undo: bool, process_group: Any) -> None:

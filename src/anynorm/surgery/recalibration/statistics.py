@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ...errors import SyncError
-from ...ranks.exchange import find_timeout
+from ...ranks.group import find_timeout
 from ...statistics import Moments
 
 KEPT = 32  # groups of batches for each layer; even

@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 
 import anynorm
-from anynorm.surgery.exact_types import BATCH_NORMS, INSTANCE_NORMS, tell
+from anynorm.surgery.exact_types import BATCH_NORMS, INSTANCE_NORMS, register
 from anynorm.surgery.report import FUSED
 
 opacus = pytest.importorskip("opacus", reason="looks at what Opacus does with our classes")
@@ -161,7 +161,7 @@ def test_importing_anynorm_imports_neither():
 def test_changed_tables_are_said_aloud():
     module = type(sys)("opacus.validators")
     with pytest.warns(UserWarning, match=r"opacus\.validators could not be told of anynorm's classes"):
-        tell(module)
+        register(module)
 
 
 def network() -> nn.Sequential:
