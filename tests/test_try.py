@@ -15,10 +15,11 @@ from anynorm.apps.trial.accuracy import compare_outputs, largest_difference
 from anynorm.apps.trial.call import Call, find_tensors
 from anynorm.apps.trial.dependence import find_batch_dependence, find_padding_dependence
 from anynorm.apps.trial.run import print_trial
-from anynorm.apps.trial.target import keep_random_state, resolve
+from anynorm.apps.trial.target import resolve
 from anynorm.apps.trial.timing import FEWEST_PAIRS, Timing, time_steps
 from anynorm.apps.trial.words import describe_finding, describe_speed
 from anynorm.errors import UserError
+from anynorm.randomness import keep_randomness
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -186,7 +187,7 @@ def test_the_users_model_and_random_state_stay(monkeypatch):
 
 def test_random_state_returns_after_an_error():
     before = torch.get_rng_state()
-    with pytest.raises(ZeroDivisionError), keep_random_state():
+    with pytest.raises(ZeroDivisionError), keep_randomness():
         random.seed(torch.rand(3).numel() // 0)
     assert torch.equal(torch.get_rng_state(), before)
 

@@ -16,10 +16,11 @@ from anynorm.apps.explain.numbers import find_statistics
 from anynorm.apps.explain.words import FORMULA
 from anynorm.apps.terminal import heading, plain_table, say
 from anynorm.apps.trial.call import in_one_line
-from anynorm.apps.trial.target import Target, find_norms, keep_random_state, resolve
+from anynorm.apps.trial.target import Target, find_norms, resolve
 from anynorm.errors import UserError
 from anynorm.family import FAMILY
 from anynorm.pooling import Pooling, Sizes, find_pooling
+from anynorm.randomness import keep_randomness
 
 MOST_ROWS = 6
 KINDS: tuple[tuple[type[nn.Module], str], ...] = (
@@ -100,7 +101,7 @@ def watch(target: Target, layer: str | None) -> Seen:
 
     handle = norm.register_forward_hook(catch, with_kwargs=True)
     try:
-        with keep_random_state(), torch.no_grad():
+        with keep_randomness(), torch.no_grad():
             target.call.of(target.model.train())
     except Exception as problem:
         raise UserError(f"explain: calling {target.name} raised {in_one_line(problem)}") from problem

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from anynorm.apps.trial.call import Call, find_tensors
-from anynorm.apps.trial.target import keep_random_state
+from anynorm.randomness import keep_randomness
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +65,7 @@ def without_dropout(model: nn.Module) -> nn.Module:
 
 def find_outputs(model: nn.Module, call: Call, training: bool, seed: int = 0) -> list[Tensor]:
     """Call the model from a fixed seed and return its floating-point outputs."""
-    with keep_random_state(seed), torch.no_grad():
+    with keep_randomness(seed), torch.no_grad():
         tensors = find_tensors(call.of(model.train(training)))
     return [tensor for tensor in tensors if tensor.is_floating_point()]
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from anynorm.apps.trial.accuracy import find_outputs, largest_difference, without_dropout
 from anynorm.apps.trial.call import Call
 from anynorm.apps.trial.held import HeldStatistics
-from anynorm.apps.trial.target import keep_random_state
+from anynorm.randomness import keep_randomness
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +133,7 @@ def _replace_others(tensor: Tensor, count: int) -> Tensor:
     """Return the tensor with new values in every sample but the first: wider and shifted, or other tokens."""
     if tensor.dim() == 0 or len(tensor) != count or tensor.dtype == torch.bool:
         return tensor
-    with keep_random_state(seed=1):
+    with keep_randomness(seed=1):
         if tensor.is_floating_point():
             return torch.cat([tensor[:1], 3.0 * torch.randn_like(tensor[1:]) + 1.0])
         new = torch.randint(int(tensor.min()), int(tensor.max()) + 1, tensor[1:].shape, dtype=tensor.dtype)

@@ -16,9 +16,9 @@ from anynorm.apps.terminal import heading, open_console, plain_table, say
 from anynorm.apps.trial.call import Call
 from anynorm.apps.trial.cases import MODES, Case, make_call, needs_grad
 from anynorm.apps.trial.rounds import Rounds, find_quartiles, time_in_turn
-from anynorm.apps.trial.target import keep_random_state
 from anynorm.apps.trial.timing import take_step
 from anynorm.apps.zoo import MobileNetV2, ResNet18
+from anynorm.randomness import keep_randomness
 
 CASES = (
     Case("ResNet-50", "BatchNorm2d", (256,), (8, 256, 56, 56)),
@@ -60,7 +60,7 @@ class Step:
             model.zero_grad(set_to_none=True)
             take_step(model, call)
 
-        with keep_random_state():
+        with keep_randomness():
             calls = {name: lambda model=self.forms[name]: step(model) for name in names}
             return time_in_turn(calls, 0.8 * seconds, fewest=4, longest=seconds)
 
@@ -181,7 +181,7 @@ def _time_case(case: Case, mode: str, seconds: float) -> Rounds:
 
 def _make_step(name: str, make: Callable[[], nn.Module], images: Tensor) -> Step:
     """Return a model as built, accelerated and fused, with the same parameters."""
-    with keep_random_state():
+    with keep_randomness():
         model = make().train()
     accelerated = copy.deepcopy(model)
     anynorm.accelerate(accelerated)

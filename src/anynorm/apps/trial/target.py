@@ -1,13 +1,9 @@
 """Turn what a user typed (a built-in name or module:factory) into a model and a call that it accepts."""
 
-import contextlib
 import copy
 import dataclasses
-import random
-from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -18,6 +14,7 @@ from anynorm.apps.trial.call import Call, in_one_line
 from anynorm.apps.trial.example import as_call, find_example
 from anynorm.apps.zoo import ZOO
 from anynorm.errors import UserError
+from anynorm.randomness import keep_randomness
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,22 +35,6 @@ def find_norms(model: nn.Module) -> dict[str, nn.Module]:
         return known or ("Norm" in type(module).__name__ and not any(True for _ in module.children()))
 
     return {name: module for name, module in model.named_modules() if is_norm(module)}
-
-
-@contextlib.contextmanager
-def keep_random_state(seed: int = 0) -> Iterator[None]:
-    """Run a block from a fixed seed and put the random states of torch, NumPy and Python back after it."""
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
-    with torch.random.fork_rng(devices=[]):
-        # Only the CPU's generator: torch.manual_seed would seed every accelerator of the process too.
-        torch.default_generator.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed)  # noqa: NPY002
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)  # noqa: NPY002
 
 
 def resolve(spec: str, batch: int | None = None) -> Target:
@@ -78,7 +59,7 @@ def resolve(spec: str, batch: int | None = None) -> Target:
         )
     example = getattr(made, "example_input", None) if example is None else example
     model = _copy(spec, made)
-    with keep_random_state():
+    with keep_randomness():
         call = find_example(spec, model, batch or 8) if example is None else as_call(spec, model, example)
         _check_evaluation(spec, model, call)
     return Target(spec, model.train(), call, guessed=example is None)
@@ -100,7 +81,7 @@ def _make(spec: str) -> Any:
         return factory
     if not callable(factory):
         raise UserError(f"{spec}: is {_article(factory)} and cannot be called; name a function or a class.")
-    with keep_random_state():
+    with keep_randomness():
         try:
             return factory()
         except (Exception, SystemExit) as problem:

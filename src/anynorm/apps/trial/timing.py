@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from anynorm.apps.trial.call import Call, find_tensors
-from anynorm.apps.trial.target import keep_random_state
+from anynorm.randomness import keep_randomness
 
 FEWEST_PAIRS = 6  # fewer say nothing about the median with 95 %
 MOST_PAIRS = 2000
@@ -66,7 +66,7 @@ def time_steps(before: nn.Module, after: nn.Module, call: Call, seconds: float) 
 
     The models take part in training mode and their running averages move: pass copies.
     """
-    with keep_random_state():
+    with keep_randomness():
         before.train()
         after.train()
         for model in (before, after, before, after):  # the first calls allocate memory and choose algorithms
