@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from anynorm.apps import cli
-from anynorm.apps.explain.table import shorten
+from anynorm.apps.list import shorten
 from anynorm.errors import UserError
 from anynorm.family import FAMILY
 
@@ -65,7 +65,7 @@ def test_another_value_error_is_a_defect_and_keeps_its_traceback(monkeypatch):
     def fail(*_, **__):
         raise ValueError("a defect")
 
-    monkeypatch.setattr("anynorm.apps.explain.table.print_family", fail)
+    monkeypatch.setattr("anynorm.apps.list.print_family", fail)
     monkeypatch.setattr(sys, "argv", ["anynorm", "list"])
     with pytest.raises(ValueError, match="a defect"):
         cli.main()
@@ -76,7 +76,7 @@ def test_exit_codes(monkeypatch, raised, code):
     def fail(*_, **__):
         raise raised
 
-    monkeypatch.setattr("anynorm.apps.explain.table.print_family", fail)
+    monkeypatch.setattr("anynorm.apps.list.print_family", fail)
     assert run_main(monkeypatch, "list") == code
 
 

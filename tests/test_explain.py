@@ -16,10 +16,10 @@ from anynorm import reference
 from anynorm.apps import cli
 from anynorm.apps.explain import numbers
 from anynorm.apps.explain.explain import print_explanation
-from anynorm.apps.explain.mine import evaluate, watch
-from anynorm.apps.explain.words import COLOURS, SENTENCES, SHOWN
-from anynorm.apps.trial.call import Call
-from anynorm.apps.trial.target import Target, resolve
+from anynorm.apps.explain.layer import evaluate, observe
+from anynorm.apps.explain.notation import COLOURS, SENTENCES, SHOWN
+from anynorm.apps.models.call import Call
+from anynorm.apps.models.load import LoadedModel, load_model
 from anynorm.errors import UserError
 
 
@@ -164,23 +164,23 @@ def test_layer_without_a_model_is_one_sentence():
 
 def own(model, *shape):
     """Return a target of this model and a random input."""
-    return Target("own", model, Call((3.0 + 2.0 * torch.randn(shape),)), guessed=False)
+    return LoadedModel("own", model, Call((3.0 + 2.0 * torch.randn(shape),)), guessed=False)
 
 
 def test_a_layers_real_input_is_caught():
     model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.BatchNorm1d(4))
     target = own(model, 16, 5)
     x = model[0](target.call.args[0]).detach().double()
-    seen = watch(target, None)
-    assert seen.name == "1"
-    close(seen.x, x, 1e-6)
-    mean, var = seen.statistics(seen.x)
+    observed = observe(target, None)
+    assert observed.name == "1"
+    close(observed.x, x, 1e-6)
+    mean, var = observed.statistics(observed.x)
     close(mean, x.mean(0), 1e-6)
     close(var, x.var(0, correction=0), 1e-6)
-    close(seen.norm.running_mean, 0.1 * x.mean(0), 1e-5)
-    expected = reference.forward(x.numpy(), (0,), given=(seen.norm.running_mean, seen.norm.running_var))
-    close(evaluate(seen), expected, 1e-5)
-    assert watch(target, "3").name == "3"
+    close(observed.norm.running_mean, 0.1 * x.mean(0), 1e-5)
+    expected = reference.forward(x.numpy(), (0,), given=(observed.norm.running_mean, observed.norm.running_var))
+    close(evaluate(observed), expected, 1e-5)
+    assert observe(target, "3").name == "3"
 
 
 @pytest.mark.parametrize(
@@ -195,12 +195,12 @@ def test_a_layers_real_input_is_caught():
     ],
 )
 def test_every_norm_of_the_family_can_be_shown(capsys, monkeypatch, norm, shape, pools, first):
-    seen = watch(own(norm, *shape), None)
-    mean, _ = seen.statistics(seen.x)
+    observed = observe(own(norm, *shape), None)
+    mean, _ = observed.statistics(observed.x)
     assert mean.numel() == pools
-    close(mean[0], first(seen.x).mean(), 1e-6)
-    monkeypatch.setattr("anynorm.apps.explain.mine.resolve", lambda spec: own(norm, *shape))
-    print_explanation(mine="own", console=Console(width=80, highlight=False))
+    close(mean[0], first(observed.x).mean(), 1e-6)
+    monkeypatch.setattr("anynorm.apps.explain.layer.load_model", lambda spec: own(norm, *shape))
+    print_explanation(model="own", console=Console(width=80, highlight=False))
     printed = capsys.readouterr().out
     assert f"{pools} mean" in printed
     assert max(map(len, printed.splitlines())) <= 80
@@ -216,7 +216,7 @@ def test_every_norm_of_the_family_can_be_shown(capsys, monkeypatch, norm, shape,
 )
 def test_a_layer_that_cannot_be_shown_is_one_sentence(model, layer, sentence):
     with pytest.raises(UserError, match=re.escape(sentence)):
-        watch(own(model, 8, 5), layer)
+        observe(own(model, 8, 5), layer)
 
 
 def test_a_layer_that_the_call_does_not_reach_is_one_sentence():
@@ -229,7 +229,7 @@ def test_a_layer_that_the_call_does_not_reach_is_one_sentence():
             return x * 2
 
     with pytest.raises(UserError, match="does not reach norm"):
-        watch(own(Unused(), 8, 5), None)
+        observe(own(Unused(), 8, 5), None)
 
 
 def test_a_layer_of_a_model_is_drawn(tmp_path):
@@ -241,6 +241,6 @@ def test_a_layer_of_a_model_is_drawn(tmp_path):
 
 
 def test_watching_leaves_no_hook():
-    target = resolve("mlp")
-    seen = watch(target, None)
-    assert not seen.norm._forward_hooks
+    target = load_model("mlp")
+    observed = observe(target, None)
+    assert not observed.norm._forward_hooks

@@ -6,12 +6,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import anynorm
+from anynorm.apps.models.call import Call
 from anynorm.apps.terminal import open_console
-from anynorm.apps.trial.call import Call
-from anynorm.apps.trial.dependence import find_batch_dependence, find_padding_dependence
-from anynorm.apps.trial.run import print_trial
-from anynorm.apps.trial.timing import Timing
-from anynorm.apps.trial.words import describe_finding, describe_speed
+from anynorm.apps.timing.steps import PairedTimings
+from anynorm.apps.try_model.dependence import find_batch_dependence, find_padding_dependence
+from anynorm.apps.try_model.sentences import describe_finding, describe_speed
+from anynorm.apps.try_model.try_model import print_trial
 
 
 class NormAct(nn.BatchNorm2d):
@@ -104,8 +104,8 @@ def test_nothing_replaced_is_neither_timed_nor_compared(tmp_path, monkeypatch):
 
 def test_a_ratio_that_the_medians_do_not_show_is_explained():
     """Pairs at two speeds of the machine: the medians come from different pairs."""
-    lines = dict(describe_speed(Timing([1.0, 1.0, 3.0, 3.0, 3.0], [0.9, 0.9, 0.9, 2.7, 2.7])))
+    lines = dict(describe_speed(PairedTimings([1.0, 1.0, 3.0, 3.0, 3.0], [0.9, 0.9, 0.9, 2.7, 2.7])))
     assert (lines["before"], lines["after"]) == ("3000.00 ms", "900.00 ms")
     assert lines["ratio"].startswith("1.11 times the speed, the median over pairs")
     assert "have the ratio 3.33" in lines["ratio"]
-    assert "the two medians" not in dict(describe_speed(Timing([2.0] * 6, [1.0] * 6)))["ratio"]
+    assert "the two medians" not in dict(describe_speed(PairedTimings([2.0] * 6, [1.0] * 6)))["ratio"]

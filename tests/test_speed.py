@@ -12,10 +12,9 @@ from torch import nn
 from typer.testing import CliRunner
 
 import anynorm
-from anynorm.apps import cli
-from anynorm.apps.trial import speed
-from anynorm.apps.trial.cases import MODES, Case, make_call
-from anynorm.apps.trial.rounds import Rounds, time_in_turn
+from anynorm.apps import cli, speed
+from anynorm.apps.timing.cases import MODES, Case, make_call
+from anynorm.apps.timing.interleaved import InterleavedTimings, time_interleaved
 from anynorm.engine.allocator import AllocatorReport
 
 TINY = Case("tiny", "BatchNorm2d", (4,), (6, 4, 2, 2), channels_last=True)
@@ -39,7 +38,7 @@ def test_rounds_are_interleaved_in_changing_order_and_the_slower_call_takes_long
 
         return call
 
-    rounds = time_in_turn({"slow": make("slow", 0.012), "fast": make("fast", 0.006)}, seconds=0.0, fewest=4)
+    rounds = time_interleaved({"slow": make("slow", 0.012), "fast": make("fast", 0.006)}, seconds=0.0, fewest=4)
     assert {name: len(times) for name, times in rounds.seconds.items()} == {"slow": 4, "fast": 4}
     timed = order[4:]  # the first two calls of each are estimates; calls this long need no untimed one
     assert all(set(timed[i : i + 2]) == {"slow", "fast"} for i in range(0, 8, 2))
@@ -48,7 +47,7 @@ def test_rounds_are_interleaved_in_changing_order_and_the_slower_call_takes_long
 
 
 def test_ratio_is_the_median_over_rounds_and_not_the_ratio_of_medians():
-    rounds = Rounds({"a": [1.0, 2.0, 30.0], "b": [1.0, 4.0, 10.0]})
+    rounds = InterleavedTimings({"a": [1.0, 2.0, 30.0], "b": [1.0, 4.0, 10.0]})
     assert rounds.ratios("a", "b") == [1.0, 0.5, 3.0]
     assert rounds.ratio("a", "b") == 1.0
     assert rounds.median("a") == 2.0
@@ -57,24 +56,24 @@ def test_ratio_is_the_median_over_rounds_and_not_the_ratio_of_medians():
 
 def test_cheap_calls_are_timed_many_at_once_and_in_seconds_of_one():
     calls = []
-    rounds = time_in_turn({"cheap": lambda: calls.append(time.sleep(1e-4))}, seconds=0.0, fewest=3)
+    rounds = time_interleaved({"cheap": lambda: calls.append(time.sleep(1e-4))}, seconds=0.0, fewest=3)
     assert len(calls) > 3 * 2
     assert 1e-4 <= rounds.median("cheap") < 5e-3
 
 
 def test_time_is_kept_within_limits():
-    rounds = time_in_turn({"cheap": lambda: None}, seconds=60.0, fewest=1, most=7)
+    rounds = time_interleaved({"cheap": lambda: None}, seconds=60.0, fewest=1, most=7)
     assert len(rounds.seconds["cheap"]) == 7
 
 
 def test_the_longest_time_is_kept_whatever_a_call_takes():
     """A slow call is not called once more to estimate it, and the fewest rounds need not be complete."""
     start, calls = time.perf_counter(), {name: lambda: time.sleep(0.1) for name in "ab"}
-    rounds = time_in_turn(calls, seconds=60.0, fewest=50, longest=0.35)
+    rounds = time_interleaved(calls, seconds=60.0, fewest=50, longest=0.35)
     assert len(rounds.seconds["a"]) == 2
     assert time.perf_counter() - start < 3.0  # six calls and a busy machine
     start = time.perf_counter()
-    rounds = time_in_turn(calls, seconds=60.0, longest=4.0)
+    rounds = time_interleaved(calls, seconds=60.0, longest=4.0)
     assert 2 < len(rounds.seconds["a"]) < 20
     assert time.perf_counter() - start < 5.0
 
@@ -155,7 +154,7 @@ def test_speed_prints_layers_and_steps(monkeypatch):
 
 @pytest.mark.parametrize(("times", "busy"), [([1.0, 1.1, 1.2], False), ([1.0, 2.0, 1500.0], True)])
 def test_a_table_measured_on_a_busy_machine_says_so_and_fits(monkeypatch, times, busy):
-    monkeypatch.setattr(speed, "_time_case", lambda *_: Rounds({"torch": times, "anynorm": [1.0] * 3}))
+    monkeypatch.setattr(speed, "_time_case", lambda *_: InterleavedTimings({"torch": times, "anynorm": [1.0] * 3}))
     console = Console(file=io.StringIO(), width=80)
     speed._print_cases(console, [TINY], 0.0)
     printed = console.file.getvalue()

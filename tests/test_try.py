@@ -11,13 +11,13 @@ from torch.nn import functional as F
 from typer.testing import CliRunner
 
 from anynorm.apps import cli
-from anynorm.apps.trial.accuracy import compare_outputs, largest_difference
-from anynorm.apps.trial.call import Call, find_tensors
-from anynorm.apps.trial.dependence import find_batch_dependence, find_padding_dependence
-from anynorm.apps.trial.run import print_trial
-from anynorm.apps.trial.target import resolve
-from anynorm.apps.trial.timing import FEWEST_PAIRS, Timing, time_steps
-from anynorm.apps.trial.words import describe_finding, describe_speed
+from anynorm.apps.models.call import Call, find_tensors
+from anynorm.apps.models.load import load_model
+from anynorm.apps.timing.steps import FEWEST_PAIRS, PairedTimings, time_steps
+from anynorm.apps.try_model.accuracy import compare_outputs, largest_difference
+from anynorm.apps.try_model.dependence import find_batch_dependence, find_padding_dependence
+from anynorm.apps.try_model.sentences import describe_finding, describe_speed
+from anynorm.apps.try_model.try_model import print_trial
 from anynorm.errors import UserError
 from anynorm.randomness import keep_randomness
 
@@ -86,14 +86,14 @@ def models(tmp_path, monkeypatch):
     ],
 )
 def test_every_form_of_factory_works(models, name, shapes, guessed):
-    target = resolve(models + name)
+    target = load_model(models + name)
     assert [tuple(tensor.shape) for tensor in target.call.tensors()] == shapes
     assert target.guessed == guessed
     assert find_tensors(target.call.of(target.model))
 
 
 def test_a_dotted_module_is_found_in_the_working_folder(models):
-    assert resolve("own_models:pair").call.describe() == "3x7 float32"
+    assert load_model("own_models:pair").call.describe() == "3x7 float32"
 
 
 class FixedSize(nn.Sequential):
@@ -134,8 +134,8 @@ class Last(nn.Module):
     ],
 )
 def test_a_workable_input_is_found(monkeypatch, factory, shape):
-    monkeypatch.setattr("anynorm.apps.trial.target.ZOO", {"own": factory})
-    (example,) = resolve("own").call.args
+    monkeypatch.setattr("anynorm.apps.models.load.ZOO", {"own": factory})
+    (example,) = load_model("own").call.args
     assert tuple(example.shape) == shape
 
 
@@ -157,7 +157,7 @@ def test_a_workable_input_is_found(monkeypatch, factory, shape):
 )
 def test_a_bad_target_is_one_sentence(models, spec, sentence):
     with pytest.raises(UserError) as error:
-        resolve(spec)
+        load_model(spec)
     assert sentence in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -170,7 +170,7 @@ def test_a_model_without_norms_is_no_error(models):
 
 def test_the_users_model_and_random_state_stay(monkeypatch):
     model = nn.Sequential(nn.Linear(7, 5), nn.BatchNorm1d(5)).eval()
-    monkeypatch.setattr("anynorm.apps.trial.target.ZOO", {"own": lambda: model})
+    monkeypatch.setattr("anynorm.apps.models.load.ZOO", {"own": lambda: model})
     before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()  # noqa: NPY002
     state = {name: value.clone() for name, value in model.state_dict().items()}
     threads = torch.get_num_threads()
@@ -291,20 +291,20 @@ def test_chance_is_not_taken_for_dependence():
 def test_ratio_interval_and_verdict():
     slow, fast = [2.0, 2.1, 1.9, 2.0, 2.2, 2.0, 2.1, 1.8], [1.0] * 8
     for timing, verdict in (
-        (Timing(slow, fast), "faster"),
-        (Timing(fast, slow), "slower"),
-        (Timing(slow, slow[::-1]), "no difference"),
+        (PairedTimings(slow, fast), "faster"),
+        (PairedTimings(fast, slow), "slower"),
+        (PairedTimings(slow, slow[::-1]), "no difference"),
     ):
         assert dict(describe_speed(timing))["verdict"].startswith(verdict)
         low, high = timing.interval
         assert low <= timing.middle_half[0] <= timing.ratio <= timing.middle_half[1] <= high
-    assert Timing(slow, fast).ratio == 2.0
+    assert PairedTimings(slow, fast).ratio == 2.0
 
 
 def test_interval_of_the_median_is_that_of_the_binomial_table():
     # For 20 values the 6th and the 15th bound the median with 95.9 % (the 7th and the 14th with 88.5 %).
     values = [float(value) for value in range(1, 21)]
-    assert Timing(values, [1.0] * 20).interval == (6.0, 15.0)
+    assert PairedTimings(values, [1.0] * 20).interval == (6.0, 15.0)
 
 
 class Clock:
@@ -336,7 +336,7 @@ def time_slow(monkeypatch):
 
     def measure(before, after, seconds):
         clock = Clock()
-        monkeypatch.setattr("anynorm.apps.trial.timing.time", clock)
+        monkeypatch.setattr("anynorm.apps.timing.steps.time", clock)
         call = Call((torch.randn(2, 3),))
         return time_steps(Slow(clock, before), Slow(clock, after), call, seconds), clock.now
 
@@ -409,10 +409,10 @@ def test_outputs_in_dicts_and_tuples_work_and_what_was_left_is_said(models, tmp_
 
 def test_lazy_layers_are_refused_in_one_sentence(monkeypatch):
     monkeypatch.setattr(
-        "anynorm.apps.trial.target.ZOO", {"own": lambda: nn.Sequential(nn.LazyLinear(4), nn.LayerNorm(4))}
+        "anynorm.apps.models.load.ZOO", {"own": lambda: nn.Sequential(nn.LazyLinear(4), nn.LayerNorm(4))}
     )
     with pytest.raises(UserError, match="call the model once before returning it"):
-        resolve("own")
+        load_model("own")
 
 
 def test_a_model_made_for_one_batch_size_can_be_tried():
@@ -459,6 +459,6 @@ def test_a_model_that_fails_in_evaluation_or_backward_ends_in_one_sentence(monke
             return y
 
     for model, sentence in ((Fails, "in evaluation mode the model raised"), (Spoils, "a training step raised")):
-        monkeypatch.setattr("anynorm.apps.trial.target.ZOO", {"own": lambda model=model: (model(), torch.randn(4, 5))})
+        monkeypatch.setattr("anynorm.apps.models.load.ZOO", {"own": lambda model=model: (model(), torch.randn(4, 5))})
         with pytest.raises(UserError, match=sentence):
             print_trial("own", seconds=0.05)

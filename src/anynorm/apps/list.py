@@ -5,6 +5,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from anynorm.apps.explain.notation import FORMULA
 from anynorm.apps.terminal import open_console
 from anynorm.family import FAMILY
 
@@ -12,7 +13,7 @@ from anynorm.family import FAMILY
 def print_family(console: Console | None = None) -> None:
     """Print every norm with its answers to the formula's three questions."""
     console = console or open_console()
-    console.print("y = (x - mean) / sqrt(var + eps) * gamma + beta", style="bold")
+    console.print(FORMULA, style="bold")
     console.print("One formula; the norms differ in which elements share a mean and a variance,")
     console.print("in where the two come from, and in what gamma and beta belong to.\n")
     console.print(_table())
@@ -45,7 +46,7 @@ def shorten(classes: tuple[str, ...]) -> str:
 
 
 def _legend() -> str:
-    """Return what the letters mean, those first that the table uses."""
+    """Return the meaning of the letters and sources that the table uses."""
     letters = {
         "n": "samples",
         "c": "channels",

@@ -1,16 +1,17 @@
 """The sentences of `anynorm try`: what was measured, its cause and its remedy, in plain words."""
 
-from anynorm.apps.trial.dependence import Finding
-from anynorm.apps.trial.timing import Timing
+from anynorm.apps.terminal import join_words
+from anynorm.apps.timing.steps import PairedTimings
+from anynorm.apps.try_model.dependence import Finding
 
-UNLIKE = 0.02  # from here on a reader who divides the medians finds another ratio
+UNLIKE = 0.02  # of the ratio: from here on a reader who divides the medians finds another one
 _OTHER_RATIO = (
     "the two medians above, each of its own column, have the ratio {:.2f}: the machine's speed changed between pairs, "
     "within a pair it did not"
 )
 
 
-def describe_speed(timing: Timing) -> list[tuple[str, str]]:
+def describe_speed(timing: PairedTimings) -> list[tuple[str, str]]:
     """Return (label, text) lines: the two medians, then the ratio with its spread and the verdict."""
     from statistics import median
 
@@ -57,15 +58,17 @@ def _reasons(finding: Finding, topic: str) -> list[str]:
     """Return why, and what helps."""
     if not finding.kinds:
         return [_NOT_THE_NORMS[topic]]
-    names = _join(finding.kinds)
+    names = join_words(finding.kinds)
     reason = _BY_NORMS[topic].format(names=names, takes="takes" if len(finding.kinds) == 1 else "take")
     if finding.only_norms:
         return [reason, _REMEDY[topic]]
-    if finding.own:
-        own, takes = _join(finding.own), "has" if len(finding.own) == 1 else "have"
-        rest = f"Whether another layer does it too cannot be told: {own} {takes} code of its own."
+    if finding.custom:
+        custom, has = join_words(finding.custom), "has" if len(finding.custom) == 1 else "have"
+        rest = f"Whether another layer does it too cannot be told: {custom} {has} code of its own."
     else:
-        rest = f"With those statistics held fixed {_percent(finding.held or 0.0)} remain: another layer does it too."
+        rest = (
+            f"With those statistics held fixed {_percent(finding.remaining or 0.0)} remain: another layer does it too."
+        )
     return [reason, rest, _REMEDY[topic]]
 
 
@@ -89,8 +92,3 @@ def _percent(share: float) -> str:
     if share < 1e-4:
         return f"{share:.0e}"
     return f"{100 * share:.0f} %" if share >= 0.1 else f"{100 * share:.2g} %"
-
-
-def _join(names: tuple[str, ...]) -> str:
-    """Return names as a list in words."""
-    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]

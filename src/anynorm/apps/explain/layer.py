@@ -9,31 +9,24 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
-from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.modules.batchnorm import _NormBase
 
+from anynorm.apps.explain.notation import FORMULA
 from anynorm.apps.explain.numbers import find_statistics
-from anynorm.apps.explain.words import FORMULA
+from anynorm.apps.models.call import in_one_line
+from anynorm.apps.models.load import LoadedModel, load_model
+from anynorm.apps.models.norms import find_kind, find_norm_pooling, find_norms
 from anynorm.apps.terminal import heading, plain_table, say
-from anynorm.apps.trial.call import in_one_line
-from anynorm.apps.trial.target import Target, find_norms, resolve
 from anynorm.errors import UserError
 from anynorm.family import FAMILY
-from anynorm.pooling import Pooling, Sizes, find_pooling
+from anynorm.pooling import Pooling
 from anynorm.randomness import keep_randomness
 
 MOST_ROWS = 6
-KINDS: tuple[tuple[type[nn.Module], str], ...] = (
-    (_BatchNorm, "batch"),
-    (_InstanceNorm, "instance"),
-    (nn.GroupNorm, "group"),
-    (nn.LayerNorm, "layer"),
-    (nn.RMSNorm, "rms"),
-)
 
 
 @dataclasses.dataclass(frozen=True)
-class Seen:
+class ObservedLayer:
     """One norm during one call in training mode.
 
     Args:
@@ -56,109 +49,105 @@ class Seen:
         return find_statistics(values, dataclasses.replace(self.pooling, centred=True))
 
 
-def explain_mine(console: Console, spec: str, layer: str | None, out: Path | None) -> None:
+def explain_layer(console: Console, spec: str, layer: str | None, out: Path | None) -> None:
     """Print, and where asked draw, what one norm of a model does to its real input."""
-    target = resolve(spec)
-    seen = watch(target, layer)
-    scheme = FAMILY[seen.kind]
+    loaded = load_model(spec)
+    observed = observe(loaded, layer)
+    scheme = FAMILY[observed.kind]
     console.print(FORMULA, style="bold")
-    shape = "x".join(map(str, seen.x.shape))
-    heading(console, f"{target.name}: {seen.name or 'the model itself'}")
-    eps = getattr(seen.norm, "eps", None) or "of the dtype"
-    origin = "made up by anynorm" if target.guessed else "the model's own example"
+    shape = "x".join(map(str, observed.x.shape))
+    heading(console, f"{loaded.name}: {observed.name or 'the model itself'}")
+    eps = getattr(observed.norm, "eps", None) or "of the dtype"
+    origin = "made up by anynorm" if loaded.guessed else "the model's own example"
     say(
         console,
-        f"{type(seen.norm).__name__}: {scheme.pattern}, eps {eps}, training mode.",
-        f"The model's input: {target.call.describe()} ({origin}).",
-        f"This layer's input: {shape}. {_count(seen)}\n",
+        f"{type(observed.norm).__name__}: {scheme.pattern}, eps {eps}, training mode.",
+        f"The model's input: {loaded.call.describe()} ({origin}).",
+        f"This layer's input: {shape}. {_count(observed)}\n",
     )
-    _print_table(console, seen)
-    _print_notes(console, seen)
+    _print_table(console, observed)
+    _print_notes(console, observed)
     if out is not None:
         from anynorm.apps.explain.picture import draw_layer
 
-        draw_layer(out, seen, f"{target.name}: {seen.name or type(seen.norm).__name__}", pool_names(seen)[:4])
+        title = f"{loaded.name}: {observed.name or type(observed.norm).__name__}"
+        draw_layer(out, observed, title, pool_names(observed)[:4])
         console.print(f"\nThe same as a picture: {out}")
 
 
-def watch(target: Target, layer: str | None) -> Seen:
+def observe(loaded: LoadedModel, layer: str | None) -> ObservedLayer:
     """Call the model once in training mode and return what its norm received and gave.
 
     Raises:
         UserError: no norms, no norm of that name, one outside the family, or one that the call does not reach.
     """
-    name, norm = _choose(target, layer)
-    kind = next((kind for base, kind in KINDS if isinstance(norm, base)), None)
+    name, norm = _choose(loaded, layer)
+    kind = find_kind(type(norm))
     if kind is None:
         raise UserError(f"explain: {name} is a {type(norm).__name__}, which is not in the family; try another --layer.")
-    caught: list[tuple[Tensor, Tensor]] = []
-    start = _running(norm)
+    start = _copy_running(norm)
+    calls = _record_calls(loaded, norm)
+    if not calls:
+        raise UserError(f"explain: the call of {loaded.name} does not reach {name}; choose another --layer.")
+    x, y = calls[0]
+    return ObservedLayer(name, norm, kind, x, y, start, find_norm_pooling(norm, kind, x))
 
-    def catch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+
+def _record_calls(loaded: LoadedModel, norm: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """Call the model in training mode and return input and output of its norm, in float64, for the first call of it."""
+    calls: list[tuple[Tensor, Tensor]] = []
+
+    def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         x = args[0] if args else next(iter(kwargs.values()), None)
-        if isinstance(x, Tensor) and isinstance(output, Tensor) and not caught:
-            caught.append((x.detach().double(), output.detach().double()))
+        if isinstance(x, Tensor) and isinstance(output, Tensor) and not calls:
+            calls.append((x.detach().double(), output.detach().double()))
 
-    handle = norm.register_forward_hook(catch, with_kwargs=True)
+    handle = norm.register_forward_hook(record, with_kwargs=True)
     try:
         with keep_randomness(), torch.no_grad():
-            target.call.of(target.model.train())
+            loaded.call.of(loaded.model.train())
     except Exception as problem:
-        raise UserError(f"explain: calling {target.name} raised {in_one_line(problem)}") from problem
+        raise UserError(f"explain: calling {loaded.name} raised {in_one_line(problem)}") from problem
     finally:
         handle.remove()
-    if not caught:
-        raise UserError(f"explain: the call of {target.name} does not reach {name}; choose another --layer.")
-    x, y = caught[0]
-    return Seen(name, norm, kind, x, y, start, _pooling(norm, kind, x))
+    return calls
 
 
-def _choose(target: Target, layer: str | None) -> tuple[str, nn.Module]:
+def _choose(loaded: LoadedModel, layer: str | None) -> tuple[str, nn.Module]:
     """Return the named norm, or the first."""
-    norms = find_norms(target.model)
+    norms = find_norms(loaded.model)
     if not norms:
-        raise UserError(f"explain: {target.name} holds no normalization layer.")
+        raise UserError(f"explain: {loaded.name} holds no normalization layer.")
     if layer is None:
         return next(iter(norms.items()))
     if layer not in norms:
         names = list(norms)
         more = f" and {len(names) - 6} more" if len(names) > 6 else ""
-        raise UserError(f"explain: {target.name} has no norm {layer!r}; it has {', '.join(names[:6])}{more}.")
+        raise UserError(f"explain: {loaded.name} has no norm {layer!r}; it has {', '.join(names[:6])}{more}.")
     return layer, norms[layer]
 
 
-def _running(norm: nn.Module) -> tuple[Tensor, Tensor] | None:
+def _copy_running(norm: nn.Module) -> tuple[Tensor, Tensor] | None:
     """Return copies of the running averages, where the norm keeps any."""
     if not isinstance(norm, _NormBase) or norm.running_mean is None or norm.running_var is None:
         return None
     return norm.running_mean.clone(), norm.running_var.clone()
 
 
-def _pooling(norm: nn.Module, kind: str, x: Tensor) -> Pooling:
-    """Return which elements share a mean, from the family's table."""
-    scheme = FAMILY[kind]
-    sizes: Sizes = ()
-    if isinstance(norm, nn.GroupNorm):
-        sizes = (("g", norm.num_groups),)
-    elif isinstance(norm, nn.LayerNorm | nn.RMSNorm):
-        sizes = (("d", tuple(norm.normalized_shape)),)
-    return find_pooling(scheme.pattern, scheme.affine, scheme.centred, x.dim(), sizes)
-
-
-def _count(seen: Seen) -> str:
+def _count(observed: ObservedLayer) -> str:
     """Return in words how many means there are and how many values share one."""
-    size = seen.pooling.count(seen.pooling.open(seen.x))
-    means = seen.x.numel() // size
-    what = "mean" if seen.pooling.centred else "mean square"
+    size = observed.pooling.count(observed.pooling.open(observed.x))
+    means = observed.x.numel() // size
+    what = "mean" if observed.pooling.centred else "mean square"
     return f"{means:,} {what}{'s' if means > 1 else ''}, each of {size:,} values."
 
 
-def pool_names(seen: Seen) -> list[str]:
+def pool_names(observed: ObservedLayer) -> list[str]:
     """Return what to call the first pools, in the order of the statistics."""
-    view = seen.pooling.open(seen.x)
-    kept = [axis for axis in range(view.dim()) if axis not in seen.pooling.pooled]
-    words = {"batch": ["channel"], "instance": ["sample", "channel"], "group": ["sample", "group"]}
-    labels = words.get(seen.kind, ["sample", "position", "row", "column"])
+    view = observed.pooling.open(observed.x)
+    kept = [axis for axis in range(view.dim()) if axis not in observed.pooling.pooled]
+    axes = {"batch": ["channel"], "instance": ["sample", "channel"], "group": ["sample", "group"]}
+    labels = axes.get(observed.kind, ["sample", "position", "row", "column"])
     shape = [view.shape[axis] for axis in kept]
     names = []
     for index in range(min(MOST_ROWS, prod(shape))):
@@ -168,22 +157,22 @@ def pool_names(seen: Seen) -> list[str]:
     return names
 
 
-def _print_table(console: Console, seen: Seen) -> None:
+def _print_table(console: Console, observed: ObservedLayer) -> None:
     """Print the first pools: statistics before, running averages and parameters where each has one, and after."""
-    before, after = seen.statistics(seen.x), seen.statistics(seen.y)
+    before, after = observed.statistics(observed.x), observed.statistics(observed.y)
     columns: dict[str, Tensor] = {"x\nmean": before[0], "x\nvar": before[1]}
-    if not seen.pooling.centred:
-        columns["x mean\nsquare"] = find_statistics(seen.x, seen.pooling)[1]
-    if seen.kind == "batch":
-        running = _running(seen.norm)
+    if not observed.pooling.centred:
+        columns["x mean\nsquare"] = find_statistics(observed.x, observed.pooling)[1]
+    if observed.kind == "batch":
+        running = _copy_running(observed.norm)
         if running is not None:
             columns |= {"running\nmean": running[0], "running\nvar": running[1]}
-        for title, parameter in (("gamma\n", seen.norm.weight), ("beta\n", seen.norm.bias)):
+        for title, parameter in (("gamma\n", observed.norm.weight), ("beta\n", observed.norm.bias)):
             if isinstance(parameter, Tensor):
                 columns[title] = parameter.detach()
     columns |= {"y\nmean": after[0], "y\nvar": after[1]}
     table = plain_table("\nshared by", *columns)
-    names = pool_names(seen)
+    names = pool_names(observed)
     for row, name in enumerate(names):
         table.add_row(name, *(_short(values[row].item()) for values in columns.values()))
     console.print(table)
@@ -191,36 +180,36 @@ def _print_table(console: Console, seen: Seen) -> None:
         console.print(f"and {before[0].numel() - len(names):,} more")
 
 
-def _print_notes(console: Console, seen: Seen) -> None:
+def _print_notes(console: Console, observed: ObservedLayer) -> None:
     """Print what the table cannot show: parameters that vary inside a pool, running averages, evaluation."""
     console.print()
-    if seen.kind != "batch" and isinstance(getattr(seen.norm, "weight", None), Tensor):
-        weight = seen.norm.weight
+    if observed.kind != "batch" and isinstance(getattr(observed.norm, "weight", None), Tensor):
+        weight = observed.norm.weight
         assert isinstance(weight, Tensor)
-        place = "channel" if seen.kind in ("instance", "group") else "feature"
+        place = "channel" if observed.kind in ("instance", "group") else "feature"
         say(console, f"gamma: one per {place}, from {_short(weight.min().item())} to {_short(weight.max().item())}.")
-    if seen.start is None:
+    if observed.start is None:
         say(console, "This layer keeps no running averages: training and evaluation are alike.")
         return
-    momentum = getattr(seen.norm, "momentum", None)
+    momentum = getattr(observed.norm, "momentum", None)
     moved = f"{momentum:g} of the way towards" if momentum is not None else "by a plain average over batches towards"
     say(
         console,
         f"The running averages above are those after this call. It moved them {moved} "
         "the batch's (the variance with n-1). Evaluation uses them in place of the batch's.",
     )
-    gap = (evaluate(seen) - seen.y).abs().max().item()
+    gap = (evaluate(observed) - observed.y).abs().max().item()
     say(
         console,
         f"On this very input evaluation would differ from training by up to {_short(gap)}; "
-        f"the largest output in training is {_short(seen.y.abs().max().item())}.",
+        f"the largest output in training is {_short(observed.y.abs().max().item())}.",
     )
 
 
-def evaluate(seen: Seen) -> Tensor:
+def evaluate(observed: ObservedLayer) -> Tensor:
     """Return the layer's output in evaluation, on the input it received in training."""
     with torch.no_grad():
-        return copy.deepcopy(seen.norm).double().eval()(seen.x)
+        return copy.deepcopy(observed.norm).double().eval()(observed.x)
 
 
 def _short(value: float) -> str:

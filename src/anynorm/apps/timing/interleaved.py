@@ -14,12 +14,12 @@ PAUSE = 0.01  # seconds until threads of another runtime, which wait for work by
 LONGEST = 12.0  # seconds after which the fewest rounds need not be complete
 SLOW = 0.5  # of the time there is: a first call that takes more is not called once more to estimate it
 
-Call = Callable[[], object]
+TimedCall = Callable[[], object]
 
 
 @dataclasses.dataclass(frozen=True)
-class Rounds:
-    """Seconds of one call of each contestant; those of one round stand at one place in all lists."""
+class InterleavedTimings:
+    """Seconds of one call by contestant; those of one round stand at one place in all lists."""
 
     seconds: dict[str, list[float]]
 
@@ -48,14 +48,14 @@ def find_quartiles(values: list[float]) -> tuple[float, float]:
     return first, third
 
 
-def time_in_turn(
-    calls: Mapping[str, Call],
+def time_interleaved(
+    calls: Mapping[str, TimedCall],
     seconds: float,
     fewest: int = 5,
     most: int = 100,
     apart: Collection[str] = (),
     longest: float | None = None,
-) -> Rounds:
+) -> InterleavedTimings:
     """Time calls in turn, in another order every round.
 
     Args:
@@ -78,7 +78,7 @@ def time_in_turn(
                     time.sleep(PAUSE)
                 found[name].append(_time_chunk(calls[name], counts[name]))
                 before = name
-    return Rounds(found)
+    return InterleavedTimings(found)
 
 
 def _find_order(names: list[str], turn: int) -> list[str]:
@@ -97,7 +97,7 @@ def _goes_on(rounds: int, start: float, seconds: float, limits: tuple[int, int],
     return now - start < seconds and now < end and rounds < most
 
 
-def _find_count(call: Call, slow: float) -> int:
+def _find_count(call: TimedCall, slow: float) -> int:
     """Return how many calls make a chunk that the clock can time; 0 for a call that needs no untimed one first."""
     start = time.perf_counter()
     call()
@@ -109,7 +109,7 @@ def _find_count(call: Call, slow: float) -> int:
     return 0 if spent > CHEAP else max(1, math.ceil(CHUNK / max(spent, 1e-7)))
 
 
-def _time_chunk(call: Call, count: int) -> float:
+def _time_chunk(call: TimedCall, count: int) -> float:
     """Return the seconds of one call, on average over a chunk."""
     if count:
         call()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from anynorm.apps.trial.call import Call, find_tensors
+from anynorm.apps.models.call import Call, find_tensors
 from anynorm.randomness import keep_randomness
 
 

@@ -6,9 +6,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from anynorm.apps.trial.accuracy import find_outputs, largest_difference, without_dropout
-from anynorm.apps.trial.call import Call
-from anynorm.apps.trial.held import HeldStatistics
+from anynorm.apps.models.call import Call
+from anynorm.apps.try_model.accuracy import find_outputs, largest_difference, without_dropout
+from anynorm.apps.try_model.fixed_statistics import FixedStatistics
 from anynorm.randomness import keep_randomness
 
 
@@ -17,19 +17,20 @@ class Finding:
     """What happened to the output of sample 0 in one mode.
 
     Args:
+        training: whether the mode was training, else evaluation.
         change: largest change as a share of the largest output; None where it could not be tried.
-        held: the same with the statistics of the norms held at their first values; None where not tried.
+        remaining: the same with the statistics of the norms fixed at their first values; None where not tried.
         kinds: classes of the norms whose statistics depend on what was changed.
-        own: those among them whose statistics cannot be held, for their code is not known.
+        custom: those among them whose statistics cannot be fixed, for their code is not known.
         note: why it could not be tried, or how the outputs were compared.
         tolerance: changes up to here are rounding.
     """
 
     training: bool
     change: float | None
-    held: float | None = None
+    remaining: float | None = None
     kinds: tuple[str, ...] = ()
-    own: tuple[str, ...] = ()
+    custom: tuple[str, ...] = ()
     note: str = ""
     tolerance: float = 0.0
 
@@ -40,15 +41,15 @@ class Finding:
 
     @property
     def only_norms(self) -> bool:
-        """Return whether the norms alone carry the change: nothing is left once their statistics are held."""
-        return self.depends and self.held is not None and self.held <= self.tolerance
+        """Return whether the norms alone carry the change: nothing is left once their statistics are fixed."""
+        return self.depends and self.remaining is not None and self.remaining <= self.tolerance
 
 
 Change = Callable[[Call], Call]
 Select = Callable[[list[Tensor], list[Tensor]], tuple[list[Tensor], list[Tensor], str]]
 
 
-class Bench:
+class ModelProbe:
     """A copy of the model in float64 where it can be (so that rounding is told from change), without dropout."""
 
     def __init__(self, model: nn.Module, call: Call) -> None:
@@ -69,12 +70,12 @@ class Bench:
         """Return the floating-point outputs."""
         return find_outputs(self.model, call, training, seed)
 
-    def examine(self, call: Call, change: Change, select: Select, training: bool, across: bool) -> Finding:
-        """Run the call as it is and changed; if the output moved, run both again with the statistics held."""
+    def examine(self, call: Call, change: Change, select: Select, training: bool, batch_only: bool) -> Finding:
+        """Run the call as it is and changed; if the output moved, run both again with fixed statistics."""
         first = self.outputs(call, training)
         # A longer input draws other random numbers, an equally large one the same: only padding needs a model
         # without chance (a functional dropout cannot be switched off from here).
-        again = self.outputs(call, training, seed=0 if across else 1)
+        again = self.outputs(call, training, seed=0 if batch_only else 1)
         if largest_difference(first, again).relative > self.tolerance:
             return Finding(training, None, note="the model gives another output each time it is called")
         changed = change(call)
@@ -84,25 +85,25 @@ class Bench:
         moved = largest_difference(one, other).relative
         if moved <= self.tolerance:
             return Finding(training, moved, note=note, tolerance=self.tolerance)
-        with HeldStatistics(self.model, across) as held:
+        with FixedStatistics(self.model, batch_only) as fixed:
             first = self.outputs(call, training)
-            if not held.kinds:
+            if not fixed.kinds:
                 return Finding(training, moved, moved, note=note, tolerance=self.tolerance)
-            held.replay()
+            fixed.replay()
             one, other, _ = select(first, self.outputs(changed, training))
-        rest = largest_difference(one, other).relative
-        return Finding(training, moved, rest, held.kinds, held.own, note, self.tolerance)
+        remaining = largest_difference(one, other).relative
+        return Finding(training, moved, remaining, fixed.kinds, fixed.custom, note, self.tolerance)
 
 
 def find_batch_dependence(model: nn.Module, call: Call) -> list[Finding]:
     """Replace the other samples of the batch and compare sample 0's output, in evaluation and in training mode."""
-    bench = Bench(model, call)
-    size = _batch_size(bench.call)
+    probe = ModelProbe(model, call)
+    size = _batch_size(probe.call)
     if size is None:
         return [Finding(mode, None, note="the arguments share no first axis") for mode in (False, True)]
     if size == 1:
         # One sample has no company: give it three copies, which the test then replaces.
-        bench.call = bench.call.change(lambda t: torch.cat([t] * 4) if t.dim() and len(t) == 1 else t)
+        probe.call = probe.call.change(lambda t: torch.cat([t] * 4) if t.dim() and len(t) == 1 else t)
         size = 4
     count = size
 
@@ -114,7 +115,7 @@ def find_batch_dependence(model: nn.Module, call: Call) -> list[Finding]:
         note = "" if pairs else "no output has the batch as its first axis"
         return [a[:1] for a, _ in pairs], [b[:1] for _, b in pairs], note
 
-    return [bench.examine(bench.call, replace, sample_0, mode, across=True) for mode in (False, True)]
+    return [probe.examine(probe.call, replace, sample_0, mode, batch_only=True) for mode in (False, True)]
 
 
 def _first_samples(call: Call, most: int = 4) -> Call:
@@ -145,17 +146,17 @@ def find_padding_dependence(model: nn.Module, call: Call) -> list[Finding]:
 
     Returns an empty list where the input is not a sequence: no floating (N, L, D) or (N, C, L), no integer (N, L).
     """
-    bench = Bench(model, call)
-    axes = _position_axes(model, bench.call)
+    probe = ModelProbe(model, call)
+    axes = _position_axes(model, probe.call)
     problem = ""
     for axis in axes:
-        length = bench.call.tensors()[0].shape[axis]
+        length = probe.call.tensors()[0].shape[axis]
 
         def pad(given: Call, axis: int = axis, length: int = length) -> Call:
             return given.change(lambda tensor: _append_zeros(tensor, axis, length))
 
         try:
-            return [bench.examine(bench.call, pad, _real_positions, mode, across=False) for mode in (False, True)]
+            return [probe.examine(probe.call, pad, _real_positions, mode, batch_only=False) for mode in (False, True)]
         except Exception as error:  # this axis is not one of positions: the model wants its exact size
             problem = problem or type(error).__name__
     note = f"the model accepts no longer input ({problem})"

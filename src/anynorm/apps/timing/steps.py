@@ -8,7 +8,7 @@ import time
 import torch
 from torch import nn
 
-from anynorm.apps.trial.call import Call, find_tensors
+from anynorm.apps.models.call import Call, find_tensors
 from anynorm.randomness import keep_randomness
 
 FEWEST_PAIRS = 6  # fewer say nothing about the median with 95 %
@@ -16,7 +16,7 @@ MOST_PAIRS = 2000
 
 
 @dataclasses.dataclass(frozen=True)
-class Timing:
+class PairedTimings:
     """Seconds of forward and backward: before[i] and after[i] ran one right after the other, on so many threads."""
 
     before: list[float]
@@ -61,7 +61,7 @@ class Timing:
         return ratios[lower], ratios[n - 1 - lower]
 
 
-def time_steps(before: nn.Module, after: nn.Module, call: Call, seconds: float) -> Timing:
+def time_steps(before: nn.Module, after: nn.Module, call: Call, seconds: float) -> PairedTimings:
     """Time forward and backward of both models in turn, for about this many seconds.
 
     The models take part in training mode and their running averages move: pass copies.
@@ -82,7 +82,7 @@ def time_steps(before: nn.Module, after: nn.Module, call: Call, seconds: float) 
             else:
                 first.append(_time_step(before, call))
                 second.append(_time_step(after, call))
-    return Timing(first, second, torch.get_num_threads())
+    return PairedTimings(first, second, torch.get_num_threads())
 
 
 def _goes_on(pairs: int, spent: float, seconds: float) -> bool:

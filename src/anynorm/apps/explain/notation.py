@@ -1,4 +1,6 @@
-"""The words, letters and colours that the terminal and the picture share."""
+"""Formula, sentences, letters and colours that the terminal and the picture share."""
+
+from torch import Tensor
 
 from anynorm.apps.explain.numbers import GROUPS, SMALL
 
@@ -13,3 +15,8 @@ SENTENCES = {
     "instance": "one mean per channel of each sample",
     "group": f"one mean per group ({SMALL.shape[1] // GROUPS} channels) of each sample",
 }
+
+
+def write_vector(values: Tensor) -> str:
+    """Return values as (2, 0.5)."""
+    return "(" + ", ".join(f"{value:g}" for value in values.tolist()) + ")"

@@ -1,22 +1,23 @@
-"""`anynorm try`: run every part of the trial and print what came out."""
+"""`anynorm try`: speed, outputs and dependence of a model before and after `anynorm.accelerate`, printed."""
 
 import copy
 import textwrap
 from collections import Counter
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.padding import Padding
 from torch import nn
 
+from anynorm.apps.models.call import in_one_line
+from anynorm.apps.models.load import LoadedModel, load_model
+from anynorm.apps.models.norms import find_norms
 from anynorm.apps.terminal import open_console, plain_table
-from anynorm.apps.trial.accuracy import Accuracy, compare_outputs
-from anynorm.apps.trial.call import in_one_line
-from anynorm.apps.trial.dependence import Finding, find_batch_dependence, find_padding_dependence
-from anynorm.apps.trial.target import Target, find_norms, resolve
-from anynorm.apps.trial.timing import Timing, time_steps
-from anynorm.apps.trial.words import describe_finding, describe_speed
+from anynorm.apps.timing.steps import PairedTimings, time_steps
+from anynorm.apps.timing.threads import use_threads
+from anynorm.apps.try_model.accuracy import Accuracy, compare_outputs
+from anynorm.apps.try_model.dependence import Finding, find_batch_dependence, find_padding_dependence
+from anynorm.apps.try_model.sentences import describe_finding, describe_speed
 from anynorm.errors import UserError
 
 MOST_LEFT = 6  # lines about norms that were left; the rest is counted
@@ -32,53 +33,49 @@ def print_trial(
     """Try anynorm on a model and print speed, differences, and what a sample's output depends on.
 
     Args:
-        spec: a built-in name or module:factory, see `anynorm.apps.trial.target.resolve`.
+        spec: a built-in name or module:factory, see `anynorm.apps.models.load.load_model`.
         seconds: how long to measure speed.
         threads: CPU threads; where None, as many as torch is set to.
         batch: samples of an example that anynorm makes up.
         console: where to print; where None, standard output.
     """
     console = console or open_console()
-    usual = torch.get_num_threads()
-    torch.set_num_threads(threads or usual)
-    try:
-        target = resolve(spec, batch)
-        _print_target(console, target)
-        norms = find_norms(target.model)
+    with use_threads(threads):
+        loaded = load_model(spec, batch)
+        _print_model(console, loaded)
+        norms = find_norms(loaded.model)
         if norms:
-            _print_parts(console, target, norms, seconds)
+            _print_parts(console, loaded, norms, seconds)
         else:
             console.print("\nThis model holds no normalization layer, so there is nothing for anynorm to change.")
-    finally:
-        torch.set_num_threads(usual)
 
 
-def _print_parts(console: Console, target: Target, norms: dict[str, nn.Module], seconds: float) -> None:
+def _print_parts(console: Console, loaded: LoadedModel, norms: dict[str, nn.Module], seconds: float) -> None:
     """Measure and print part after part."""
-    after, report = _accelerate(target.model)
+    after, report = _accelerate(loaded.model)
     _print_norms(console, norms, report)
     if report.changed:
-        _print_change(console, target, after, seconds)
+        _print_change(console, loaded, after, seconds)
     with console.status("replacing the other samples"):
-        across = find_batch_dependence(target.model, target.call)
-    _print_findings(console, "Does a sample's output depend on the other samples of its batch?", across, "samples")
+        batch = find_batch_dependence(loaded.model, loaded.call)
+    _print_findings(console, "Does a sample's output depend on the other samples of its batch?", batch, "samples")
     with console.status("appending padding"):
-        padding = find_padding_dependence(target.model, target.call)
+        padding = find_padding_dependence(loaded.model, loaded.call)
     if padding:
         _print_findings(console, "Does it depend on padding appended to its sequence?", padding, "padding")
     _print_advice(console, report)
 
 
-def _print_change(console: Console, target: Target, after: nn.Module, seconds: float) -> None:
+def _print_change(console: Console, loaded: LoadedModel, after: nn.Module, seconds: float) -> None:
     """Time both models and compare their outputs; where nothing was replaced noise alone would decide."""
     with console.status("measuring speed"):
         try:
-            timing = time_steps(copy.deepcopy(target.model), copy.deepcopy(after), target.call, seconds)
+            timing = time_steps(copy.deepcopy(loaded.model), copy.deepcopy(after), loaded.call, seconds)
         except Exception as problem:
-            raise UserError(f"{target.name}: a training step raised {in_one_line(problem)}") from problem
+            raise UserError(f"{loaded.name}: a training step raised {in_one_line(problem)}") from problem
     _print_speed(console, timing)
     with console.status("comparing outputs"):
-        accuracies = [compare_outputs(target.model, after, target.call, mode) for mode in (False, True)]
+        accuracies = [compare_outputs(loaded.model, after, loaded.call, mode) for mode in (False, True)]
     _print_accuracies(console, accuracies)
 
 
@@ -91,12 +88,12 @@ def _accelerate(model: nn.Module) -> tuple[nn.Module, Any]:
     return after, report
 
 
-def _print_target(console: Console, target: Target) -> None:
+def _print_model(console: Console, loaded: LoadedModel) -> None:
     """Print the model's size and the input it is tried on."""
-    count = sum(parameter.numel() for parameter in target.model.parameters())
-    console.print(f"{target.name}: {count:,} parameters", style="bold")
-    origin = "made up by anynorm" if target.guessed else "the model's own example"
-    console.print(f"  input {target.call.describe()} ({origin})")
+    count = sum(parameter.numel() for parameter in loaded.model.parameters())
+    console.print(f"{loaded.name}: {count:,} parameters", style="bold")
+    origin = "made up by anynorm" if loaded.guessed else "the model's own example"
+    console.print(f"  input {loaded.call.describe()} ({origin})")
 
 
 def _heading(console: Console, text: str) -> None:
@@ -115,8 +112,8 @@ def _print_norms(console: Console, norms: dict[str, nn.Module], report: Any) -> 
     """Print the norms per class, how many accelerate replaced, and why it left the others."""
     _heading(console, "Norms")
     replaced = Counter(entry.kind.rpartition(".")[2] for entry in report.changed)
-    held = Counter(type(module).__name__ for module in norms.values())
-    for kind, count in (held | replaced).items():
+    counts = Counter(type(module).__name__ for module in norms.values())
+    for kind, count in (counts | replaced).items():
         _line(console, f"{count:4d} {kind}: {_share(replaced[kind], count)}")
     for entry in report.left[:MOST_LEFT]:
         _line(console, f"left {entry.name} ({entry.kind}): {entry.reason}", indent=7)
@@ -131,15 +128,14 @@ def _share(replaced: int, count: int) -> str:
     return "replaced" if replaced == count else f"{replaced} replaced, {count - replaced} left"
 
 
-def _print_speed(console: Console, timing: Timing) -> None:
+def _print_speed(console: Console, timing: PairedTimings) -> None:
     """Print the medians, the ratio with its spread, and a verdict."""
     threads = timing.threads
     _heading(console, "A training step (forward and backward)")
     for name, text in describe_speed(timing):
         _line(console, f"{name:<11}{text}")
     pairs = len(timing.before)
-    words = f"{pairs} pairs of steps, in turn, on {threads} CPU thread{'s' if threads > 1 else ''}"
-    _line(console, words)
+    _line(console, f"{pairs} pairs of steps, in turn, on {threads} CPU thread{'s' if threads > 1 else ''}")
 
 
 def _print_accuracies(console: Console, accuracies: list[Accuracy]) -> None:
@@ -161,16 +157,16 @@ def _print_accuracies(console: Console, accuracies: list[Accuracy]) -> None:
 def _print_findings(console: Console, question: str, findings: list[Finding], topic: str) -> None:
     """Print the answer of each mode, then reason and remedy once."""
     _heading(console, question)
-    said: list[str] = []
+    printed: list[str] = []
     for finding in findings:
         mode = "training" if finding.training else "evaluation"
         answer, *reasons = describe_finding(finding, topic)
         style = "yellow" if finding.depends else None
         _line(console, f"{mode:<11}{answer}", style=style)
         for reason in reasons:
-            if reason not in said:
+            if reason not in printed:
                 _line(console, reason, indent=13)
-                said.append(reason)
+                printed.append(reason)
 
 
 def _print_advice(console: Console, report: Any) -> None:

@@ -12,11 +12,12 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import anynorm
+from anynorm.apps.models.call import Call
 from anynorm.apps.terminal import heading, open_console, plain_table, say
-from anynorm.apps.trial.call import Call
-from anynorm.apps.trial.cases import MODES, Case, make_call, needs_grad
-from anynorm.apps.trial.rounds import Rounds, find_quartiles, time_in_turn
-from anynorm.apps.trial.timing import take_step
+from anynorm.apps.timing.cases import MODES, Case, make_call, needs_grad
+from anynorm.apps.timing.interleaved import InterleavedTimings, find_quartiles, time_interleaved
+from anynorm.apps.timing.steps import take_step
+from anynorm.apps.timing.threads import use_threads
 from anynorm.apps.zoo import MobileNetV2, ResNet18
 from anynorm.randomness import keep_randomness
 
@@ -50,9 +51,9 @@ class Step:
     name: str
     forms: dict[str, nn.Module]
     images: Tensor
-    words: str
+    summary: str
 
-    def time(self, names: Sequence[str], seconds: float) -> Rounds:
+    def time(self, names: Sequence[str], seconds: float) -> InterleavedTimings:
         """Time forward and backward of these forms in turn."""
         call = Call((self.images,))
 
@@ -62,7 +63,7 @@ class Step:
 
         with keep_randomness():
             calls = {name: lambda model=self.forms[name]: step(model) for name in names}
-            return time_in_turn(calls, 0.8 * seconds, fewest=4, longest=seconds)
+            return time_interleaved(calls, 0.8 * seconds, fewest=4, longest=seconds)
 
 
 def print_speed(
@@ -81,9 +82,7 @@ def print_speed(
         console: where to print; where None, standard output.
     """
     console = console or open_console()
-    usual = torch.get_num_threads()
-    torch.set_num_threads(threads or usual)
-    try:
+    with use_threads(threads):
         end = time.perf_counter() + seconds
         say(console, f"{torch.get_num_threads()} CPU threads, torch {torch.__version__}; above 1 anynorm is faster")
         say(
@@ -91,21 +90,24 @@ def print_speed(
             f"This takes about {seconds:.0f} seconds (--seconds), unless a step of two images takes several.",
         )
         _print_cases(console, CASES, FOR_CASES * seconds)
-        most, side = images
-        count = find_count(most, end - time.perf_counter(), lambda count: _time_step(count, side))
-        steps = [_make_step(name, make, torch.randn(count, 3, side, side)) for name, make in MODELS.items()]
-        heading(console, f"A training step (forward and backward), {count}x3x{side}x{side}")
-        if count < most:
-            say(console, f"{count} images instead of {most}, to keep to the time: the machine is slow, or busy.")
-        say(console, "speed: the median over rounds of torch.nn's time over the form's")
-        found = []
-        for index, step in enumerate(steps):
-            waiting = FOR_MODEL * (len(steps) - index) + FOR_TUNED * len(steps)
-            found.append(step.time(list(step.forms), find_share(end, FOR_MODEL, waiting)))
-            _print_step(console, step, found[-1])
-        _print_tuned(console, steps, found, end)
-    finally:
-        torch.set_num_threads(usual)
+        _print_models(console, images, end)
+
+
+def _print_models(console: Console, images: tuple[int, int], end: float) -> None:
+    """Print training steps of both models, then once more after `anynorm.tune_allocator()`, until about `end`."""
+    most, side = images
+    count = find_count(most, end - time.perf_counter(), lambda count: _time_step(count, side))
+    steps = [_make_step(name, make, torch.randn(count, 3, side, side)) for name, make in MODELS.items()]
+    heading(console, f"A training step (forward and backward), {count}x3x{side}x{side}")
+    if count < most:
+        say(console, f"{count} images instead of {most}, to keep to the time: the machine is slow, or busy.")
+    say(console, "speed: the median over rounds of torch.nn's time over the form's")
+    before = []
+    for index, step in enumerate(steps):
+        waiting = FOR_MODEL * (len(steps) - index) + FOR_TUNED * len(steps)
+        before.append(step.time(list(step.forms), find_share(end, FOR_MODEL, waiting)))
+        _print_step(console, step, before[-1])
+    _print_tuned(console, steps, before, end)
 
 
 def find_count(most: int, seconds: float, time_step: Callable[[int], float]) -> int:
@@ -144,7 +146,7 @@ def find_share(end: float, share: float, waiting: float) -> float:
 
 def _print_cases(console: Console, cases: Sequence[Case], seconds: float) -> None:
     """Print how many times as long as ours torch's layers take, in each mode."""
-    heading(console, "Layers: the time of torch.nn's over that of anynorm's (half of the rounds)")
+    heading(console, "Layers: the time of torch.nn's over that of anynorm's (half of the timings)")
     table = plain_table("layer", *MODES)
     ratios: dict[str, list[float]] = {mode: [] for mode in MODES}
     spreads = []
@@ -152,11 +154,11 @@ def _print_cases(console: Console, cases: Sequence[Case], seconds: float) -> Non
         cells = []
         for mode in MODES:
             with console.status(f"{case.name} {mode}"):
-                rounds = _time_case(case, mode, seconds / len(cases) / len(MODES))
-            ratios[mode].append(rounds.ratio("torch", "anynorm"))
-            low, high = find_quartiles(rounds.ratios("torch", "anynorm"))
+                timings = _time_case(case, mode, seconds / len(cases) / len(MODES))
+            ratios[mode].append(timings.ratio("torch", "anynorm"))
+            low, high = find_quartiles(timings.ratios("torch", "anynorm"))
             spreads.append(high / low)
-            cells.append(_write_ratio(rounds.ratios("torch", "anynorm")))
+            cells.append(_write_ratio(timings.ratios("torch", "anynorm")))
         table.add_row(case.name + (", last" if case.channels_last else ""), *cells)
     table.add_row("geometric mean", *(f"{statistics.geometric_mean(ratios[mode]):.2f}" for mode in MODES))
     table.add_row("worst", *(f"{min(ratios[mode]):.2f}" for mode in MODES))
@@ -168,7 +170,7 @@ def _print_cases(console: Console, cases: Sequence[Case], seconds: float) -> Non
         say(console, f"{WAS_BUSY}: the ratios of one layer differ widely, and a table like this says little.")
 
 
-def _time_case(case: Case, mode: str, seconds: float) -> Rounds:
+def _time_case(case: Case, mode: str, seconds: float) -> InterleavedTimings:
     """Time torch's layer and ours in turn."""
     x, g = case.draw()
     calls = {}
@@ -176,7 +178,7 @@ def _time_case(case: Case, mode: str, seconds: float) -> Rounds:
         module = case.make(library).train(mode != "evaluation")
         calls[name] = make_call(module, module.parameters(), mode, x, g)
     with torch.set_grad_enabled(needs_grad(mode)):
-        return time_in_turn(calls, 0.8 * seconds, longest=seconds)
+        return time_interleaved(calls, 0.8 * seconds, longest=seconds)
 
 
 def _make_step(name: str, make: Callable[[], nn.Module], images: Tensor) -> Step:
@@ -187,24 +189,24 @@ def _make_step(name: str, make: Callable[[], nn.Module], images: Tensor) -> Step
     anynorm.accelerate(accelerated)
     report = anynorm.accelerate(copy.deepcopy(model), fuse=True)
     forms = {"torch.nn": model, "accelerate": accelerated, "accelerate, fuse=True": report.model}
-    words = f"{name}: {len(report.changed)} norms, {len(report.fused)} of them fused with what follows"
-    return Step(name, forms, images, words)
+    summary = f"{name}: {len(report.changed)} norms, {len(report.fused)} of them fused with what follows"
+    return Step(name, forms, images, summary)
 
 
-def _print_step(console: Console, step: Step, rounds: Rounds) -> None:
+def _print_step(console: Console, step: Step, timings: InterleavedTimings) -> None:
     """Print each form's time, and torch's over it; say so where the same step took very different times."""
     table = plain_table(step.name, "step", "half of the steps", "speed")
-    for name in rounds.seconds:
-        ratio = "" if name == "torch.nn" else _write_ratio(rounds.ratios("torch.nn", name))
-        table.add_row(name, *_write_seconds(rounds, name), ratio)
+    for name in timings.seconds:
+        ratio = "" if name == "torch.nn" else _write_ratio(timings.ratios("torch.nn", name))
+        table.add_row(name, *_write_seconds(timings, name), ratio)
     console.print(table)
-    say(console, step.words)
-    low, high = rounds.quartiles("torch.nn")
+    say(console, step.summary)
+    low, high = timings.quartiles("torch.nn")
     if high > BUSY * low:
         say(console, f"{WAS_BUSY}: the same step took very different times. Repeat, perhaps with --threads 1.")
 
 
-def _print_tuned(console: Console, steps: Sequence[Step], before: Sequence[Rounds], end: float) -> None:
+def _print_tuned(console: Console, steps: Sequence[Step], before: Sequence[InterleavedTimings], end: float) -> None:
     """Tune the allocator, print the first and the last form once more, and what came before over it."""
     heading(console, "After anynorm.tune_allocator(keep_large=True)")
     with warnings.catch_warnings():
@@ -216,19 +218,19 @@ def _print_tuned(console: Console, steps: Sequence[Step], before: Sequence[Round
     for index, (step, earlier) in enumerate(zip(steps, before)):
         names = list(step.forms)
         chosen = [names[0], names[-1]]
-        rounds = step.time(chosen, find_share(end, FOR_TUNED, FOR_TUNED * (len(steps) - index)))
+        timings = step.time(chosen, find_share(end, FOR_TUNED, FOR_TUNED * (len(steps) - index)))
         table = plain_table(step.name, "step", "half of the steps", "speed over before")
         for name in chosen:
-            gain = f"{earlier.median(name) / rounds.median(name):.2f}"
-            table.add_row(name, *_write_seconds(rounds, name), gain)
+            gain = f"{earlier.median(name) / timings.median(name):.2f}"
+            table.add_row(name, *_write_seconds(timings, name), gain)
         console.print(table)
     say(console, "It cannot be undone in a process, so it came last, and not in turn with the steps above.")
 
 
-def _write_seconds(rounds: Rounds, name: str) -> tuple[str, str]:
+def _write_seconds(timings: InterleavedTimings, name: str) -> tuple[str, str]:
     """Return the median and the quartiles."""
-    low, high = rounds.quartiles(name)
-    return f"{1e3 * rounds.median(name):.4g} ms", f"{1e3 * low:.4g} to {1e3 * high:.4g} ms"
+    low, high = timings.quartiles(name)
+    return f"{1e3 * timings.median(name):.4g} ms", f"{1e3 * low:.4g} to {1e3 * high:.4g} ms"
 
 
 def _write_ratio(ratios: list[float]) -> str:

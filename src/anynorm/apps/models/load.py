@@ -6,20 +6,26 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
 from anynorm.apps.factory import import_from, split_spec
-from anynorm.apps.trial.call import Call, in_one_line
-from anynorm.apps.trial.example import as_call, find_example
+from anynorm.apps.models.call import Call, in_one_line
+from anynorm.apps.models.example import as_call, find_example
 from anynorm.apps.zoo import ZOO
 from anynorm.errors import UserError
 from anynorm.randomness import keep_randomness
 
 
 @dataclasses.dataclass(frozen=True)
-class Target:
-    """A private copy of the user's model on the CPU and a call that works; the original stays untouched."""
+class LoadedModel:
+    """A private copy of the user's model on the CPU and a call that works; the original stays untouched.
+
+    Attributes:
+        name: what the user typed.
+        model: the copy, in training mode.
+        call: arguments that it accepts in both modes.
+        guessed: whether they are made up, and not the model's own example.
+    """
 
     name: str
     model: nn.Module
@@ -27,17 +33,7 @@ class Target:
     guessed: bool
 
 
-def find_norms(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the model's normalization layers by name: torch's classes and leaves that call themselves Norm."""
-
-    def is_norm(module: nn.Module) -> bool:
-        known = isinstance(module, _NormBase | nn.LayerNorm | nn.GroupNorm | nn.RMSNorm)
-        return known or ("Norm" in type(module).__name__ and not any(True for _ in module.children()))
-
-    return {name: module for name, module in model.named_modules() if is_norm(module)}
-
-
-def resolve(spec: str, batch: int | None = None) -> Target:
+def load_model(spec: str, batch: int | None = None) -> LoadedModel:
     """Return the model and example that a built-in name or module:factory stands for.
 
     Args:
@@ -62,7 +58,7 @@ def resolve(spec: str, batch: int | None = None) -> Target:
     with keep_randomness():
         call = find_example(spec, model, batch or 8) if example is None else as_call(spec, model, example)
         _check_evaluation(spec, model, call)
-    return Target(spec, model.train(), call, guessed=example is None)
+    return LoadedModel(spec, model.train(), call, guessed=example is None)
 
 
 def _check_evaluation(spec: str, model: nn.Module, call: Call) -> None:
