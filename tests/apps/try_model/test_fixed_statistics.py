@@ -1,4 +1,4 @@
-"""`anynorm try` on norms with code of their own, and where nothing was replaced."""
+"""`anynorm try` on norms with code of their own."""
 
 import pytest
 import torch
@@ -7,11 +7,8 @@ from torch import nn
 
 import anynorm
 from anynorm.apps.models.call import Call
-from anynorm.apps.terminal import open_console
-from anynorm.apps.timing.steps import PairedTimings
 from anynorm.apps.try_model.dependence import find_batch_dependence, find_padding_dependence
-from anynorm.apps.try_model.sentences import describe_finding, describe_speed
-from anynorm.apps.try_model.try_model import print_trial
+from anynorm.apps.try_model.sentences import describe_finding
 
 
 class NormAct(nn.BatchNorm2d):
@@ -85,27 +82,3 @@ def test_the_same_holds_for_padding():
     words = " ".join(describe_finding(finding, "padding"))
     assert "Own has code of its own" in words
     assert "another layer does it too:" not in words
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_nothing_replaced_is_neither_timed_nor_compared(tmp_path, monkeypatch):
-    """A model timed against itself was called faster or slower in 9 of 63 runs."""
-    monkeypatch.chdir(tmp_path)
-    code = "import torch\nfrom torch import nn\nclass Mine(nn.BatchNorm1d):\n    pass\n"
-    (tmp_path / "left_nets.py").write_text(f"{code}def build():\n    return Mine(4), torch.randn(6, 4)\n")
-    console = open_console(record=True)
-    print_trial("left_nets.py:build", seconds=0.1, threads=1, console=console)
-    printed = console.export_text()
-    assert "Nothing was replaced, so there is nothing to time, to compare or to paste" in " ".join(printed.split())
-    for word in ("verdict", "ratio", "before", "training step"):
-        assert word not in printed
-    assert "Does a sample's output depend" in printed
-
-
-def test_a_ratio_that_the_medians_do_not_show_is_explained():
-    """Pairs at two speeds of the machine: the medians come from different pairs."""
-    lines = dict(describe_speed(PairedTimings([1.0, 1.0, 3.0, 3.0, 3.0], [0.9, 0.9, 0.9, 2.7, 2.7])))
-    assert (lines["before"], lines["after"]) == ("3000.00 ms", "900.00 ms")
-    assert lines["ratio"].startswith("1.11 times the speed, the median over pairs")
-    assert "have the ratio 3.33" in lines["ratio"]
-    assert "the two medians" not in dict(describe_speed(PairedTimings([2.0] * 6, [1.0] * 6)))["ratio"]
