@@ -65,7 +65,8 @@ def make_findings():
 @pytest.fixture(scope="session")
 def make_results():
     """The content of results.json for invented findings."""
-    from anynorm.apps.studies.sentences import say_effects, say_unjudged, say_verdict
+    from anynorm.apps.studies.effects import say_effects
+    from anynorm.apps.studies.sentences import say_unjudged, say_verdict
 
     def make(findings, choices, data="mnist"):
         return {

@@ -12,7 +12,7 @@ from anynorm.apps.studies.compare import compare
 from anynorm.apps.studies.journal import Journal
 from anynorm.apps.studies.options import Options
 from anynorm.apps.studies.plan import Study
-from anynorm.apps.studies.screen import Screen
+from anynorm.apps.studies.progress import LiveProgress
 from anynorm.apps.studies.session import Session
 
 CONTEXT = {
@@ -80,8 +80,9 @@ def sit(tmp_path, monkeypatch):
         monkeypatch.setattr(sessions, "time", clock)
         study = Study(("mlp",), tuple(RUN_SECONDS), ("8",), (0.1,), seeds, 64)
         journal, workers = Journal(tmp_path, CONTEXT), PretendedWorkers(clock)
-        sitting = Session(study, journal, workers, Screen(Console(quiet=True), budget), 0.0, budget, plot_seconds=0.0)
-        sitting.run()
+        progress = LiveProgress(Console(quiet=True), budget)
+        session = Session(study, journal, workers, progress, 0.0, budget, plot_seconds=0.0)
+        session.run()
         journal.close()
         return journal, workers, clock.now
 

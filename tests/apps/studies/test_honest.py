@@ -10,8 +10,8 @@ from anynorm.apps.studies.data import check_labels, load_data
 from anynorm.apps.studies.judge import choose_all
 from anynorm.apps.studies.models import NORMS, find_model
 from anynorm.apps.studies.plan import Study
-from anynorm.apps.studies.screen import say_cell
 from anynorm.apps.studies.sentences import say_choice, say_unjudged, say_verdict
+from anynorm.apps.studies.tables import write_cell_text
 from anynorm.errors import UserError
 
 FACTORIES = """
@@ -102,7 +102,7 @@ def test_at_chance_nothing_is_recommended(make_findings):
     verdict = say_verdict(findings, choices)
     assert verdict.startswith("Nothing can be said: no network is clearly better than guessing (35.0 %)")
     assert "nothing can be said" in say_choice(findings, choices[0])
-    assert "▲" not in "".join(say_cell(findings, cell, choices[0]).plain for cell in findings.finals)
+    assert "▲" not in "".join(write_cell_text(findings, cell, choices[0]).plain for cell in findings.finals)
 
 
 def test_a_margin_wider_than_what_was_learned_is_not_printed(make_findings):
@@ -110,8 +110,8 @@ def test_a_margin_wider_than_what_was_learned_is_not_printed(make_findings):
     findings.guessing = 33.3
     change(findings, lambda norm, seed: (0.3, 0.4, 0.55)[seed] if norm == "batch" else 0.8 + seed / 100)
     choices = choose_all(findings)
-    assert say_cell(findings, ("cnn", "64", "batch"), choices[0]).plain == "▼ 41.7 (wide)"
-    assert "±" in say_cell(findings, ("cnn", "64", "layer"), choices[0]).plain
+    assert write_cell_text(findings, ("cnn", "64", "batch"), choices[0]).plain == "▼ 41.7 (wide)"
+    assert "±" in write_cell_text(findings, ("cnn", "64", "layer"), choices[0]).plain
 
 
 def test_equal_rows_have_no_leader(make_findings):

@@ -1,16 +1,17 @@
 import pytest
 from scipy import stats
 
-from anynorm.apps.studies.judge import Choice, Interval, choose_all, compare_pair, cover, find_common, find_interval
+from anynorm.apps.studies.effects import say_effects
+from anynorm.apps.studies.intervals import Interval, compare_pair, find_interval
+from anynorm.apps.studies.judge import Choice, choose_all, cover, find_common
 from anynorm.apps.studies.sentences import (
-    join,
     say_choice,
-    say_effects,
     say_model_verdict,
     say_unjudged,
     say_verdict,
     signed,
 )
+from anynorm.apps.terminal import join_words
 
 
 def test_interval_is_students():
@@ -188,8 +189,8 @@ def test_the_verdict_on_none_is_what_the_data_supports(make_findings, choices, s
 
 
 def test_words():
-    assert join(["a, x", "b", "c"]) == "a, x, b and c"
-    assert join(["a"]) == "a"
-    assert join([]) == ""
+    assert join_words(["a, x", "b", "c"]) == "a, x, b and c"
+    assert join_words(["a"]) == "a"
+    assert join_words([]) == ""
     assert signed(-0.04) == "0.0"
     assert signed(-1.25) == "−1.2"

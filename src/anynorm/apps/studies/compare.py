@@ -17,13 +17,15 @@ from anynorm.apps.terminal import open_console
 from anynorm.errors import UserError
 
 from .data import Data, load_data
+from .effects import say_effects
 from .journal import REPORT, RESULTS, Journal, set_aside, write_atomically
 from .judge import Choice, Findings, choose_all
 from .options import Options
 from .plan import Study
-from .screen import Screen, print_tables
-from .sentences import say_choice, say_effects, say_unjudged, say_verdict
+from .progress import LiveProgress
+from .sentences import say_choice, say_unjudged, say_verdict
 from .session import Session, time_plot
+from .tables import print_tables
 from .train import parse_batch
 from .workers import Workers
 
@@ -44,22 +46,22 @@ def compare(options: Options, *, started: float | None = None, console: Console 
     budget = 60 * options.minutes
     journal, workers = None, Workers()
     try:
-        with Screen(console, started + budget) as screen:
-            screen.show(0, 0, "loading torch, data and networks", [])
+        with LiveProgress(console, started + budget) as progress:
+            progress.show(0, 0, "loading torch, data and networks", [])
             data = load_data(options.data)
             study, context = prepare(options, data)
             journal = Journal(options.out, context)
             for name in set_aside(options.out, context["configuration"]):
-                screen.say(f"Results of other options were kept as {name}.")
+                progress.say(f"Results of other options were kept as {name}.")
             workers.send_data(data)
-            session = Session(study, journal, workers, screen, started, budget, time_plot())
+            session = Session(study, journal, workers, progress, started, budget, time_plot())
             code = 0
             try:
                 session.run()
             except KeyboardInterrupt:
                 code = 130
             workers.stop()
-            screen.show(0, 0, "writing the report", [])
+            progress.show(0, 0, "writing the report", [])
             findings = Findings(study, journal.find, context["data_sizes"], context["guessing"])
             choices = choose_all(findings)
             facts = {"options": describe_options(options), "seconds": time.monotonic() - started, **context}

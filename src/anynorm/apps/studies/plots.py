@@ -14,7 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from .judge import Findings, find_interval, plain_sizes
+from .intervals import find_interval
+from .judge import Findings, plain_sizes
 
 # Okabe & Ito (2008), without its yellow, which is too light for lines on white.
 COLOURS = {

@@ -10,8 +10,8 @@ from typing import Any
 from .judge import WORKING_SHARE, Choice, Findings
 from .method import say_limits, write_method
 from .plots import COLOURS, MARKERS, Plot, plot_batches, plot_curves, plot_drift, plot_modes, plot_rates
-from .screen import group_reasons, say_cell
 from .sentences import say_batch, say_choice
+from .tables import group_reasons, write_cell_text
 from .train import PROBE
 
 # The markers of the plots, drawn in a box of 30 x 14.
@@ -106,7 +106,7 @@ def write_tables(findings: Findings, choices: Sequence[Choice]) -> str:
 
 def write_cell(findings: Findings, cell: tuple[str, str, str], choice: Choice | None) -> str:
     """One cell of the table."""
-    text = say_cell(findings, cell, choice).plain
+    text = write_cell_text(findings, cell, choice).plain
     kind = {"▲": "lead", "▼": "worse", "n": "none"}.get(text[:1], "")
     rate = findings.rates.get(cell)
     small = f"<br><small>lr {rate:g}</small>" if rate is not None and findings.finals.get(cell) else ""

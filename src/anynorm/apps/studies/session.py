@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from .journal import Journal
 from .judge import Findings, choose_all
 from .plan import Clock, Study
-from .screen import Screen
+from .progress import LiveProgress
 from .sentences import say_first
 from .train import Run
 from .workers import Workers
@@ -31,7 +31,7 @@ class Session:
     study: Study
     journal: Journal
     workers: Workers
-    screen: Screen
+    progress: LiveProgress
     started: float
     budget: float
     plot_seconds: float
@@ -54,7 +54,7 @@ class Session:
             names = [f"{r.model}, {r.norm}, batch {r.batch}, rate {r.rate:g}, seed {r.seed}" for r in self.workers.busy]
             done = sum(self.journal.find(run) is not None for run in order)
             state = "first look" if self.refreshed is None else "refining"
-            self.screen.show(done, self.study.count(), state, sorted(names))
+            self.progress.show(done, self.study.count(), state, sorted(names))
 
     def assign(self, order: Sequence[Run], seconds: float) -> None:
         """Give each idle worker the next run that can be expected to end within `seconds`."""
@@ -78,13 +78,13 @@ class Session:
         context = self.journal.context
         findings = Findings(study, self.journal.find, context["data_sizes"], context["guessing"])
         lines = say_first(findings, choose_all(findings)) if len(study.norms) > 1 else []
-        self.screen.first = lines
+        self.progress.leaders = lines
         if first and lines:
-            self.screen.say(
+            self.progress.say(
                 f"First look after {elapsed:.0f} s: who is ahead; short runs are of one seed and decide nothing:"
             )
             for line in lines:
-                self.screen.say(f"  {line}")
+                self.progress.say(f"  {line}")
 
     def estimate_report(self, order: Sequence[Run]) -> float:
         """Seconds to keep free for the report, from the plots that it will have."""
