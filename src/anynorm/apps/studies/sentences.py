@@ -46,22 +46,7 @@ def say_verdict(findings: Findings, choices: Sequence[Choice]) -> str:
         return "Only one norm was run, so there is nothing to compare."
     judged = [choice for choice in choices if choice.judged]
     if not judged:
-        if any(choice.same for choice in choices):
-            return (
-                "Nothing can be recommended: every norm gave exactly the same numbers; see that the network runs what "
-                "norm returns."
-            )
-        if any(choice.compared and not choice.learned for choice in choices):
-            return (
-                f"Nothing can be said: no network is clearly better than guessing ({findings.guessing:.1f} %), so a "
-                "lead is chance; give more images, seeds or rates, or see whether x tells anything about y."
-            )
-        if findings.study.seeds == 1:
-            return "Nothing can be recommended from one seed: without an interval a lead may be chance; use --seeds 5."
-        return (
-            "Nothing can be recommended yet: nowhere have all norms finished two seeds, so a lead may be chance; "
-            "run the same command again to go on."
-        )
+        return say_no_verdict(findings, choices)
     by_model = {model: [choice for choice in judged if choice.model == model] for model in findings.study.models}
     parts = [say_model_verdict(findings, model, found) for model, found in by_model.items() if found]
     worst = find_worst(judged)
@@ -73,6 +58,26 @@ def say_verdict(findings: Findings, choices: Sequence[Choice]) -> str:
         )
     sentence = "; ".join(parts)
     return sentence[0].upper() + sentence[1:] + "."
+
+
+def say_no_verdict(findings: Findings, choices: Sequence[Choice]) -> str:
+    """Why nothing can be recommended where no place is judged."""
+    if any(choice.same for choice in choices):
+        return (
+            "Nothing can be recommended: every norm gave exactly the same numbers; see that the network runs what "
+            "norm returns."
+        )
+    if any(choice.compared and not choice.learned for choice in choices):
+        return (
+            f"Nothing can be said: no network is clearly better than guessing ({findings.guessing:.1f} %), so a "
+            "lead is chance; give more images, seeds or rates, or see whether x tells anything about y."
+        )
+    if findings.study.seeds == 1:
+        return "Nothing can be recommended from one seed: without an interval a lead may be chance; use --seeds 5."
+    return (
+        "Nothing can be recommended yet: nowhere have all norms finished two seeds, so a lead may be chance; "
+        "run the same command again to go on."
+    )
 
 
 def say_unjudged(findings: Findings, choices: Sequence[Choice]) -> str:

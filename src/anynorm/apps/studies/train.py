@@ -99,11 +99,16 @@ def train(run: Run, data: Data) -> dict[str, Any]:
             started = time.perf_counter()
     seconds += time.perf_counter() - started
     record = {**asdict(run), "status": status, "steps": step + 1, "seen": position, "seconds": seconds}
-    record |= dict(zip(("validation_accuracy", "validation_loss"), watch.validate(), strict=True))
+    return record | measure(run, watch, data)
+
+
+def measure(run: Run, watch: Watch, data: Data) -> dict[str, Any]:
+    """Return what is measured after training: validation, and for a final run also test, both modes and curves."""
+    record: dict[str, Any] = dict(zip(("validation_accuracy", "validation_loss"), watch.validate(), strict=True))
     if run.final:
         test = torch.from_numpy(data.test_x), torch.from_numpy(data.test_y)
-        record["test_accuracy"], record["test_loss"] = evaluate(network, *test)
-        record["modes"] = compare_modes(network, watch.x, watch.y, parse_batch(run.batch)[-1])
+        record["test_accuracy"], record["test_loss"] = evaluate(watch.network, *test)
+        record["modes"] = compare_modes(watch.network, watch.x, watch.y, parse_batch(run.batch)[-1])
         record["curve"], record["probed_layer"] = watch.curve, watch.layer
     return record
 
