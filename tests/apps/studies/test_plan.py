@@ -1,6 +1,6 @@
 import pytest
 
-from anynorm.apps.studies.plan import Clock, Study
+from anynorm.apps.studies.plan import RunCosts, Study
 from anynorm.apps.studies.train import Run, draw_order, find_steps
 
 RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
@@ -79,8 +79,8 @@ def test_steps_and_order():
 
 
 def test_clock_expects_the_worst_it_has_seen_lately():
-    clock, run = Clock(), Run("mlp", "none", "8", 0.1, 0, 100, True)
-    assert clock.estimate(run) == 0
+    costs, run = RunCosts(), Run("mlp", "none", "8", 0.1, 0, 100, True)
+    assert costs.estimate(run) == 0
     for wall in (9.0, 1.0, 2.0, 1.0, 1.0):
-        clock.learn(run, wall)
-    assert clock.estimate(run) == 2.0
+        costs.learn(run, wall)
+    assert costs.estimate(run) == 2.0

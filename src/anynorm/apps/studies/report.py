@@ -205,7 +205,7 @@ def write_panels(
         return ""
     panels = "".join(
         f"<figure><figcaption>{escape(plot.heading)}</figcaption>"
-        f'<div role="img" aria-label="{escape(plot.words)}">{plot.svg}</div></figure>\n'
+        f'<div role="img" aria-label="{escape(plot.alt_text)}">{plot.svg}</div></figure>\n'
         for plot in plots
     )
     key = write_key(findings, place) if findings is not None else ""

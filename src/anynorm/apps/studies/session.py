@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from .journal import Journal
 from .judge import Findings, choose_all
-from .plan import Clock, Study
+from .plan import RunCosts, Study
 from .progress import LiveProgress
 from .sentences import say_first
 from .train import Run
@@ -35,7 +35,7 @@ class Session:
     started: float
     budget: float
     plot_seconds: float
-    clock: Clock = field(default_factory=Clock)
+    costs: RunCosts = field(default_factory=RunCosts)
     refreshed: float | None = None
 
     def run(self) -> None:
@@ -50,7 +50,7 @@ class Session:
                 return
             for run, record, wall in self.workers.wait(min(0.25, until - elapsed)):
                 self.journal.add(run, record)
-                self.clock.learn(run, wall)
+                self.costs.learn(run, wall)
             names = [f"{r.model}, {r.norm}, batch {r.batch}, rate {r.rate:g}, seed {r.seed}" for r in self.workers.busy]
             done = sum(self.journal.find(run) is not None for run in order)
             state = "first look" if self.refreshed is None else "refining"
@@ -60,7 +60,7 @@ class Session:
         """Give each idle worker the next run that can be expected to end within `seconds`."""
         for worker in self.workers.idle:
             for run in order:
-                if self.journal.find(run) or run in self.workers.busy or self.clock.estimate(run) > seconds:
+                if self.journal.find(run) or run in self.workers.busy or self.costs.estimate(run) > seconds:
                     continue
                 worker.start(run)
                 break
