@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import anynorm
-from anynorm.apps.trial.rounds import time_in_turn
+from anynorm.apps.timing.interleaved import time_interleaved
 from anynorm.apps.zoo import ResidualBlock
 
 from .allocator import read_memory
@@ -134,7 +134,7 @@ def measure(norms: int) -> list[str]:
     calls: dict[str, Callable[[], object]] = {}
     for way in WAYS:
         calls[way] = partial(step, make(norms), batch, way)
-    rounds = time_in_turn(calls, SECONDS, fewest=3)
+    rounds = time_interleaved(calls, SECONDS, fewest=3)
     rows = []
     for way in WAYS:
         outputs, gradients = (0.0, 0.0) if way == "large batch" else find_error(norms, way)

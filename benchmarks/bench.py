@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import track
 
 from anynorm.apps.terminal import open_console
-from anynorm.apps.trial.cases import Case
+from anynorm.apps.timing.cases import Case
 from anynorm.errors import UserError
 
 from . import page, plot

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 import anynorm
-from anynorm.apps.trial.cases import Case, make_call, needs_grad
-from anynorm.apps.trial.rounds import time_in_turn
+from anynorm.apps.timing.cases import Case, make_call, needs_grad
+from anynorm.apps.timing.interleaved import time_interleaved
 from anynorm.engine import kernels
 
 SECONDS = 1.0  # for a case in a mode
@@ -64,7 +64,7 @@ def main() -> None:
             module = case.make(anynorm)
             call = make_call(module, module.parameters(), mode, x, g)
             with torch.set_grad_enabled(needs_grad(mode)):
-                rounds = time_in_turn({name: by(build, call) for name, build in builds.items()}, SECONDS)
+                rounds = time_interleaved({name: by(build, call) for name, build in builds.items()}, SECONDS)
             place = " cl" if case.channels_last else ""
             ratio = rounds.ratio("this", "other")
             print(f"| {case.name}{place} | {mode} | {1e3 * rounds.median('other'):.3g} | {ratio:.2f} |", flush=True)

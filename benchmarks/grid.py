@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import torch
 
-from anynorm.apps.trial.cases import Case
+from anynorm.apps.timing.cases import Case
 
 BATCHES = (1, 8, 32)
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from anynorm.apps.trial.cases import Case, needs_grad
+from anynorm.apps.timing.cases import Case, needs_grad
 
 os.environ.setdefault("NPROC", str(torch.get_num_threads()))  # the size of XLA's thread pools, read at the import
 

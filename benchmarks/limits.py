@@ -6,7 +6,7 @@ import math
 import re
 from pathlib import Path
 
-from anynorm.apps.trial.cases import Case, needs_grad
+from anynorm.apps.timing.cases import Case, needs_grad
 
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}

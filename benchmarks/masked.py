@@ -15,8 +15,8 @@ import torch.nn as nn
 from torch import Tensor
 
 import anynorm
-from anynorm.apps.trial.cases import Case, make_call, needs_grad
-from anynorm.apps.trial.rounds import Rounds, time_in_turn
+from anynorm.apps.timing.cases import Case, make_call, needs_grad
+from anynorm.apps.timing.interleaved import InterleavedTimings, time_interleaved
 
 from .machine import Watch, describe_load, find_facts
 
@@ -59,7 +59,7 @@ class Masked(nn.Module):
         return self.norm(x, mask=self.mask)
 
 
-def measure(case: Case, mode: str, seconds: float) -> Rounds:
+def measure(case: Case, mode: str, seconds: float) -> InterleavedTimings:
     """Time all masks in turn."""
     x, g = case.draw()
     calls = {}
@@ -67,10 +67,10 @@ def measure(case: Case, mode: str, seconds: float) -> Rounds:
         module = Masked(case.make(anynorm), mask).train(mode != "evaluation")
         calls[name] = make_call(module, module.parameters(), mode, x, g)
     with torch.set_grad_enabled(needs_grad(mode)):
-        return time_in_turn(calls, seconds)
+        return time_interleaved(calls, seconds)
 
 
-def write_row(case: Case, mode: str, rounds: Rounds) -> str:
+def write_row(case: Case, mode: str, rounds: InterleavedTimings) -> str:
     """Milliseconds without a mask, and how many times as long each mask takes."""
     ratios = {name: rounds.ratio(name, "none") for name in ("full", "lengths", "holes")}
     layout = " cl" if case.channels_last else ""

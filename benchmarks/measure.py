@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from anynorm.apps.trial.cases import MODES, Case, needs_grad
-from anynorm.apps.trial.rounds import time_in_turn
+from anynorm.apps.timing.cases import MODES, Case, needs_grad
+from anynorm.apps.timing.interleaved import time_interleaved
 
 from .peers import Mismatch, make_contest
 from .results import Row, make_rows
@@ -46,5 +46,5 @@ def measure_mode(
     with warnings.catch_warnings(), torch.set_grad_enabled(needs_grad(mode)):
         warnings.simplefilter("ignore")  # torch.compile's advice on how to compile
         contest = make_contest(peers, case, mode, drawn)
-        rounds = time_in_turn(contest.calls, seconds, apart={"jax"})
+        rounds = time_interleaved(contest.calls, seconds, apart={"jax"})
     return make_rows(case, mode, rounds, contest.kept, cache)

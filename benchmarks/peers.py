@@ -12,8 +12,8 @@ import torch.nn as nn
 from torch import Tensor
 
 import anynorm
-from anynorm.apps.trial.cases import Case, make_call, needs_grad
-from anynorm.apps.trial.rounds import Call
+from anynorm.apps.timing.cases import Case, make_call, needs_grad
+from anynorm.apps.timing.interleaved import TimedCall
 from anynorm.errors import UserError
 
 # Compile in this process: a pool of compilers would be other work, and its time would not be known as ours.
@@ -54,7 +54,7 @@ def choose_peers(names: str) -> tuple[list[str], str]:
 class Contest:
     """What is timed of one case in one mode: the calls by peer, `copy` among them, and the bytes each peer keeps."""
 
-    calls: dict[str, Call]
+    calls: dict[str, TimedCall]
     kept: dict[str, int]
 
 
@@ -68,7 +68,7 @@ def make_contest(peers: list[str], case: Case, mode: str, drawn: tuple[Tensor, T
         Mismatch: a peer computes something else.
     """
     x, g = drawn
-    calls: dict[str, Call] = {}
+    calls: dict[str, TimedCall] = {}
     kept: dict[str, int] = {}
     for peer in peers:
         if peer == "jax":
@@ -90,7 +90,7 @@ class Mismatch(Exception):
     """Two peers do not compute the same, so that their times mean nothing."""
 
 
-def check_same(calls: dict[str, Call], case: Case) -> None:
+def check_same(calls: dict[str, TimedCall], case: Case) -> None:
     """All peers return the same y, or dx and the parameters' gradients, up to rounding.
 
     Of half types only y and dx are compared: torch adds up a bias gradient of ones in bfloat16 and stops at 256.
@@ -116,7 +116,7 @@ def as_tensors(peer: str, case: Case, result: Any) -> list[Tensor]:
     return [result] if isinstance(result, Tensor) else list(result)
 
 
-def find_kept(call: Call, module: nn.Module) -> int:
+def find_kept(call: TimedCall, module: nn.Module) -> int:
     """Bytes that autograd keeps between forward and backward; the input is counted, parameters and buffers are not.
 
     JAX has no such number: both passes are one program, which keeps nothing between calls.

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from anynorm.apps.trial.cases import MODES
+from anynorm.apps.timing.cases import MODES
 
 from .results import Row
 

@@ -12,7 +12,7 @@ import torch
 from torch.optim.swa_utils import update_bn
 
 import anynorm
-from anynorm.apps.trial.rounds import time_in_turn
+from anynorm.apps.timing.interleaved import time_interleaved
 from anynorm.apps.zoo import resnet18
 
 from .machine import Watch, describe_load, find_facts
@@ -36,7 +36,7 @@ def main() -> None:
         "update_bn, our norms": lambda: update_bn(data, ours),
         "recalibrate, our norms": lambda: anynorm.recalibrate(ours, data),
     }
-    rounds = time_in_turn(calls, SECONDS, fewest=7)
+    rounds = time_interleaved(calls, SECONDS, fewest=7)
     first = next(iter(calls))
     print(f"ResNet-18, {BATCHES} batches of {tuple(x.shape)}")
     for name in calls:

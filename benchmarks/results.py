@@ -8,8 +8,8 @@ import io
 from collections.abc import Iterable
 from pathlib import Path
 
-from anynorm.apps.trial.cases import Case
-from anynorm.apps.trial.rounds import Rounds, find_quartiles
+from anynorm.apps.timing.cases import Case
+from anynorm.apps.timing.interleaved import InterleavedTimings, find_quartiles
 
 from .limits import find_bytes, is_out_of_cache
 
@@ -61,7 +61,7 @@ class Row:
         return self.place, self.name, self.dtype, self.mode
 
 
-def make_rows(case: Case, mode: str, rounds: Rounds, kept: dict[str, int], cache: int) -> list[Row]:
+def make_rows(case: Case, mode: str, rounds: InterleavedTimings, kept: dict[str, int], cache: int) -> list[Row]:
     """The rows of one case in one mode, from its rounds."""
     copy = rounds.median("copy")
     least = find_bytes(case, mode, cache)

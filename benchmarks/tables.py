@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from anynorm.apps.terminal import plain_table
-from anynorm.apps.trial.cases import MODES
+from anynorm.apps.timing.cases import MODES
 
 from .results import Row
 from .verdicts import BOTH, Summary, Verdict, find_best_others, summarize

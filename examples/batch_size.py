@@ -20,7 +20,7 @@ from typing import Annotated
 import torch
 import typer
 
-from anynorm.apps.studies.judge import Interval, find_interval
+from anynorm.apps.studies.intervals import Interval, find_interval
 from anynorm.apps.terminal import heading, open_console, plain_table, say
 from anynorm.errors import UserError
 from batch_size_run import BATCH, NETWORKS, Job, Outcome, load, run_job

@@ -8,7 +8,7 @@ import re
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from anynorm.apps.studies.judge import Interval
+from anynorm.apps.studies.intervals import Interval
 from anynorm.apps.studies.plots import STYLE
 
 TITLES = {

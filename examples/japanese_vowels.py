@@ -16,7 +16,7 @@ from typing import Annotated
 import torch
 import typer
 
-from anynorm.apps.studies.judge import Interval, find_interval
+from anynorm.apps.studies.intervals import Interval, find_interval
 from anynorm.apps.terminal import heading, open_console, plain_table, say
 from anynorm.errors import UserError
 from vowels_data import check_packages

@@ -13,8 +13,8 @@ import torch
 from rich.console import Console
 
 import anynorm
-from anynorm.apps.trial.cases import MODES, Case
-from anynorm.apps.trial.rounds import Rounds
+from anynorm.apps.timing.cases import MODES, Case
+from anynorm.apps.timing.interleaved import InterleavedTimings
 from anynorm.errors import UserError
 from benchmarks import bench, limits, machine, masked, page, peers, plot, results, tables, verdicts
 from benchmarks.grid import BATCHES, find_cases
@@ -121,7 +121,7 @@ def test_caches_are_read_as_the_system_writes_them(tmp_path):
 
 
 def test_rows_follow_from_rounds():
-    rounds = Rounds({"anynorm": [4e-6] * 3, "torch": [6e-6, 8e-6, 10e-6], "copy": [1e-6] * 3})
+    rounds = InterleavedTimings({"anynorm": [4e-6] * 3, "torch": [6e-6, 8e-6, 10e-6], "copy": [1e-6] * 3})
     ours, theirs = results.make_rows(TINY, "training", rounds, {"torch": 7}, CACHE)
     assert (ours.peer, ours.ratio, ours.kept) == ("anynorm", 1.0, 0)
     assert (theirs.peer, theirs.ratio, theirs.ratio_q1, theirs.ratio_q3, theirs.kept) == ("torch", 2.0, 1.75, 2.25, 7)

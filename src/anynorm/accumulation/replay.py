@@ -2,31 +2,14 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterable
-from typing import Any
 
-import numpy as np
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-
-def save_randomness() -> list[Any]:
-    """The states of Python's, NumPy's and torch's generators, of every device that is in use."""
-    states: list[Any] = [random.getstate(), np.random.get_state(), torch.get_rng_state()]  # noqa: NPY002 # what models draw from
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        states.append(torch.cuda.get_rng_state_all())
-    return states
-
-
-def restore_randomness(states: list[Any]) -> None:
-    """Draw again what was drawn after `save_randomness`."""
-    random.setstate(states[0])
-    np.random.set_state(states[1])  # noqa: NPY002 # as above
-    torch.set_rng_state(states[2])
-    if len(states) > 3:
-        torch.cuda.set_rng_state_all(states[3])
+from ..randomness import restore_randomness as restore_randomness
+from ..randomness import save_randomness as save_randomness
 
 
 class Buffers:

@@ -42,7 +42,7 @@ def anynorm(
 @app.command("list")
 def list_family() -> None:
     """Show every norm of the family and how it answers the formula's three questions."""
-    from anynorm.apps.explain.table import print_family
+    from anynorm.apps.list import print_family
 
     print_family()
 
@@ -59,7 +59,7 @@ def try_model(
     ] = None,
 ) -> None:
     """Try anynorm on a model without data: speed, differences, and what a sample's output depends on."""
-    from anynorm.apps.trial.run import print_trial
+    from anynorm.apps.try_model.try_model import print_trial
 
     print_trial(model, seconds=seconds, threads=threads, batch=batch)
 
@@ -76,7 +76,7 @@ def show_speed(
     side: Annotated[int, typer.Option("--side", min=32, help="Their side in pixels.")] = 224,
 ) -> None:
     """Time anynorm against torch on this machine: a dozen layers, and whole training steps of two networks."""
-    from anynorm.apps.trial.speed import print_speed
+    from anynorm.apps.speed import print_speed
 
     print_speed(seconds=seconds, threads=threads, images=(batch, side))
 
@@ -96,7 +96,7 @@ def explain(
     """Explain normalization in real numbers, on a small batch or on a layer of your own model."""
     from anynorm.apps.explain.explain import print_explanation
 
-    print_explanation(out=out, mine=mine, layer=layer)
+    print_explanation(out=out, model=mine, layer=layer)
 
 
 @app.command("compare")
@@ -143,11 +143,9 @@ def compare_norms(
 @app.command("env")
 def show_environment() -> None:
     """Show versions, whether the compiled kernels are in use, and how memory is allocated."""
-    from anynorm.engine.allocator import describe
-    from anynorm.engine.paths import describe_environment
+    from anynorm.apps.env import print_environment
 
-    for name, value in {**describe_environment(), **describe()}.items():
-        typer.echo(f"{name:12} {value}")
+    print_environment()
 
 
 def main() -> None:

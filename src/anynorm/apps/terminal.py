@@ -1,5 +1,7 @@
 """One way to write to the terminal: colour where there is any, 80 columns where nothing is known."""
 
+from collections.abc import Sequence
+
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -24,6 +26,11 @@ def plain_table(*titles: str) -> Table:
     for index, title in enumerate(titles):
         table.add_column(title, justify="left" if index == 0 else "right", no_wrap=True)
     return table
+
+
+def join_words(words: Sequence[str], last: str = "and") -> str:
+    """Return words as a list in a sentence: a, b and c."""
+    return f" {last} ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
 
 
 def heading(console: Console, text: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch.nn as nn
@@ -10,8 +11,8 @@ import torch.nn as nn
 from ..modules import batch, fused, group, instance, layer, lazy, rms
 
 PAIRS: dict[type[nn.Module], type[nn.Module]] = {
-    getattr(nn, name): getattr(room, name)
-    for room, names in (
+    getattr(nn, name): getattr(module, name)
+    for module, names in (
         (batch, [f"BatchNorm{n}d" for n in (1, 2, 3)]),
         (instance, [f"InstanceNorm{n}d" for n in (1, 2, 3)]),
         (lazy, [f"Lazy{kind}{n}d" for kind in ("BatchNorm", "InstanceNorm") for n in (1, 2, 3)]),
@@ -26,8 +27,6 @@ FUSED: dict[type[nn.Module], type[fused.Fused]] = {
     for kind in vars(fused).values()
     if isinstance(kind, type) and issubclass(kind, fused.Fused) and "plain" in vars(kind)
 }
-
-
 UNDO_FIRST = "it merges statistics over processes: anynorm.sync(model, undo=True) comes first"
 
 
@@ -76,22 +75,29 @@ class Report:
         lines = [f"{len(self.changed)} norms changed{count}, {len(self.left)} left"]
         lines += [f"  {count} x {kind}" for kind, count in kinds.items()]
         lines += [f"  {count} x {fusion}" for fusion, count in fusions.items()]
-        reasons: dict[tuple[str, str], list[str]] = {}
-        for entry in self.left:
-            reasons.setdefault((entry.kind, entry.reason), []).append(entry.name or "the model")
-        for (kind, reason), (name, *more) in reasons.items():
-            lines.append(f"  left {name}{f' and {len(more)} more' if more else ''} ({kind}): {reason}")
+        lines += write_left(self.left)
         lines += [f"  {self.note}"] if self.note else []
         return "\n".join(lines)
 
 
+def write_left(left: Iterable[Entry]) -> list[str]:
+    """Return a line for each class and reason among norms that were left: the first one's name and how many more."""
+    names: dict[tuple[str, str], list[str]] = {}
+    for entry in left:
+        names.setdefault((entry.kind, entry.reason), []).append(entry.name or "the model")
+    return [
+        f"  left {name}{f' and {len(more)} more' if more else ''} ({kind}): {reason}"
+        for (kind, reason), (name, *more) in names.items()
+    ]
+
+
 def is_ours(kind: type) -> bool:
-    """Whether a class is one of this library's."""
+    """Return whether a class is one of this library's."""
     return kind.__module__.partition(".")[0] == "anynorm"
 
 
 def describe(kind: type[nn.Module]) -> str:
-    """The class as people write it."""
+    """Return the name of a class as people write it: anynorm.BatchNorm2d, torch.nn.BatchNorm2d."""
     if is_ours(kind):
         return f"anynorm.{kind.__name__}"
     if getattr(nn, kind.__name__, None) is kind:

@@ -1,1 +1,1 @@
-"""`anynorm list` and `anynorm explain`: the family and its formula, shown with numbers the library computes."""
+"""`anynorm explain`: the family and its formula, shown with numbers that the library computes."""

@@ -6,38 +6,45 @@ from pathlib import Path
 import torch
 from rich.columns import Columns
 from rich.console import Console, Group
+from rich.table import Table
 from rich.text import Text
 
 from anynorm.apps.explain import numbers
-from anynorm.apps.explain.numbers import BETA, GAMMA, MOMENTUM, PEOPLE, SMALL, Pools
-from anynorm.apps.explain.words import COLOURS, FORMULA, LETTERS, SENTENCES, SHOWN
-from anynorm.apps.terminal import heading, open_console, plain_table, say
+from anynorm.apps.explain.notation import COLOURS, FORMULA, LETTERS, SENTENCES, SHOWN, write_vector
+from anynorm.apps.explain.numbers import BETA, GAMMA, MOMENTUM, PEOPLE, SMALL, Pools, Running, Steps
+from anynorm.apps.terminal import heading, join_words, open_console, plain_table, say
 from anynorm.errors import UserError
 
 
 def print_explanation(
-    out: Path | None = None, mine: str | None = None, layer: str | None = None, console: Console | None = None
+    out: Path | None = None, model: str | None = None, layer: str | None = None, console: Console | None = None
 ) -> None:
     """Print the explanation, on the library's own small batch or on a layer of a model.
 
     Args:
         out: also draw a picture there (.png, .svg or .pdf).
-        mine: a built-in model or module:factory whose layer is shown instead.
+        model: a built-in model or module:factory whose layer is shown instead.
         layer: name of that layer; where None, the first norm.
         console: where to print; where None, standard output.
     """
-    if layer is not None and mine is None:
+    if layer is not None and model is None:
         raise UserError("explain: --layer names a layer of your model; give the model too, with --mine module:factory.")
     if out is not None:
         from anynorm.apps.explain.picture import check_picture
 
         check_picture(out)
     console = console or open_console()
-    if mine is not None:
-        from anynorm.apps.explain.mine import explain_mine
+    if model is None:
+        explain_family(console, out)
+    else:
+        from anynorm.apps.explain.layer import explain_layer
 
-        explain_mine(console, mine, layer, out)
-        return
+        explain_layer(console, model, layer, out)
+
+
+def explain_family(console: Console, out: Path | None) -> None:
+    """Print, and where asked draw, three steps, training against evaluation, and who shares a mean."""
+    # Drawn first: a disk that fails ends the command before anything is printed.
     if out is not None:
         from anynorm.apps.explain.picture import draw_explanation
 
@@ -46,7 +53,7 @@ def print_explanation(
     console.print("One line normalizes. Three steps make it up.")
     explain_steps(console)
     explain_modes(console)
-    explain_family(console)
+    explain_pools(console)
     if out is not None:
         console.print(f"\nThe same as a picture: {out}")
 
@@ -67,6 +74,24 @@ def explain_steps(console: Console) -> None:
         f"Weights are about {steps.mean[1] / steps.mean[0]:.0f} times the heights, so a sum of both would hear",
         "the weights only. Normalization puts the channels on one scale.\n",
     )
+    console.print(_tabulate_steps(steps))
+    say(
+        console,
+        "",
+        "Step 1. Take mean and variance of each channel, over the people.",
+        f"        The variance is the population's: a sum of squares, divided by n = {len(PEOPLE)}.",
+        "Step 2. Subtract the mean. Divide by sqrt(var + eps).",
+        "        Every channel now has mean 0 and variance 1.",
+        f"        (Just below 1: eps = {numbers.EPS:g} keeps the root away from 0.)",
+        f"Step 3. Multiply by gamma = {write_vector(GAMMA)}. Add beta = {write_vector(BETA)}.",
+        "        Training learns both, one of each per channel.",
+        "        So the layer can undo its own work where that helps.",
+        "        Now beta is the mean, and gamma squared the variance.",
+    )
+
+
+def _tabulate_steps(steps: Steps) -> Table:
+    """Return x, normalized and y of each person, with mean and variance of each column below."""
     table = plain_table("", *(f"{what}\n{name}" for what in ("x", "normalized", "y") for name in ("height", "weight")))
     columns = torch.cat([steps.x, steps.normalized, steps.y], dim=1)
     digits = (2, 1, 3, 3, 3, 3)
@@ -75,26 +100,11 @@ def explain_steps(console: Console) -> None:
     var = columns.var(dim=0, correction=0)
     table.add_row("mean", *map(number, columns.mean(dim=0).tolist(), digits), style="bold")
     table.add_row("var", *map(number, var.tolist(), (4, 1, 4, 4, 4, 4)), style="bold")
-    console.print(table)
-    n = len(PEOPLE)
-    say(
-        console,
-        "",
-        "Step 1. Take mean and variance of each channel, over the people.",
-        f"        The variance is the population's: a sum of squares, divided by n = {n}.",
-        "Step 2. Subtract the mean. Divide by sqrt(var + eps).",
-        "        Every channel now has mean 0 and variance 1.",
-        f"        (Just below 1: eps = {numbers.EPS:g} keeps the root away from 0.)",
-        f"Step 3. Multiply by gamma = {_pair(GAMMA)}. Add beta = {_pair(BETA)}.",
-        "        Training learns both, one of each per channel.",
-        "        So the layer can undo its own work where that helps.",
-        "        Now beta is the mean, and gamma squared the variance.",
-    )
+    return table
 
 
 def explain_modes(console: Console) -> None:
     """Show the running averages filling up, and what evaluation makes of them."""
-    steps, history = numbers.take_steps(), numbers.follow_running()
     n = len(PEOPLE)
     heading(console, "2  Training and evaluation")
     say(
@@ -104,16 +114,7 @@ def explain_modes(console: Console) -> None:
         "Every training batch moves them a little:\n",
         f"    running = {1 - MOMENTUM:g} * running + {MOMENTUM:g} * new        ({MOMENTUM:g} is the momentum)\n",
     )
-    table = plain_table("after", "running mean\nheight", "running var\nheight", "y of person 1,\nevaluation")
-    for row, running in enumerate(history):
-        name = f"{running.batches} batch{'' if running.batches == 1 else 'es'}"
-        values = (running.mean[0].item(), running.var[0].item(), numbers.evaluate(running)[0, 0].item())
-        table.add_row(name, *map(number, values, (4, 4, 3)), end_section=row == len(history) - 1)
-    unbiased = (steps.var * n / (n - 1))[0].item()
-    table.add_row("this batch, n", *map(number, (steps.mean[0].item(), steps.var[0].item()), (4, 4)), "", style="bold")
-    table.add_row("this batch, n-1", "", number(unbiased, 4), "", style="bold")
-    table.add_row("training", "", "", number(steps.y[0, 0].item()), style="bold")
-    console.print(table)
+    console.print(_tabulate_running(numbers.take_steps(), numbers.follow_running()))
     say(
         console,
         "",
@@ -125,7 +126,22 @@ def explain_modes(console: Console) -> None:
     )
 
 
-def explain_family(console: Console) -> None:
+def _tabulate_running(steps: Steps, history: Sequence[Running]) -> Table:
+    """Return the running averages and one output after some batches, with those of the batch itself below."""
+    n = len(PEOPLE)
+    table = plain_table("after", "running mean\nheight", "running var\nheight", "y of person 1,\nevaluation")
+    for row, running in enumerate(history):
+        name = f"{running.batches} batch{'' if running.batches == 1 else 'es'}"
+        values = (running.mean[0].item(), running.var[0].item(), numbers.evaluate(running)[0, 0].item())
+        table.add_row(name, *map(number, values, (4, 4, 3)), end_section=row == len(history) - 1)
+    unbiased = (steps.var * n / (n - 1))[0].item()
+    table.add_row("this batch, n", *map(number, (steps.mean[0].item(), steps.var[0].item()), (4, 4)), "", style="bold")
+    table.add_row("this batch, n-1", "", number(unbiased, 4), "", style="bold")
+    table.add_row("training", "", "", number(steps.y[0, 0].item()), style="bold")
+    return table
+
+
+def explain_pools(console: Console) -> None:
     """Show which elements share a mean under each norm."""
     samples, channels, positions = SMALL.shape
     heading(console, "3  Who shares a mean?")
@@ -144,8 +160,8 @@ def explain_family(console: Console) -> None:
     console.print()
     say(
         console,
-        f"Replace sample 2, and sample 1's output changes under {_words(moved)} norm.",
-        f"Under {_words(kept)} norm it stays the same, bit for bit.",
+        f"Replace sample 2, and sample 1's output changes under {join_words(moved)} norm.",
+        f"Under {join_words(kept)} norm it stays the same, bit for bit.",
         "They need no running averages: training and evaluation are alike.",
         "",
         "Layer norm in a transformer: each position is a sample, its features are pooled.",
@@ -188,13 +204,3 @@ def _statistics(pools: Pools) -> Group:
     lines = [Text("  ").join([title] * len(halves))]
     lines += [Text("  ").join([half[row] for half in halves if row < len(half)]) for row in range(len(halves[0]))]
     return Group(*lines)
-
-
-def _pair(values: torch.Tensor) -> str:
-    """Return values as (2, 0.5)."""
-    return "(" + ", ".join(f"{value:g}" for value in values.tolist()) + ")"
-
-
-def _words(names: Sequence[str]) -> str:
-    """Return names as a list in words."""
-    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 
 from anynorm.apps.explain import numbers
+from anynorm.apps.explain.notation import COLOURS, LETTERS, SENTENCES, SHOWN, write_vector
 from anynorm.apps.explain.numbers import BETA, GAMMA, MOMENTUM, PEOPLE, SMALL, Pools
-from anynorm.apps.explain.words import COLOURS, LETTERS, SENTENCES, SHOWN
 from anynorm.errors import UserError
 
 SUFFIXES = (".png", ".svg", ".pdf")
 # Blue and orange keep their contrast under every kind of colour vision; marks differ in shape as well.
-FIRST, SECOND, DARK, PALE = "#0072B2", "#D55E00", "#222222", "#8A8A8A"
+BLUE, ORANGE, DARK, PALE = "#0072B2", "#D55E00", "#222222", "#8A8A8A"
 MARKS = ("o", "s")
 
 
@@ -87,13 +87,13 @@ def _draw_steps(figure: Any) -> None:
     titles = (
         "Step 1: mean and variance per channel",
         "Step 2: subtract the mean, divide by the root",
-        f"Step 3: times {_pair(GAMMA)}, plus {_pair(BETA)}",
+        f"Step 3: times {write_vector(GAMMA)}, plus {write_vector(BETA)}",
     )
     panels = figure.subplots(1, 3)
     panels[1].sharey(panels[2])
     for axes, title, values in zip(panels, titles, (steps.x, steps.normalized, steps.y)):
         tidy(axes, title)
-        for channel, colour in enumerate((FIRST, SECOND)):
+        for channel, colour in enumerate((BLUE, ORANGE)):
             _draw_channel(axes, channel, values[:, channel], colour)
         axes.set_xlim(-0.4, 1.9)
         axes.set_xticks([0, 1], ["height, m", "weight, kg"])
@@ -121,16 +121,16 @@ def _draw_modes(figure: Any) -> None:
     batches = [running.batches for running in history]
     mean, var, y = figure.subplots(1, 3)
     tidy(mean, "running mean of height")
-    mean.plot(batches, [running.mean[0] for running in history], color=FIRST, linewidth=2, label="running mean")
+    mean.plot(batches, [running.mean[0] for running in history], color=BLUE, linewidth=2, label="running mean")
     _level(mean, steps.mean[0].item(), "mean of the batch")
     tidy(var, "running variance of height")
-    var.plot(batches, [running.var[0] for running in history], color=FIRST, linewidth=2, label="running variance")
+    var.plot(batches, [running.var[0] for running in history], color=BLUE, linewidth=2, label="running variance")
     var.set_yscale("log")
     _level(var, (steps.var[0] * n / (n - 1)).item(), "with n - 1: stored")
     _level(var, steps.var[0].item(), f"with n = {n}: in training", style=":")
     tidy(y, "output of person 1 (height)")
     outputs = [numbers.evaluate(running)[0, 0] for running in history]
-    y.plot(batches, outputs, color=FIRST, linewidth=2, label="in evaluation")
+    y.plot(batches, outputs, color=BLUE, linewidth=2, label="in evaluation")
     _level(y, steps.y[0, 0].item(), "in training", style=":")
     for axes, place in ((mean, "lower right"), (var, "upper right"), (y, "upper right")):
         axes.set_xlabel("batches seen", fontsize=9, color=DARK)
@@ -143,7 +143,7 @@ def _draw_modes(figure: Any) -> None:
 def _level(axes: Any, value: float, label: str, style: str = "--") -> None:
     """Draw a level that the curve may approach, named with its number in the legend."""
     text = f"{label}, {value:.4f}" if abs(value) < 0.1 else f"{label}, {value:.2f}"
-    axes.axhline(value, color=SECOND, linewidth=1.6, linestyle=style, label=text)
+    axes.axhline(value, color=ORANGE, linewidth=1.6, linestyle=style, label=text)
 
 
 def _draw_family(figure: Any) -> None:
@@ -193,17 +193,12 @@ def _heading(figure: Any, text: str) -> None:
     figure.suptitle(text, x=0.01, ha="left", fontsize=13, fontweight="bold", color=DARK)
 
 
-def _pair(values: torch.Tensor) -> str:
-    """Return values as (2, 0.5)."""
-    return "(" + ", ".join(f"{value:g}" for value in values.tolist()) + ")"
-
-
-def draw_layer(out: Path, seen: Any, title: str, names: list[str]) -> None:
+def draw_layer(out: Path, observed: Any, title: str, names: list[str]) -> None:
     """Draw the values of a layer's first pools before and after, each as a histogram with its mean.
 
     Args:
         out: the file.
-        seen: a `anynorm.apps.explain.mine.Seen`.
+        observed: a `anynorm.apps.explain.layer.ObservedLayer`.
         title: names the model and the layer.
         names: what to call the pools, the first ones first.
     """
@@ -211,23 +206,23 @@ def draw_layer(out: Path, seen: Any, title: str, names: list[str]) -> None:
 
     figure = new_figure(10, 1.2 + 1.7 * len(names))
     # A name may hold a $, which matplotlib takes for mathematics.
-    heading = f"{title} ({type(seen.norm).__name__})"
+    heading = f"{title} ({type(observed.norm).__name__})"
     figure.suptitle(heading, fontsize=13, fontweight="bold", color=DARK, parse_math=False)
     panels = figure.subplots(len(names), 2, squeeze=False, sharex="col")
-    for side, (what, values) in enumerate((("before (x)", seen.x), ("after (y), in training", seen.y))):
-        shared = _pool_values(seen, values)
+    for side, (what, values) in enumerate((("before (x)", observed.x), ("after (y), in training", observed.y))):
+        shared = _pool_values(observed, values)
         for row, name in enumerate(names):
-            _draw_histogram(panels[row, side], f"{name}, {what}", shared[row], (FIRST, SECOND)[side])
+            _draw_histogram(panels[row, side], f"{name}, {what}", shared[row], (BLUE, ORANGE)[side])
     save(figure, out)
     pyplot.close(figure)
 
 
-def _pool_values(seen: Any, values: torch.Tensor) -> torch.Tensor:
+def _pool_values(observed: Any, values: torch.Tensor) -> torch.Tensor:
     """Return the values as (pools, values of a pool)."""
-    view = seen.pooling.open(values)
-    kept = [axis for axis in range(view.dim()) if axis not in seen.pooling.pooled]
-    size = seen.pooling.count(view)
-    return view.permute(*kept, *seen.pooling.pooled).reshape(-1, size)
+    view = observed.pooling.open(values)
+    kept = [axis for axis in range(view.dim()) if axis not in observed.pooling.pooled]
+    size = observed.pooling.count(view)
+    return view.permute(*kept, *observed.pooling.pooled).reshape(-1, size)
 
 
 def _draw_histogram(axes: Any, title: str, values: torch.Tensor, colour: str) -> None:

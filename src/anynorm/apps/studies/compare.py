@@ -8,7 +8,7 @@ import os
 import platform
 import time
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
@@ -17,15 +17,20 @@ from anynorm.apps.terminal import open_console
 from anynorm.errors import UserError
 
 from .data import Data, load_data
+from .effects import say_effects
 from .journal import REPORT, RESULTS, Journal, set_aside, write_atomically
 from .judge import Choice, Findings, choose_all
 from .options import Options
 from .plan import Study
-from .screen import Screen, print_tables
-from .sentences import say_choice, say_effects, say_unjudged, say_verdict
+from .progress import LiveProgress
+from .sentences import say_choice, say_unjudged, say_verdict
 from .session import Session, time_plot
+from .tables import print_tables
 from .train import parse_batch
 from .workers import Workers
+
+if TYPE_CHECKING:
+    from .models import Model
 
 
 def compare(options: Options, *, started: float | None = None, console: Console | None = None) -> int:
@@ -44,22 +49,22 @@ def compare(options: Options, *, started: float | None = None, console: Console 
     budget = 60 * options.minutes
     journal, workers = None, Workers()
     try:
-        with Screen(console, started + budget) as screen:
-            screen.show(0, 0, "loading torch, data and networks", [])
+        with LiveProgress(console, started + budget) as progress:
+            progress.show(0, 0, "loading torch, data and networks", [])
             data = load_data(options.data)
             study, context = prepare(options, data)
             journal = Journal(options.out, context)
             for name in set_aside(options.out, context["configuration"]):
-                screen.say(f"Results of other options were kept as {name}.")
+                progress.say(f"Results of other options were kept as {name}.")
             workers.send_data(data)
-            session = Session(study, journal, workers, screen, started, budget, time_plot())
+            session = Session(study, journal, workers, progress, started, budget, time_plot())
             code = 0
             try:
                 session.run()
             except KeyboardInterrupt:
                 code = 130
             workers.stop()
-            screen.show(0, 0, "writing the report", [])
+            progress.show(0, 0, "writing the report", [])
             findings = Findings(study, journal.find, context["data_sizes"], context["guessing"])
             choices = choose_all(findings)
             facts = {"options": describe_options(options), "seconds": time.monotonic() - started, **context}
@@ -75,15 +80,22 @@ def compare(options: Options, *, started: float | None = None, console: Console 
 
 
 def prepare(options: Options, data: Data) -> tuple[Study, dict[str, Any]]:
-    """The plan with what cannot exist left out, and what identifies the study."""
-    import torch
-
-    import anynorm
-
+    """Return the plan with what cannot exist left out, and what identifies and describes the study."""
     from .check import find_impossible
     from .models import find_model
 
     models = [find_model(name, data.sample_shape, data.classes) for name in options.models]
+    check_sizes(options, data)
+    study = Study(options.models, options.norms, options.batches, options.rates, options.seeds, options.images)
+    study.impossible.update(find_impossible(study, data))
+    if not study.cells:
+        reasons = "; ".join(dict.fromkeys(study.impossible.values()))
+        raise UserError(f"compare: nothing can be run, because {reasons}; change --model, --norms or --data.")
+    return study, describe_study(options, data, models)
+
+
+def check_sizes(options: Options, data: Data) -> None:
+    """Raise where a batch does not fit in the training samples, or a run has too few images for its batches."""
     sizes = [size for batch in options.batches for size in parse_batch(batch)]
     if max(sizes) > len(data.train_x):
         raise UserError(
@@ -96,47 +108,55 @@ def prepare(options: Options, data: Data) -> tuple[Study, dict[str, Any]]:
             f"compare --images: a run must have 2 batches of the largest size at least; got {options.images} images "
             f"with batch {max(sizes)}; try --images {16 * max(sizes)}."
         )
-    versions = {
-        "anynorm": getattr(anynorm, "__version__", "unknown"),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "python": platform.python_version(),
-    }
-    study = Study(options.models, options.norms, options.batches, options.rates, options.seeds, options.images)
-    study.impossible.update(find_impossible(study, data))
-    if not study.cells:
-        reasons = "; ".join(dict.fromkeys(study.impossible.values()))
-        raise UserError(f"compare: nothing can be run, because {reasons}; change --model, --norms or --data.")
+
+
+def describe_study(options: Options, data: Data, models: list[Model]) -> dict[str, Any]:
+    """Return the facts for the journal and the report; runs of an equal `configuration` belong to one study."""
+    versions = find_versions()
+    fingerprints = {model.name: model.fingerprint for model in models}
     identity = {
         "data": data.fingerprint,
-        "models": {model.name: model.fingerprint for model in models},
+        "models": fingerprints,
         "versions": {name: versions[name] for name in ("anynorm", "torch")},
         "options": [options.norms, options.batches, options.rates, options.seeds, options.images],
     }
-    context = {
+    return {
         "configuration": hashlib.sha256(json.dumps(identity).encode()).hexdigest(),
         "data": data.fingerprint,
         "data_sizes": [len(data.train_x), len(data.validation_x), len(data.test_x)],
         "guessing": 100 * float(np.bincount(data.test_y).max()) / len(data.test_y),
         "sample_shape": list(data.sample_shape),
         "classes": data.classes,
-        "models": identity["models"],
+        "models": fingerprints,
         "about": {model.name: model.about for model in models},
         "versions": versions,
         "machine": {"system": platform.platform(), "cores": os.cpu_count(), "torch_threads_per_run": 1},
     }
-    return study, context
+
+
+def find_versions() -> dict[str, str]:
+    """Return the versions that the numbers of a study depend on."""
+    import torch
+
+    import anynorm
+
+    return {
+        "anynorm": getattr(anynorm, "__version__", "unknown"),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def describe_options(options: Options) -> dict[str, Any]:
-    """Options as JSON holds them."""
+    """Return the options as JSON holds them."""
     return {**asdict(options), "out": str(options.out)}
 
 
 def write_results(
     options: Options, journal: Journal, findings: Findings, choices: list[Choice], facts: dict[str, Any]
 ) -> None:
-    """results.json and report.html, each replaced in one step."""
+    """Write results.json and report.html, each replaced in one step."""
     from .report import write_report
 
     study = findings.study

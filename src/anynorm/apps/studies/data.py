@@ -136,22 +136,7 @@ def check_samples(source: str, x: np.ndarray) -> np.ndarray:
 
 def check_labels(source: str, y: np.ndarray, samples: int) -> np.ndarray:
     """Labels as 0 .. classes - 1, where they are one whole number for each sample and each class can be split."""
-    numbers = y.dtype.kind == "f" and bool(np.all(np.isfinite(y))) and y.size > 0
-    if numbers and len(y) == samples and np.any(y != np.round(y)):
-        raise UserError(
-            f"compare --data: only classification is compared, by cross-entropy and accuracy; y of {source!r} holds "
-            f"fractions, as targets of a regression do; cut them into classes, as with numpy.digitize."
-        )
-    if y.ndim != 1 or len(y) != samples:
-        raise UserError(
-            f"compare --data: y must be one label for each sample; {source!r} has x of length {samples:,} and y of "
-            f"shape {y.shape}; give y the shape ({samples},)."
-        )
-    if y.dtype.kind not in "biuf" or not np.all(np.isfinite(y)) or np.any(y != np.round(y)):
-        raise UserError(
-            f"compare --data: y must be whole numbers, one class each; {source!r} has "
-            f"{'fractions or NaN' if y.dtype.kind == 'f' else f'dtype {y.dtype}'}; number the classes from 0."
-        )
+    check_numbers(source, y, samples)
     classes, labels, counts = np.unique(y, return_inverse=True, return_counts=True)
     if len(classes) < 2:
         raise UserError(
@@ -171,6 +156,26 @@ def check_labels(source: str, y: np.ndarray, samples: int) -> np.ndarray:
             f"{rare:g} of {source!r} has {counts.min()}; add samples or leave the class out."
         )
     return labels.astype(np.int64)
+
+
+def check_numbers(source: str, y: np.ndarray, samples: int) -> None:
+    """Raise where labels are not one whole number for each sample."""
+    numbers = y.dtype.kind == "f" and bool(np.all(np.isfinite(y))) and y.size > 0
+    if numbers and len(y) == samples and np.any(y != np.round(y)):
+        raise UserError(
+            f"compare --data: only classification is compared, by cross-entropy and accuracy; y of {source!r} holds "
+            f"fractions, as targets of a regression do; cut them into classes, as with numpy.digitize."
+        )
+    if y.ndim != 1 or len(y) != samples:
+        raise UserError(
+            f"compare --data: y must be one label for each sample; {source!r} has x of length {samples:,} and y of "
+            f"shape {y.shape}; give y the shape ({samples},)."
+        )
+    if y.dtype.kind not in "biuf" or not np.all(np.isfinite(y)) or np.any(y != np.round(y)):
+        raise UserError(
+            f"compare --data: y must be whole numbers, one class each; {source!r} has "
+            f"{'fractions or NaN' if y.dtype.kind == 'f' else f'dtype {y.dtype}'}; number the classes from 0."
+        )
 
 
 def split(name: str, x: np.ndarray, y: np.ndarray) -> Data:

@@ -1,74 +1,22 @@
-"""Differences judged pair by pair over seeds, and the recommendation that they support."""
+"""What the finished runs of a study say, and the recommendation that they support."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-import numpy as np
-
+from .intervals import Interval, compare_pair, find_interval
 from .plan import Cell, Find, Study
 from .train import parse_batch
 
-CONFIDENCE = 0.95
 # A rate works where its short run reaches this share of the best validation accuracy of any norm.
 WORKING_SHARE = 0.75
 # A difference of less, in points, is no reason to prefer a norm.
 NEGLIGIBLE = 1.0
 # A leader has learned something where its interval lies above guessing by this many standard errors of the test set.
 ABOVE_GUESSING = 3.0
-
-Seeds = Mapping[int, float]
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean over seeds with its 95 % t-interval; low and high are None with fewer than two seeds."""
-
-    mean: float
-    low: float | None
-    high: float | None
-    seeds: int
-
-    @property
-    def verdict(self) -> str:
-        """`higher`, `lower`, `no clear difference`, or `not judged` with fewer than two seeds."""
-        if self.low is None or self.high is None:
-            return "not judged"
-        if self.low > 0:
-            return "higher"
-        return "lower" if self.high < 0 else "no clear difference"
-
-
-def find_interval(values: Sequence[float], least: float = 0.0) -> Interval | None:
-    """Mean and 95 % t-interval of values from different seeds; None without values.
-
-    Their standard deviation counts as `least` where it is smaller.
-    """
-    count = len(values)
-    if count == 0:
-        return None
-    mean = float(np.mean(values))
-    if count == 1:
-        return Interval(mean, None, None, 1)
-    # scipy.stats has the same quantile, but takes seconds to import.
-    from scipy.special import stdtrit
-
-    deviation = max(float(np.std(values, ddof=1)), least)
-    half = float(stdtrit(count - 1, (1 + CONFIDENCE) / 2)) * deviation / count**0.5
-    return Interval(mean, mean - half, mean + half, count)
-
-
-def compare_pair(first: Seeds, second: Seeds, samples: int) -> Interval | None:
-    """First minus second, seed by seed, over the seeds that both have: accuracies in percent of `samples` samples.
-
-    Accuracy moves in steps of one sample, so equal differences over few seeds may be chance: the standard deviation of
-    the differences counts as one sample at least.
-    """
-    differences = [first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())]
-    return find_interval(differences, 100 / samples)
 
 
 class Findings:

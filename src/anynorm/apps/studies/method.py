@@ -5,9 +5,11 @@ from __future__ import annotations
 from html import escape
 from typing import Any
 
+from anynorm.apps.terminal import join_words
+
 from .judge import NEGLIGIBLE, WORKING_SHARE, Findings, plain_sizes
 from .plan import FIRST_SHARE, FIRST_STEPS, SECOND_RATES, SECOND_SHARE
-from .sentences import join, say_batch
+from .sentences import say_batch
 from .train import HOPELESS_LOSS, MOMENTUM
 
 
@@ -20,7 +22,9 @@ def write_method(findings: Findings, results: dict[str, Any]) -> str:
         for record in found.values()
         if record.get("probed_layer")
     }
-    rungs = {say_batch(batch): join([f"{images:,}" for images, _ in study.rungs(batch)]) for batch in study.batches}
+    rungs = {
+        say_batch(batch): join_words([f"{images:,}" for images, _ in study.rungs(batch)]) for batch in study.batches
+    }
     search = "; ".join(f"{batch}: {images} images" for batch, images in rungs.items() if images)
     rows = {
         "Networks": "; ".join(f"{name}: {about.rstrip('.')}" for name, about in results["about"].items()),
@@ -70,8 +74,8 @@ def say_limits(findings: Findings, results: dict[str, Any]) -> list[str]:
     if edges:
         limits.insert(
             0,
-            f"The chosen learning rate is the smallest or largest of the grid for {join(edges)}; a better one may lie "
-            "outside it. Widen --rates to see.",
+            f"The chosen learning rate is the smallest or largest of the grid for {join_words(edges)}; a better one "
+            "may lie outside it. Widen --rates to see.",
         )
     sizes = plain_sizes(study)
     if len(sizes) > 1:

@@ -124,7 +124,7 @@ def rank(record: dict[str, Any]) -> tuple[bool, float, float]:
     return record["status"] != "finished", -accuracy, float("inf") if loss is None else loss
 
 
-class Clock:
+class RunCosts:
     """What runs cost here, learned from those that are finished.
 
     A cost is kept per model, norm and batch size, in seconds per image; the largest of the last few is used,

@@ -14,7 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from .judge import Findings, find_interval, plain_sizes
+from .intervals import find_interval
+from .judge import Findings, plain_sizes
 
 # Okabe & Ito (2008), without its yellow, which is too light for lines on white.
 COLOURS = {
@@ -56,10 +57,10 @@ class Plot:
 
     heading: str
     svg: str
-    words: str
+    alt_text: str
 
 
-def draw(heading: str, words: str, paint: Callable[[Axes], None], size: tuple[float, float] = (4.3, 3.0)) -> Plot:
+def draw(heading: str, alt_text: str, paint: Callable[[Axes], None], size: tuple[float, float] = (4.3, 3.0)) -> Plot:
     """A panel that `paint` fills."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=size, layout="constrained")
@@ -72,7 +73,7 @@ def draw(heading: str, words: str, paint: Callable[[Axes], None], size: tuple[fl
     # Without a size of its own the drawing takes the width of its column.
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r'\1 aria-hidden="true"', svg, count=1)
-    return Plot(heading, svg, words)
+    return Plot(heading, svg, alt_text)
 
 
 def say_values(values: dict[str, float], unit: str) -> str:
@@ -124,8 +125,8 @@ def plot_batches(findings: Findings, model: str) -> Plot | None:
         axes.set_ylim(find_limits([value for values in series.values() for v in values.values() for value in v]))
 
     last = {norm: float(np.mean(values[max(values)])) for norm, values in series.items()}
-    words = f"Test accuracy against batch size in the {model}. Rightmost means: {say_values(last, ' %')}."
-    return draw(f"{model}", words, paint)
+    alt_text = f"Test accuracy against batch size in the {model}. Rightmost means: {say_values(last, ' %')}."
+    return draw(f"{model}", alt_text, paint)
 
 
 def plot_modes(findings: Findings, model: str) -> Plot | None:
@@ -160,8 +161,8 @@ def plot_modes(findings: Findings, model: str) -> Plot | None:
         axes.legend(frameon=False, fontsize=9, loc="lower left", bbox_to_anchor=(0, 1), borderpad=0)
 
     last = {f"{mode} mode": list(values.values())[-1] for mode, values in means.items()}
-    words = f"Batch norm in the {model}, the same images in two modes. At the last batch: {say_values(last, ' %')}."
-    return draw(model, words, paint)
+    alt_text = f"Batch norm in the {model}, the same images in two modes. At the last batch: {say_values(last, ' %')}."
+    return draw(model, alt_text, paint)
 
 
 def average_curves(findings: Findings, model: str, batch: str) -> dict[str, dict[str, np.ndarray]]:
@@ -202,8 +203,8 @@ def plot_curves(findings: Findings, model: str, batch: str) -> list[Plot]:
 
             scale = 100 if up == "accuracy" else 1
             last = {norm: float(scale * curve[up][-1]) for norm, curve in curves.items()}
-            words = f"{label} against {unit} in the {model} at batch {batch}. Last values: {say_values(last, '')}."
-            plots.append(draw(f"{label.split(',')[0]} against {unit}", words, paint))
+            alt_text = f"{label} against {unit} in the {model} at batch {batch}. Last values: {say_values(last, '')}."
+            plots.append(draw(f"{label.split(',')[0]} against {unit}", alt_text, paint))
     return plots
 
 
@@ -240,8 +241,8 @@ def plot_rates(findings: Findings, model: str, batch: str) -> Plot | None:
         for norm in norms
         if (found := findings.working_rates((model, batch, norm))) is not None
     }
-    words = f"Validation accuracy by learning rate in the {model} at batch {batch}. Rates that work: "
-    return draw(f"{model}, batch {batch.replace(':', ' then ')}", words + say_values(counts, "") + ".", paint)
+    alt_text = f"Validation accuracy by learning rate in the {model} at batch {batch}. Rates that work: "
+    return draw(f"{model}, batch {batch.replace(':', ' then ')}", alt_text + say_values(counts, "") + ".", paint)
 
 
 def plot_drift(findings: Findings, model: str) -> list[Plot]:
@@ -260,6 +261,8 @@ def plot_drift(findings: Findings, model: str) -> list[Plot]:
 
         if curves:
             moved = {norm: float(curve[name][-1] - curve[name][0]) for norm, curve in curves.items()}
-            words = f"{label.capitalize()} of the last layer's inputs in the {model} at batch {batch}, end less start: "
-            plots.append(draw(f"{model}, batch {batch}: {label}", f"{words}{say_values(moved, '')}.", paint))
+            alt_text = (
+                f"{label.capitalize()} of the last layer's inputs in the {model} at batch {batch}, end less start: "
+            )
+            plots.append(draw(f"{model}, batch {batch}: {label}", alt_text + say_values(moved, "") + ".", paint))
     return plots

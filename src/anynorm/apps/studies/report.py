@@ -10,8 +10,8 @@ from typing import Any
 from .judge import WORKING_SHARE, Choice, Findings
 from .method import say_limits, write_method
 from .plots import COLOURS, MARKERS, Plot, plot_batches, plot_curves, plot_drift, plot_modes, plot_rates
-from .screen import group_reasons, say_cell
 from .sentences import say_batch, say_choice
+from .tables import group_reasons, write_cell_text
 from .train import PROBE
 
 # The markers of the plots, drawn in a box of 30 x 14.
@@ -106,7 +106,7 @@ def write_tables(findings: Findings, choices: Sequence[Choice]) -> str:
 
 def write_cell(findings: Findings, cell: tuple[str, str, str], choice: Choice | None) -> str:
     """One cell of the table."""
-    text = say_cell(findings, cell, choice).plain
+    text = write_cell_text(findings, cell, choice).plain
     kind = {"▲": "lead", "▼": "worse", "n": "none"}.get(text[:1], "")
     rate = findings.rates.get(cell)
     small = f"<br><small>lr {rate:g}</small>" if rate is not None and findings.finals.get(cell) else ""
@@ -126,16 +126,6 @@ def write_list(heading: str, items: Iterable[str], lead: str = "") -> str:
 def write_plots(findings: Findings, probed: int) -> list[str]:
     """Every section of plots that has something to show; `probed` samples made the probe."""
     study = findings.study
-    ends = list(dict.fromkeys((study.batches[0], study.batches[-1])))
-    curves = [
-        write_panels(
-            f"{model}, {say_batch(batch)}", plot_curves(findings, model, batch), findings, (model, batch), level=3
-        )
-        for model in study.models
-        for batch in ends
-    ]
-    curves = [curve for curve in curves if curve]
-    drifts = [plot for model in study.models for plot in plot_drift(findings, model)]
     return [
         write_panels(
             "Accuracy against batch size",
@@ -151,28 +141,49 @@ def write_plots(findings: Findings, probed: int) -> list[str]:
             "averages. Both lines are the same trained networks on the same validation images, in batches of the "
             "training size.",
         ),
-        "<section><h2>Training, step by step</h2><p>Means over seeds at the chosen learning rate of each norm; "
-        "runs that diverged are left out. Seconds are of training alone, with another run beside it.</p>"
-        f"{''.join(curves)}</section>\n"
-        if curves
-        else "",
-        write_panels(
-            "The range of learning rates that work",
-            keep(plot_rates(findings, model, batch) for model in study.models for batch in study.batches),
-            None,
-            lead="Validation accuracy in percent after the first short run of every rate, one seed, so neighbours "
-            f"may swap by chance. Bold: works, at {100 * WORKING_SHARE:.0f} % of the best of any norm or more. A dash "
-            "diverged or was dropped as hopeless.",
-        ),
+        write_curves(findings),
+        write_rates(findings),
         write_panels(
             "How the last layer's inputs drift",
-            drifts,
+            [plot for model in study.models for plot in plot_drift(findings, model)],
             findings,
             lead=f"Mean and standard deviation, over all features, of what the last layer receives for the same "
             f"{probed} validation images while the layers below it learn; computed "
             "as in training, mean over seeds.",
         ),
     ]
+
+
+def write_curves(findings: Findings) -> str:
+    """The section of training curves, at the first and the last batch size; empty where no run is finished."""
+    study = findings.study
+    panels = [
+        write_panels(
+            f"{model}, {say_batch(batch)}", plot_curves(findings, model, batch), findings, (model, batch), level=3
+        )
+        for model in study.models
+        for batch in dict.fromkeys((study.batches[0], study.batches[-1]))
+    ]
+    if not any(panels):
+        return ""
+    return (
+        "<section><h2>Training, step by step</h2><p>Means over seeds at the chosen learning rate of each norm; "
+        "runs that diverged are left out. Seconds are of training alone, with another run beside it.</p>"
+        f"{''.join(panels)}</section>\n"
+    )
+
+
+def write_rates(findings: Findings) -> str:
+    """The section of learning rates, a panel for each network and batch size."""
+    study = findings.study
+    return write_panels(
+        "The range of learning rates that work",
+        keep(plot_rates(findings, model, batch) for model in study.models for batch in study.batches),
+        None,
+        lead="Validation accuracy in percent after the first short run of every rate, one seed, so neighbours "
+        f"may swap by chance. Bold: works, at {100 * WORKING_SHARE:.0f} % of the best of any norm or more. A dash "
+        "diverged or was dropped as hopeless.",
+    )
 
 
 def keep(plots: Iterable[Plot | None]) -> list[Plot]:
@@ -194,7 +205,7 @@ def write_panels(
         return ""
     panels = "".join(
         f"<figure><figcaption>{escape(plot.heading)}</figcaption>"
-        f'<div role="img" aria-label="{escape(plot.words)}">{plot.svg}</div></figure>\n'
+        f'<div role="img" aria-label="{escape(plot.alt_text)}">{plot.svg}</div></figure>\n'
         for plot in plots
     )
     key = write_key(findings, place) if findings is not None else ""

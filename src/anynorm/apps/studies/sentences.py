@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from statistics import fmean
 
-from .judge import CONFIDENCE, NEGLIGIBLE, Choice, Findings, Interval, cover, find_common, plain_sizes
+from anynorm.apps.terminal import join_words
+
+from .intervals import CONFIDENCE, Interval
+from .judge import NEGLIGIBLE, Choice, Findings, cover, find_common
 from .plan import rank
 
 
 def name_norm(norm: str) -> str:
     """A norm as it is called in a sentence."""
     return {"none": "no normalization", "rms": "RMS norm"}.get(norm, f"{norm} norm")
-
-
-def join(words: Sequence[str], last: str = "and") -> str:
-    """a, b and c."""
-    return f" {last} ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
 
 
 def signed(value: float) -> str:
@@ -49,22 +46,7 @@ def say_verdict(findings: Findings, choices: Sequence[Choice]) -> str:
         return "Only one norm was run, so there is nothing to compare."
     judged = [choice for choice in choices if choice.judged]
     if not judged:
-        if any(choice.same for choice in choices):
-            return (
-                "Nothing can be recommended: every norm gave exactly the same numbers; see that the network runs what "
-                "norm returns."
-            )
-        if any(choice.compared and not choice.learned for choice in choices):
-            return (
-                f"Nothing can be said: no network is clearly better than guessing ({findings.guessing:.1f} %), so a "
-                "lead is chance; give more images, seeds or rates, or see whether x tells anything about y."
-            )
-        if findings.study.seeds == 1:
-            return "Nothing can be recommended from one seed: without an interval a lead may be chance; use --seeds 5."
-        return (
-            "Nothing can be recommended yet: nowhere have all norms finished two seeds, so a lead may be chance; "
-            "run the same command again to go on."
-        )
+        return say_no_verdict(findings, choices)
     by_model = {model: [choice for choice in judged if choice.model == model] for model in findings.study.models}
     parts = [say_model_verdict(findings, model, found) for model, found in by_model.items() if found]
     worst = find_worst(judged)
@@ -76,6 +58,26 @@ def say_verdict(findings: Findings, choices: Sequence[Choice]) -> str:
         )
     sentence = "; ".join(parts)
     return sentence[0].upper() + sentence[1:] + "."
+
+
+def say_no_verdict(findings: Findings, choices: Sequence[Choice]) -> str:
+    """Why nothing can be recommended where no place is judged."""
+    if any(choice.same for choice in choices):
+        return (
+            "Nothing can be recommended: every norm gave exactly the same numbers; see that the network runs what "
+            "norm returns."
+        )
+    if any(choice.compared and not choice.learned for choice in choices):
+        return (
+            f"Nothing can be said: no network is clearly better than guessing ({findings.guessing:.1f} %), so a "
+            "lead is chance; give more images, seeds or rates, or see whether x tells anything about y."
+        )
+    if findings.study.seeds == 1:
+        return "Nothing can be recommended from one seed: without an interval a lead may be chance; use --seeds 5."
+    return (
+        "Nothing can be recommended yet: nowhere have all norms finished two seeds, so a lead may be chance; "
+        "run the same command again to go on."
+    )
 
 
 def say_unjudged(findings: Findings, choices: Sequence[Choice]) -> str:
@@ -91,8 +93,8 @@ def say_unjudged(findings: Findings, choices: Sequence[Choice]) -> str:
         return ""
     unlearned = [f"{c.model} at {say_batch(c.batch)}" for c in choices if c.compared and not c.judged]
     waiting = [place for place in left_out if place not in unlearned]
-    parts = [f"Not judged yet, because not every norm has two seeds: {join(waiting)}; the same command goes on."]
-    learned = f"Nothing can be said where no network is clearly better than guessing: {join(unlearned)}."
+    parts = [f"Not judged yet, because not every norm has two seeds: {join_words(waiting)}; the same command goes on."]
+    learned = f"Nothing can be said where no network is clearly better than guessing: {join_words(unlearned)}."
     return " ".join([*(parts if waiting else []), *([learned] if unlearned else [])])
 
 
@@ -100,25 +102,27 @@ def say_model_verdict(findings: Findings, model: str, choices: Sequence[Choice])
     """The answer for one network, as a part of a sentence."""
     possible = {cell[1] for cell in findings.rates if cell[0] == model}
     where = "at every batch size tested" if len(choices) == len(possible) > 1 else ""
-    where = where or f"at batch {join([choice.batch.replace(':', ' then ') for choice in choices])}"
+    where = where or f"at batch {join_words([choice.batch.replace(':', ' then ') for choice in choices])}"
     order = [choice.batch for choice in choices]
     common, answers = find_common(choices), cover(choices)
     if "none" in common and not any(choice.proven for choice in choices):
         return f"for the {model}, no norm was clearly better than none {where}"
     if not any(choice.with_verdict("higher") or choice.proven for choice in choices):
         norms = list(dict.fromkeys(norm for c in choices for norm in (c.leader, *c.differences)))
-        return f"for the {model}, there is no clear difference between {join([name_norm(n) for n in norms])} {where}"
+        return (
+            f"for the {model}, there is no clear difference between {join_words([name_norm(n) for n in norms])} {where}"
+        )
     if len(answers) == 1:
         best = next(iter(answers))
         # None that is common is beaten somewhere, so it is worse than the answer.
         others = [name_norm(norm) for norm in common if norm not in (best, "none")]
-        rest = f" ({join(others)} {'is' if len(others) == 1 else 'are'} not clearly worse)" if others else ""
+        rest = f" ({join_words(others)} {'is' if len(others) == 1 else 'are'} not clearly worse)" if others else ""
         return f"for the {model}, use {name_norm(best)} {where}{rest}"
     listed = [
-        f"{name_norm(norm)} at batch {join([batch.replace(':', ' then ') for batch in batches])}"
+        f"{name_norm(norm)} at batch {join_words([batch.replace(':', ' then ') for batch in batches])}"
         for norm, batches in sorted(answers.items(), key=lambda answer: order.index(answer[1][0]))
     ]
-    return f"for the {model}, use {join(listed)}"
+    return f"for the {model}, use {join_words(listed)}"
 
 
 def find_worst(choices: Sequence[Choice]) -> tuple[Choice, str, Interval] | None:
@@ -151,109 +155,15 @@ def say_choice(findings: Findings, choice: Choice) -> str:
         )
     text = f"{where}: {name} leads ({reached})"
     if choice.equals:
-        text += f"; no clear difference to {join([name_norm(norm) for norm in choice.equals], 'or')}"
+        text += f"; no clear difference to {join_words([name_norm(norm) for norm in choice.equals], 'or')}"
     worse = sorted(choice.with_verdict("higher"), key=lambda norm: choice.differences[norm].mean)
     if worse:
         losses = [f"{name_norm(norm)} ({signed(-choice.differences[norm].mean)})" for norm in worse]
-        text += f"; clearly worse: {join(losses)}"
+        text += f"; clearly worse: {join_words(losses)}"
     waiting = [*choice.with_verdict("not judged"), *choice.missing]
     if waiting:
-        text += f"; not judged, too few seeds: {join([name_norm(norm) for norm in waiting])}"
+        text += f"; not judged, too few seeds: {join_words([name_norm(norm) for norm in waiting])}"
     return text + "."
-
-
-def say_effects(findings: Findings) -> list[str]:
-    """The visible effects in a fixed order: small batches, the two modes, normalization or none, learning rates."""
-    kinds = (say_batch_effect, say_mode_effect, say_gain, say_rates)
-    # The network where batch norm depends most on the batch size comes first.
-    effects = {model: findings.batch_effect(model, "batch") for model in findings.study.models}
-    models = sorted(effects, key=lambda model: -abs(effect.mean) if (effect := effects[model]) else 0.0)
-    return [sentence for say in kinds for model in models if (sentence := say(findings, model))]
-
-
-def say_batch_effect(findings: Findings, model: str) -> str:
-    """Test accuracy of batch norm at the smallest against the largest batch, beside the other norms."""
-    sizes, effect = plain_sizes(findings.study), findings.batch_effect(model, "batch")
-    if effect is None:
-        return ""
-    verbs = {"lower": "loses accuracy", "higher": "gains accuracy", "no clear difference": "shows no clear change"}
-    verb = verbs.get(effect.verdict, "is not judged")
-    text = (
-        f"Small batches: batch norm in the {model} {verb} from batch {sizes[0]} to {sizes[-1]} ({say_interval(effect)})"
-    )
-    others = [
-        f"{name_norm(norm)} {signed(other.mean)}"
-        for norm in findings.study.norms
-        if norm != "batch" and (other := findings.batch_effect(model, norm)) is not None
-    ]
-    return text + (f"; for comparison: {join(others)}." if others else ".")
-
-
-def say_mode_effect(findings: Findings, model: str) -> str:
-    """Batch norm on the same images with running statistics and with the batch's own, where they differ most."""
-    cells = [(model, batch, "batch") for batch in findings.study.batches]
-    found = [(cell, effect) for cell in cells if (effect := findings.mode_effect(cell)) is not None]
-    if not found:
-        return ""
-    judged = [pair for pair in found if pair[1].verdict != "not judged"] or found
-    (_, batch, norm), effect = max(judged, key=lambda pair: abs(pair[1].mean))
-    loss = findings.mode_effect((model, batch, norm), "loss")
-    lower = {"lower": "worse", "higher": "better"}.get(effect.verdict)
-    relation = (
-        f"{lower} in evaluation mode than in training mode" if lower else "not clearly different in the two modes"
-    )
-    if effect.verdict == "not judged":
-        relation = "seen in evaluation mode less training mode"
-    change = f"; mean loss {loss.mean:+.2f}".replace("-", "−") if loss is not None else ""
-    return (
-        f"Two modes: batch norm in the {model} at {say_batch(batch)}, where the modes differ most, is {relation} "
-        f"on the same validation images (evaluation less training: {say_interval(effect)}{change})."
-    )
-
-
-def say_gain(findings: Findings, model: str) -> str:
-    """The best norm against none, batch size by batch size."""
-    parts = []
-    for batch in findings.study.batches:
-        values = {
-            norm: findings.values((model, batch, norm), "validation_accuracy") for norm in findings.norms(model, batch)
-        }
-        norms = [norm for norm in values if norm != "none"]
-        if "none" not in values or not norms:
-            continue
-        best = max(norms, key=lambda norm: fmean(values[norm].values()))
-        gain = findings.compare((model, batch, best), (model, batch, "none"))
-        if gain is not None:
-            verdict = "" if gain.verdict in ("higher", "lower") else f", {gain.verdict}"
-            parts.append(f"{signed(gain.mean)} points at {say_batch(batch)} ({name_norm(best)}{verdict})")
-    return (
-        f"Against no normalization: the norm that is best on validation brings the {model} {join(parts)}."
-        if parts
-        else ""
-    )
-
-
-def say_rates(findings: Findings, model: str) -> str:
-    """How many learning rates work without a norm and with the most tolerant one."""
-    parts = []
-    for batch in findings.study.batches:
-        counts = {
-            norm: len(working[0])
-            for norm in findings.study.norms
-            if (model, batch, norm) in findings.rates
-            and (working := findings.working_rates((model, batch, norm))) is not None
-        }
-        none = counts.pop("none", None)
-        if none is not None and counts:
-            low, high = min(counts.values()), max(counts.values())
-            norms = f"{low} to {high}" if low != high else f"{low}"
-            parts.append(f"{none} without and {norms} with a norm at {say_batch(batch)}")
-    if not parts:
-        return ""
-    return (
-        f"Learning rates: of {len(findings.study.rates)} tried in the {model}, those that work are "
-        f"{join(parts)} (short runs of one seed, not judged)."
-    )
 
 
 def say_first(findings: Findings, choices: Sequence[Choice]) -> list[str]:

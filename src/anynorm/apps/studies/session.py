@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 from .journal import Journal
 from .judge import Findings, choose_all
-from .plan import Clock, Study
-from .screen import Screen
+from .plan import RunCosts, Study
+from .progress import LiveProgress
 from .sentences import say_first
 from .train import Run
 from .workers import Workers
@@ -31,11 +31,11 @@ class Session:
     study: Study
     journal: Journal
     workers: Workers
-    screen: Screen
+    progress: LiveProgress
     started: float
     budget: float
     plot_seconds: float
-    clock: Clock = field(default_factory=Clock)
+    costs: RunCosts = field(default_factory=RunCosts)
     refreshed: float | None = None
 
     def run(self) -> None:
@@ -50,17 +50,17 @@ class Session:
                 return
             for run, record, wall in self.workers.wait(min(0.25, until - elapsed)):
                 self.journal.add(run, record)
-                self.clock.learn(run, wall)
+                self.costs.learn(run, wall)
             names = [f"{r.model}, {r.norm}, batch {r.batch}, rate {r.rate:g}, seed {r.seed}" for r in self.workers.busy]
             done = sum(self.journal.find(run) is not None for run in order)
             state = "first look" if self.refreshed is None else "refining"
-            self.screen.show(done, self.study.count(), state, sorted(names))
+            self.progress.show(done, self.study.count(), state, sorted(names))
 
     def assign(self, order: Sequence[Run], seconds: float) -> None:
         """Give each idle worker the next run that can be expected to end within `seconds`."""
         for worker in self.workers.idle:
             for run in order:
-                if self.journal.find(run) or run in self.workers.busy or self.clock.estimate(run) > seconds:
+                if self.journal.find(run) or run in self.workers.busy or self.costs.estimate(run) > seconds:
                     continue
                 worker.start(run)
                 break
@@ -78,13 +78,13 @@ class Session:
         context = self.journal.context
         findings = Findings(study, self.journal.find, context["data_sizes"], context["guessing"])
         lines = say_first(findings, choose_all(findings)) if len(study.norms) > 1 else []
-        self.screen.first = lines
+        self.progress.leaders = lines
         if first and lines:
-            self.screen.say(
+            self.progress.say(
                 f"First look after {elapsed:.0f} s: who is ahead; short runs are of one seed and decide nothing:"
             )
             for line in lines:
-                self.screen.say(f"  {line}")
+                self.progress.say(f"  {line}")
 
     def estimate_report(self, order: Sequence[Run]) -> float:
         """Seconds to keep free for the report, from the plots that it will have."""

@@ -75,7 +75,7 @@ def train(run: Run, data: Data) -> dict[str, Any]:
     x, y = torch.from_numpy(data.train_x), torch.from_numpy(data.train_y)
     steps = find_steps(run.batch, run.images)
     order = torch.from_numpy(draw_order(len(x), run.images, run.seed))
-    watch = Watch(network, data, len(steps) if run.final else 0)
+    recorder = CurveRecorder(network, data, len(steps) if run.final else 0)
     status, position, seconds = "finished", 0, 0.0
     started = time.perf_counter()
     for step, size in enumerate(steps):
@@ -89,22 +89,27 @@ def train(run: Run, data: Data) -> dict[str, Any]:
         if not math.isfinite(value):
             status = "diverged"
             break
-        wanted = watch.wants(step + 1, value)
-        if not run.final and is_hopeless(watch.losses, len(steps), data.classes):
+        wanted = recorder.wants(step + 1, value)
+        if not run.final and is_hopeless(recorder.losses, len(steps), data.classes):
             status = "hopeless"
             break
         if wanted:
             seconds += time.perf_counter() - started
-            watch.look(step + 1, position, seconds)
+            recorder.look(step + 1, position, seconds)
             started = time.perf_counter()
     seconds += time.perf_counter() - started
     record = {**asdict(run), "status": status, "steps": step + 1, "seen": position, "seconds": seconds}
-    record |= dict(zip(("validation_accuracy", "validation_loss"), watch.validate(), strict=True))
+    return record | measure(run, recorder, data)
+
+
+def measure(run: Run, recorder: CurveRecorder, data: Data) -> dict[str, Any]:
+    """Return what is measured after training: validation, and for a final run also test, both modes and curves."""
+    record: dict[str, Any] = dict(zip(("validation_accuracy", "validation_loss"), recorder.validate(), strict=True))
     if run.final:
         test = torch.from_numpy(data.test_x), torch.from_numpy(data.test_y)
-        record["test_accuracy"], record["test_loss"] = evaluate(network, *test)
-        record["modes"] = compare_modes(network, watch.x, watch.y, parse_batch(run.batch)[-1])
-        record["curve"], record["probed_layer"] = watch.curve, watch.layer
+        record["test_accuracy"], record["test_loss"] = evaluate(recorder.network, *test)
+        record["modes"] = compare_modes(recorder.network, recorder.x, recorder.y, parse_batch(run.batch)[-1])
+        record["curve"], record["probed_layer"] = recorder.curve, recorder.layer
     return record
 
 
@@ -119,7 +124,7 @@ def is_hopeless(losses: list[float], steps: int, classes: int) -> bool:
     return sum(losses[-HOPELESS_STEPS:]) / HOPELESS_STEPS > HOPELESS_LOSS * math.log(classes)
 
 
-class Watch:
+class CurveRecorder:
     """Measures a network at evenly spaced steps of its training, and leaves it as it was."""
 
     def __init__(self, network: nn.Module, data: Data, steps: int) -> None:

@@ -1,4 +1,4 @@
-"""How does a batch reach the model?"""
+"""How a batch of the loader reaches the model: unwrapped, moved to its device, called, and counted in a bar."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.nn.utils.rnn import PackedSequence
 
-from ...apps.terminal import open_console
+from .progress import ProgressBar, make_console
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel, DataParallel and torch.compile.
+    """Return the model inside DistributedDataParallel, DataParallel and torch.compile.
 
     DistributedDataParallel broadcasts buffers at every forward, so that ranks with unlike numbers of batches would
     wait for ever.
@@ -32,7 +31,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def call_model(model: nn.Module, batch: Any) -> None:
-    """A tuple's or list's first element, a dict's entries by name, anything else as it is."""
+    """Call the model with a tuple's or list's first element, a dict's entries by name, anything else as it is."""
     if isinstance(batch, Mapping):
         model(**batch)
     elif isinstance(batch, (tuple, list)) and not isinstance(batch, PackedSequence):
@@ -42,7 +41,7 @@ def call_model(model: nn.Module, batch: Any) -> None:
 
 
 def find_device(model: nn.Module) -> torch.device | None:
-    """Where the first parameter or buffer lives."""
+    """Return the device of the first parameter or buffer; None where the model has neither."""
     for tensors in (model.parameters(), model.buffers()):
         for t in tensors:
             return t.device
@@ -50,7 +49,7 @@ def find_device(model: nn.Module) -> torch.device | None:
 
 
 def move(batch: Any, device: torch.device | None) -> Any:
-    """Whatever has `to`, also in tuples, lists and dicts, to the model's device."""
+    """Return the batch with whatever has `to`, also in tuples, lists and dicts, on the model's device."""
     if device is None:
         return batch
     if type(batch) in (tuple, list):
@@ -76,34 +75,25 @@ class Feed:
         self.model, self.loader = model, loader
         self.forward = call_model if forward_fn is None else forward_fn
         self.device = find_device(model)
-        self.progress = Progress(
-            TextColumn("recalibrate, {task.description}"),
-            BarColumn(bar_width=30),
-            MofNCompleteColumn(),
-            TextColumn("batches"),
-            TimeRemainingColumn(),
-            console=open_console(),
-            transient=True,
-            disable=not shows,
-        )
+        self.progress = ProgressBar(shows)
 
     def run(self, title: str, limit: int | None) -> Iterator[int]:
         """Feed up to `limit` batches; yields, after each, how many there have been."""
         total = limit
         if hasattr(self.loader, "__len__"):
             total = len(self.loader) if limit is None else min(limit, len(self.loader))
-        task = self.progress.add_task(title, total=total)
-        try:
+        with self.progress.count(title, total) as advance:
             for number, batch in enumerate(islice(self.loader, limit), 1):
                 self.forward(self.model, move(batch, self.device))
-                self.progress.advance(task)
+                advance()
                 yield number
-        finally:
-            self.progress.remove_task(task)
 
     @contextmanager
     def apart(self) -> Iterator[None]:
-        """Without gradients and compilers; torch's random numbers are as before afterwards, and so in the next pass."""
+        """Run a block without gradients and compilers; torch's random numbers are afterwards as before.
+
+        The next pass so draws the same ones. Python's and NumPy's go on: a loader's own draws are the caller's matter.
+        """
         devices = {t.device.index for t in self.model.parameters() if t.device.type == "cuda"}
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
@@ -114,5 +104,5 @@ class Feed:
 
 
 def wants_progress(progress: bool | None, rank: int) -> bool:
-    """True and False decide; None shows it in a terminal, on the first rank."""
-    return progress if progress is not None else rank == 0 and open_console().is_terminal
+    """Return whether to draw a bar: as the caller says, and for None in a terminal, on the first rank."""
+    return progress if progress is not None else rank == 0 and make_console().is_terminal

@@ -1,4 +1,4 @@
-"""How far did each norm move?"""
+"""What `recalibrate` returns and prints: how far each norm moved, and what was left."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..report import Entry, describe
+from ..report import Entry, describe, write_left
 from .statistics import Population
 
 WIDEST_NAME = 32
@@ -16,7 +16,7 @@ WIDEST_NAME = 32
 
 @dataclass(frozen=True, eq=False)
 class Moved:
-    """One batch norm.
+    """How far one batch norm moved, and how well its new statistics are known.
 
     Attributes:
         name, kind: its first name in the model, and its class.
@@ -43,18 +43,18 @@ class Moved:
 
 
 def find_error(found: Population | Moved) -> float:
-    """The larger of the mean's error and the variance's, each as root mean square over channels."""
+    """Return the larger of the mean's error and the variance's, each as root mean square over channels."""
     return max(float(t.square().mean().sqrt()) for t in (found.mean_error, found.var_error))
 
 
 def find_move(old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], eps: float) -> tuple[Tensor, Tensor]:
-    """`Moved.shift` and `Moved.ratio`."""
+    """Return `Moved.shift` and `Moved.ratio` of (mean, var) before and after."""
     (mean, var), (new_mean, new_var) = ((t.detach().cpu().double() for t in pair) for pair in (old, new))
     return (new_mean - mean) / (var + eps).sqrt(), (new_var + eps) / (var + eps)
 
 
 def find_distance(old: Population | None, new: Population, eps: float) -> float:
-    """How far any channel moved: its mean in std, its variance relative."""
+    """Return the farthest that any channel moved, its mean in std or its variance relative; inf without old ones."""
     if old is None:
         return inf
     shift, ratio = find_move((old.mean, old.var), (new.mean, new.var), eps)
@@ -62,7 +62,7 @@ def find_distance(old: Population | None, new: Population, eps: float) -> float:
 
 
 def tell_move(name: str, norm: Any, new: Population) -> Moved:
-    """An entry of the report, before the norm is changed."""
+    """Return a norm's entry of the report; to be called before the norm is changed."""
     shift, ratio = find_move((norm.running_mean, norm.running_var), (new.mean, new.var), norm.eps)
     return Moved(name, describe(type(norm)), new.count, new.batches, shift, ratio, new.mean_error, new.var_error)
 
@@ -93,27 +93,23 @@ class Recalibration:
         lines = [
             f"{len(self.moved)} batch norms recalibrated, {len(self.left)} left; earlier={self.earlier!r}, {passes}"
         ]
-        width = min(max([len(say_name(entry.name)) for entry in self.moved] + [5]), WIDEST_NAME)
+        width = min(max([len(shorten_name(entry.name)) for entry in self.moved] + [5]), WIDEST_NAME)
         head = f"{'largest':>9} {'variance, new / old':>21} {'values':>11} {'standard':>9}"
         lines.append(f"  {'':<{width}} {head}")
         lines.append(f"  {'layer':<{width}} {'shift':>9} {'least':>10} {'most':>10} {'per channel':>11} {'error':>9}")
-        lines += [f"  {say_name(entry.name):<{width}} {say_row(entry)}" for entry in self.moved]
-        reasons: dict[tuple[str, str], list[str]] = {}
-        for entry in self.left:
-            reasons.setdefault((entry.kind, entry.reason), []).append(entry.name or "the model")
-        for (kind, reason), (name, *more) in reasons.items():
-            lines.append(f"  left {name}{f' and {len(more)} more' if more else ''} ({kind}): {reason}")
+        lines += [f"  {shorten_name(entry.name):<{width}} {write_row(entry)}" for entry in self.moved]
+        lines += write_left(self.left)
         return "\n".join(lines)
 
 
-def say_name(name: str) -> str:
-    """The end of a long name says more than its beginning."""
+def shorten_name(name: str) -> str:
+    """Return a name that fits the column: of a long one its end, which says more than its beginning."""
     name = name or "the model"
     return name if len(name) <= WIDEST_NAME else f"…{name[1 - WIDEST_NAME :]}"
 
 
-def say_row(entry: Moved) -> str:
-    """The shift that is largest in either direction, in old std, and so on."""
+def write_row(entry: Moved) -> str:
+    """Return a norm's row: largest shift in old std, least and largest ratio of variances, values, standard error."""
     shift = float(entry.shift[entry.shift.abs().argmax()])
     low, high = float(entry.ratio.min()), float(entry.ratio.max())
     error = "unknown" if entry.error == float("inf") else f"{entry.error:.1e}"

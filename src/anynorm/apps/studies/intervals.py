@@ -1,0 +1,60 @@
+"""Intervals of means over seeds, and of differences that are taken seed by seed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+CONFIDENCE = 0.95
+
+Seeds = Mapping[int, float]  # values by seed
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over seeds with its 95 % t-interval; low and high are None with fewer than two seeds."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    seeds: int
+
+    @property
+    def verdict(self) -> str:
+        """`higher`, `lower`, `no clear difference`, or `not judged` with fewer than two seeds."""
+        if self.low is None or self.high is None:
+            return "not judged"
+        if self.low > 0:
+            return "higher"
+        return "lower" if self.high < 0 else "no clear difference"
+
+
+def find_interval(values: Sequence[float], least: float = 0.0) -> Interval | None:
+    """Mean and 95 % t-interval of values from different seeds; None without values.
+
+    Their standard deviation counts as `least` where it is smaller.
+    """
+    count = len(values)
+    if count == 0:
+        return None
+    mean = float(np.mean(values))
+    if count == 1:
+        return Interval(mean, None, None, 1)
+    # scipy.stats has the same quantile, but takes seconds to import.
+    from scipy.special import stdtrit
+
+    deviation = max(float(np.std(values, ddof=1)), least)
+    half = float(stdtrit(count - 1, (1 + CONFIDENCE) / 2)) * deviation / count**0.5
+    return Interval(mean, mean - half, mean + half, count)
+
+
+def compare_pair(first: Seeds, second: Seeds, samples: int) -> Interval | None:
+    """First minus second, seed by seed, over the seeds that both have: accuracies in percent of `samples` samples.
+
+    Accuracy moves in steps of one sample, so equal differences over few seeds may be chance: the standard deviation of
+    the differences counts as one sample at least.
+    """
+    differences = [first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())]
+    return find_interval(differences, 100 / samples)

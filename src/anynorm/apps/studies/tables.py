@@ -1,0 +1,86 @@
+"""The tables of a finished study in the terminal, and the text of their cells, which the report shares."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from anynorm.apps.terminal import join_words
+
+from .judge import Choice, Findings
+from .sentences import say_batch
+
+LEAST_MARGIN = 10.0  # points; a narrower margin is printed, also at guessing
+KEY = "▲ leads on validation   ▼ clearly worse than the leader   unmarked: no clear difference, or not judged"
+
+
+def tabulate(findings: Findings, model: str, choices: Sequence[Choice]) -> Table:
+    """Test accuracy of every norm at every batch size."""
+    study = findings.study
+    table = Table(title=Text(f"{model}: test accuracy, %"), title_justify="left", title_style="bold")
+    table.add_column("norm")
+    for batch in study.batches:
+        table.add_column(say_batch(batch), justify="right")
+    here = {choice.batch: choice for choice in choices if choice.model == model}
+    for norm in study.norms:
+        table.add_row(norm, *(write_cell_text(findings, (model, b, norm), here.get(b)) for b in study.batches))
+    return table
+
+
+def write_cell_text(findings: Findings, cell: tuple[str, str, str], choice: Choice | None) -> Text:
+    """One cell: mean and half interval, marked where the norm leads or is clearly worse."""
+    if cell in findings.study.impossible:
+        return Text("n/a", style="dim")
+    interval = findings.interval(cell)
+    if interval is None:
+        return Text("failed" if cell in findings.failures else "")
+    half = "" if interval.high is None else f" ± {interval.high - interval.mean:.1f}"
+    # A margin wider than what was learned is no answer.
+    if interval.high is not None and interval.high - interval.mean > max(
+        interval.mean - findings.guessing, LEAST_MARGIN
+    ):
+        half = " (wide)"
+    text = f"{interval.mean:.1f}{half}"
+    if choice is None:
+        return Text(text)
+    if cell[2] == choice.leader and choice.judged:
+        return Text(f"▲ {text}", style="bold green")
+    if cell[2] in choice.with_verdict("higher"):
+        return Text(f"▼ {text}", style="dim")
+    return Text(text)
+
+
+def print_tables(console: Console, findings: Findings, choices: Sequence[Choice]) -> None:
+    """All tables with their key and the reasons for what is missing."""
+    study = findings.study
+    for model in study.models:
+        if any(cell[0] == model for cell in study.cells):
+            console.print(tabulate(findings, model, choices))
+    console.print(
+        Text(
+            f"{KEY}; ± half of the 95 % interval over seeds; wide: that half is larger than what was learned; "
+            "empty: not finished",
+            style="dim",
+        )
+    )
+    for reason, cells in group_reasons(study.impossible).items():
+        console.print(Text(f"n/a, {cells}: {reason}.", style="dim"), soft_wrap=True)
+    for reason, cells in group_reasons(findings.failures).items():
+        console.print(Text(f"failed, {cells}: {reason}.", style="yellow"), soft_wrap=True)
+
+
+def group_reasons(reasons: dict[tuple[str, str, str], str]) -> dict[str, str]:
+    """Each reason once, with the places that it holds for; norms that share their batch sizes are said together."""
+    batches: dict[tuple[str, str, str], list[str]] = {}
+    for (model, batch, norm), reason in reasons.items():
+        batches.setdefault((reason, model, norm), []).append(batch)
+    norms: dict[tuple[str, str, str], list[str]] = {}
+    for (reason, model, norm), sizes in batches.items():
+        norms.setdefault((reason, model, ", ".join(sizes)), []).append(norm)
+    places: dict[str, list[str]] = {}
+    for (reason, model, shared), names in norms.items():
+        places.setdefault(reason, []).append(f"{join_words(names)} in {model} at batch {shared}")
+    return {reason: join_words(found) for reason, found in places.items()}

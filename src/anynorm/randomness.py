@@ -1,0 +1,42 @@
+"""The state of the random generators that models draw from: saved, put back, and kept over a block."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def save_randomness() -> list[Any]:
+    """Return the states of Python's, NumPy's and torch's generators, of every device that is in use."""
+    states: list[Any] = [random.getstate(), np.random.get_state(), torch.get_rng_state()]  # noqa: NPY002 # what models draw from
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        states.append(torch.cuda.get_rng_state_all())
+    return states
+
+
+def restore_randomness(states: list[Any]) -> None:
+    """Put the generators back, so that they draw again what they drew after `save_randomness`."""
+    random.setstate(states[0])
+    np.random.set_state(states[1])  # noqa: NPY002 # as above
+    torch.set_rng_state(states[2])
+    if len(states) > 3:
+        torch.cuda.set_rng_state_all(states[3])
+
+
+@contextmanager
+def keep_randomness(seed: int = 0) -> Iterator[None]:
+    """Run a block from a fixed seed, and put the generators back after it as they were before."""
+    states = save_randomness()
+    try:
+        # Only the CPU's generator: torch.manual_seed would seed every accelerator of the process too.
+        torch.default_generator.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)  # noqa: NPY002 # as above
+        yield
+    finally:
+        restore_randomness(states)
