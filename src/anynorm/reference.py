@@ -28,6 +28,7 @@ def forward(
     gamma: ArrayLike = 1.0,
     beta: ArrayLike = 0.0,
     eps: float = 1e-5,
+    *,
     centred: bool = True,
     given: tuple[ArrayLike, ArrayLike] | None = None,
 ) -> Array:
@@ -52,6 +53,7 @@ def gradients(
     axes: tuple[int, ...],
     gamma: ArrayLike = 1.0,
     eps: float = 1e-5,
+    *,
     centred: bool = True,
     given: tuple[ArrayLike, ArrayLike] | None = None,
 ) -> tuple[Array, Array, Array]:

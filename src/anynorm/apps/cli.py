@@ -101,6 +101,7 @@ def explain(
 
 @app.command("compare")
 def compare_norms(
+    *,
     data: Annotated[
         str, typer.Option("--data", metavar="mnist|digits|PATH.npz", help="What to learn; a file holds x and y.")
     ] = "mnist",
