@@ -40,7 +40,7 @@ class Normalize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Any, bias: Any, residual: Any, request: Request, plan: Plan) -> Tensor:
         y, statistics = kernels.forward(x, weight, bias, residual, request, plan, keep=True)
-        source, eps, activation, mask, *_ = request
+        source, eps, activation, mask, _, _ = request
         is_given = type(source) is Given
         known: Any = statistics if is_given else (statistics,)
         # Beta may change before backward, as in torch, and without an activation the residual need not be kept.

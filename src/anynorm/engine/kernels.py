@@ -95,12 +95,12 @@ def forward(
         request: its source is `Batch` or `Given`.
         keep: whether the statistics are wanted, to stay as they are; else they may be None.
     """
-    source, eps, activation, mask, *_ = request
+    source, eps, activation, mask, _, _ = request
     gamma, beta = ready("weight", weight, plan), ready("bias", bias, plan)
     if residual is not None:
         residual = memory.arrange("residual", residual, plan)
     statistics: Statistics | None = None
-    moves, moves_here = False, False
+    moves, moved, momentum = False, (0, 0), 0.0
     if type(source) is Given:
         statistics = ready_statistics(source, plan)
         if keep:  # What is kept for backward must not change when the buffers do.
@@ -110,18 +110,17 @@ def forward(
                 known_var.clone() if known_var is source.var else known_var,
             )
     else:
-        moves = source.running_mean is not None and source.running_var is not None
-        moves_here = moves and not plan.pooling.ghosts and can_move(plan, *source)
-        if keep or (moves and not moves_here):
+        running_mean, running_var, new_weight = source
+        moves = running_mean is not None and running_var is not None
+        if moves and not plan.pooling.ghosts and can_move(plan, running_mean, running_var, new_weight):
+            size, momentum = plan.parameter_bytes, new_weight
+            moved = (
+                find_address("running_mean", running_mean, size),
+                find_address("running_var", running_var, size),
+            )
+        if keep or (moves and not moved[0]):
             statistics = make_statistics(plan)
-    moved, momentum = (0, 0), 0.0
-    if moves_here:
-        size, momentum = plan.parameter_bytes, source.momentum
-        moved = (
-            find_address("running_mean", source.running_mean, size),
-            find_address("running_var", source.running_var, size),
-        )
-    mean, m2, var = find_addresses(statistics, plan)
+    mean, m2, var = (0, 0, 0) if statistics is None else find_addresses(statistics, plan)
     start = find_address("input", x, plan.bytes)
     y = torch.empty_like(x, memory_format=plan.memory_format)
     compiled.forward(
@@ -130,23 +129,23 @@ def forward(
         eps=eps,
         activation=CHOICES[activation],
         x=start,
-        residual=find_address("residual", residual, plan.bytes),
+        residual=0 if residual is None else find_address("residual", residual, plan.bytes),
         y=y.data_ptr(),
-        gamma=find_address("weight", gamma, plan.parameter_bytes),
-        beta=find_address("bias", beta, plan.parameter_bytes),
+        gamma=0 if gamma is None else find_address("weight", gamma, plan.parameter_bytes),
+        beta=0 if beta is None else find_address("bias", beta, plan.parameter_bytes),
         mean=mean,
         m2=m2,
         var=var,
-        mask=find_mask_address(mask, plan),
+        mask=0 if mask is None else find_mask_address(mask, plan),
         running_mean=moved[0],
         running_var=moved[1],
         momentum=momentum,
     )
-    if moves_here:
+    if moved[0]:
         increment_version(source)
     elif moves:
         assert isinstance(statistics, Tensor)
-        check_no_overlap("norm", x, source.running_mean, source.running_var)
+        check_no_overlap("norm", x, running_mean, running_var)
         move_running(source, open_statistics(statistics, plan, mask), plan.pooling)
     return y, statistics
 

@@ -14,6 +14,7 @@ from torch.overrides import _get_current_function_mode_stack, _len_torch_functio
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, _len_torch_dispatch_stack
 
+from ..sources import BATCH
 from .request import Request
 
 # Dispatch keys of an ordinary tensor on the CPU, outside and inside inference mode. All else has others: other devices
@@ -23,7 +24,7 @@ with torch.inference_mode():
 PLAIN_KEYS.add(_dispatch_keys(torch.empty(0, dtype=torch.float32, device="cpu")).raw_repr())
 
 
-HASHABLE = (type(None), int, tuple, torch.Size)
+HASHABLE = (int, tuple, torch.Size)
 
 
 def is_watched() -> bool:
@@ -66,12 +67,16 @@ def find_key(
     if is_watched():
         return None
     source, eps, activation, mask, _, sizes = request
-    # 7.0 and True equal sizes that pass, and are refused.
-    kinds = tuple(map(type, sizes)) if type(sizes) is tuple else type(sizes)
-    if type(sizes) not in HASHABLE:
-        sizes = repr(sizes)
+    kinds: Any = None
+    if sizes is not None:  # 7.0 and True equal sizes that pass, and are refused.
+        kinds = (*map(type, sizes),) if type(sizes) is tuple else type(sizes)
+        if type(sizes) not in HASHABLE:
+            sizes = repr(sizes)
     key: list[Any] = [function, type(source), eps, activation, sizes, kinds]
-    for t in (x, weight, bias, residual, mask, source[0], source[1]):
+    tensors = (x, weight, bias) if residual is None and mask is None else (x, weight, bias, residual, mask, None)
+    if source is not BATCH:
+        tensors += source[:2]
+    for t in tensors:
         if t is None:
             key.append(None)
             continue

@@ -50,13 +50,14 @@ class Front:
             residual: as x, or None.
             request: as the user asked.
         """
-        if request.mask is not None or request.lengths is not None:
+        _, _, activation, mask, lengths, _ = request
+        if mask is not None or lengths is not None:
             found = self.hand_over(x, weight, bias, residual, request)
             if found is not None:
                 return found
             request = self.read_mask(x, request)
-        if request.activation is not None:
-            request = request._replace(activation=check_activation(self.function, request.activation))
+        if activation is not None:
+            request = request._replace(activation=check_activation(self.function, activation))
         key = watch.find_key(self.function, x, weight, bias, residual, request)
         plan = paths.PLANS.get(key) if key is not None else None
         if plan is None:
