@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import anynorm
-from anynorm.modules.recent import READ
+from anynorm.modules.recomputation import READ
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 

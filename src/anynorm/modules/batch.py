@@ -21,8 +21,8 @@ from ..padding.masks import find_mask
 from ..padding.ragged import close_rows, is_ragged, open_residual, open_rows
 from ..sources import BATCH, Batch, Exchange, Given, Joined, Merged, Source, find_momentum, find_override
 from .counting import Guard, count_batch, is_counted, mark_counted
-from .recent import recall
-from .state import Norm
+from .norm import Norm
+from .recomputation import recall
 
 
 class _Running(Norm):

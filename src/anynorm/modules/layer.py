@@ -10,7 +10,7 @@ from torch import Tensor
 from ..engine.request import Request
 from ..functional.layer import LAYER_NORM
 from ..sources import BATCH
-from .state import Norm
+from .norm import Norm
 
 
 class _ByFeatures(Norm):

@@ -17,7 +17,7 @@ from ..functional.batch import check_averages, name_averages
 from ..pooling import Sizes, find_axes, find_pooling, parse
 from ..sources import BATCH, Batch, Given, Source, find_momentum
 from .counting import is_counted, mark_counted
-from .state import Norm
+from .norm import Norm
 
 
 def check_sizes(input: Tensor, pattern: str, sizes: Sizes) -> None:

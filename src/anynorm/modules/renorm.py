@@ -16,7 +16,7 @@ from ..functional.renorm import RENORM, check_limits
 from ..sources import Batch, Renorm, Source, find_momentum
 from . import batch
 from .ghost import show_options
-from .recent import recall
+from .recomputation import recall
 
 Warmup = tuple[int, int, int] | Callable[[Tensor], tuple[Any, Any]]
 PAPERS_WARMUP = (5_000, 40_000, 25_000)

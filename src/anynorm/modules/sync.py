@@ -133,7 +133,29 @@ class _Synchronized(batch._BatchNorm):
         return twin
 
 
-class SyncBatchNorm(_Synchronized, batch._Batch, nn.modules.batchnorm._BatchNorm):
+class _SyncBatch(_Synchronized, batch._Batch):
+    """The constructor of `torch.nn.SyncBatchNorm`, and the choices of `anynorm.BatchNorm2d`."""
+
+    created: ClassVar[Iterator[int]] = count()
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: Any | None = None,
+        device: Any = None,
+        dtype: Any = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **options)
+        self.process_group = process_group
+        self.serial = next(self.created)
+
+
+class SyncBatchNorm(_SyncBatch, nn.modules.batchnorm._BatchNorm):
     """`torch.nn.SyncBatchNorm` on every device, with exact counts and faults that are said.
 
     y[n,c,s] = (x[n,c,s] - mean[c]) / sqrt(var[c] + eps) * weight[c] + bias[c], mean and var over all ranks
@@ -171,24 +193,6 @@ class SyncBatchNorm(_Synchronized, batch._Batch, nn.modules.batchnorm._BatchNorm
         >>> norm.load_state_dict(torch.nn.BatchNorm2d(3).state_dict())
         <All keys matched successfully>
     """
-
-    created: ClassVar[Iterator[int]] = count()
-
-    def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        process_group: Any | None = None,
-        device: Any = None,
-        dtype: Any = None,
-        **options: Any,
-    ) -> None:
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **options)
-        self.process_group = process_group
-        self.serial = next(self.created)
 
 
 batch.show_choices(SyncBatchNorm, nn.SyncBatchNorm)

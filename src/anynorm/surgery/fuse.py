@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from ..activations import ACTIVATIONS, list_activations
-from ..modules.state import Norm
+from ..modules.norm import Norm
 from . import trace
 from .report import FUSED, Entry, Report, describe
 from .sequential import check_settings, count_places, find_reason, leave, read_activation

@@ -18,8 +18,8 @@ from torch.nn import Parameter
 from ...errors import UserError
 from ...functional import batch_norm, layer_norm
 from ...sources import find_momentum
-from ..recent import recall
-from ..state import Norm
+from ..norm import Norm
+from ..recomputation import recall
 from .packing import split_steps
 
 NORMS = ("layer", "batch-per-step", "batch-sequence")

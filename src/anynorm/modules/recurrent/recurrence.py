@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import PackedSequence
 from ...padding.context import find_current, may_be_masked
 from ...padding.masks import lengths_of
 from ..counting import is_counted, mark_counted
-from ..state import record_call
+from ..norm import record_call
 from .norms import LayerRows, RowNorm, SequenceRows, StepRows, check_options
 from .packing import Lengths, find_flip, find_flip_of_all, pack, split_steps, unpack
 
