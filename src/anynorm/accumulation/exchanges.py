@@ -44,7 +44,8 @@ class WholeBatchExchange(Exchange):
 class OwnMomentsExchange(WholeBatchExchange):
     """A call in the first pass: a micro-batch is normalized by its own moments, which are added to the call's.
 
-    Moments merged so far instead were measured, too, and led to larger errors: the first micro-batches then differ more.
+    Moments merged so far instead were measured, too, and led to larger errors: the first micro-batches then differ
+    more.
     """
 
     def merge(self, moments: Moments) -> Moments:

@@ -109,7 +109,9 @@ def find_modes() -> list[torch.autocast]:
 
 def lockstep(micro_batches: MicroBatches) -> None:
     """Run mode "lockstep": exact; one forward and one backward, with the memory of the large batch."""
-    functions = [partial(micro_batches.loss, micro_batches.model, batch) for batch in micro_batches.batches]
+    functions: list[Callable[[], Any]] = [
+        partial(micro_batches.loss, micro_batches.model, batch) for batch in micro_batches.batches
+    ]
     results = run_in_lockstep(functions, micro_batches.names)
     losses = []
     for result, weight in zip(results, micro_batches.weights, strict=True):

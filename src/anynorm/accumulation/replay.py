@@ -51,7 +51,7 @@ class SavedBuffers:
         ]
 
     def restore(self) -> None:
-        """Write the values of the start into the tensors of the start, also where a forward put others in their place."""
+        """Write the values of the start into the tensors of the start, which come back where others took their place."""
         for new in [place for place, _ in self.list_all() if place not in self.before]:
             del self.modules[new[0]]._buffers[new[1]]
         with torch.no_grad():
@@ -67,7 +67,7 @@ class SavedBuffers:
             buffers[place[1]] = buffer
 
     def add_result(self, weight: float) -> None:
-        """Add what a micro-batch made of the buffers to their mean; the last one's counts where no mean can be taken."""
+        """Add what a micro-batch made of the buffers to their mean; the last one's stays where none can be taken."""
         for place, buffer in self.list_all():
             _, before = self.before.get(place, (None, None))
             if are_equal(buffer, before):
