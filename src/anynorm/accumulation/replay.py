@@ -51,7 +51,7 @@ class SavedBuffers:
         ]
 
     def restore(self) -> None:
-        """Write the values of the start into the tensors of the start, which come back where others took their place."""
+        """Write the values of the start into the tensors of the start, put back where others took their place."""
         for new in [place for place, _ in self.list_all() if place not in self.before]:
             del self.modules[new[0]]._buffers[new[1]]
         with torch.no_grad():
