@@ -11,7 +11,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from ..modules.counting import count_parts
+from ..modules.counting import count_whole_batch
 from .checks import check_model
 from .lockstep import lockstep
 from .passes import MicroBatches, estimate, sweep
@@ -104,7 +104,7 @@ def accumulate(
             buffers.write_mean()
         for call in micro_batches.calls:
             assert call.moments is not None
-            count_parts(call.layer, call.moments)
+            count_whole_batch(call.layer, call.moments)
     except BaseException:  # An interrupt, too, leaves a model that can go on.
         gradients.restore()
         buffers.restore()

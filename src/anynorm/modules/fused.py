@@ -21,7 +21,7 @@ from ..engine.plain import blank
 from ..padding.context import may_be_masked
 from ..padding.masks import find_mask
 from . import batch, ghost, group, instance, layer, renorm, rms, sync
-from .norm import Norm, check_hooks, name_given, record_call
+from .norm import Norm, check_hooks, drop_none, record_call
 from .torch_state import BatchNormState, GroupNormState, InstanceNormState, LayerNormState, RMSNormState
 
 
@@ -65,7 +65,7 @@ class Fused(Norm):
         """
         if isinstance(input, Proxy) or isinstance(residual, Proxy):
             given = (input,) if residual is None else (input, residual)
-            return record_call(self, *given, **name_given(mask=mask, lengths=lengths))
+            return record_call(self, *given, **drop_none(mask=mask, lengths=lengths))
         if mask is None and lengths is None and may_be_masked():
             mask = self.find_mask(input)
         if self._forward_hooks and not (mask is None and lengths is None and residual is None):

@@ -14,10 +14,12 @@ from .norm import Norm
 
 
 class _ByFeatures(Norm):
+    """A norm over the last axes."""
+
     normalized_shape: tuple[int, ...]
 
     def find_channel_axes(self, input: Tensor) -> tuple[int, ...]:
-        """The last axes."""
+        """The last axes, over which statistics are taken."""
         return tuple(range(input.dim() - len(self.normalized_shape), input.dim()))
 
 

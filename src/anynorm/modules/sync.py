@@ -25,13 +25,13 @@ class OneValueError(ValueError):
 
 
 class RankExchange(Exchange):
-    """One call of a layer, on all ranks."""
+    """One call of a layer on all ranks, merged in the order of ranks, so that every rank finds the same bits."""
 
     def __init__(self, ranks: Ranks, layer: _Synchronized, call: dict[str, Any]) -> None:
         self.ranks, self.layer, self.call = ranks, layer, call
 
     def merge(self, moments: Moments) -> Moments:
-        """In the order of ranks, from what was sent, so that every rank finds the same bits."""
+        # This rank's own moments are taken from what was sent, too, as the others see them.
         assert moments.mean is not None
         own = [torch.tensor([float(moments.count)], dtype=torch.float64, device="cpu")]
         own += [t.detach().cpu().double().flatten() for t in (moments.mean, moments.m2)]
@@ -51,7 +51,6 @@ class RankExchange(Exchange):
         return Moments(total.count, mean, m2)
 
     def merge_sums(self, sums: Tensor) -> Tensor:
-        """In the order of ranks."""
         found = self.ranks.exchange(Call(phase=BACKWARD, **self.call), sums.detach().cpu().double().flatten())
         total = found[0]
         for part in found[1:]:
@@ -81,7 +80,7 @@ class _Synchronized(batch._BatchNorm):
             )
 
     def find_ranks(self) -> Ranks | None:
-        """Those whose statistics are merged; None in evaluation and where there is nobody else."""
+        """The ranks whose statistics are merged; None in evaluation and where this one is alone."""
         return Ranks.find(self.process_group) if self.training else None
 
     def normalize(
@@ -108,7 +107,7 @@ class _Synchronized(batch._BatchNorm):
 
     @torch._disable_dynamo  # torch.compiler.disable would import the compiler, which takes seconds, with anynorm.
     def open_exchange(self, input: Any, moves: bool) -> RankExchange | None:
-        """Count this call, and say how the other ranks must have it, too."""
+        """Count this call, and describe it, so that other ranks can be held against it."""
         ranks = self.find_ranks()
         if ranks is None:
             return None

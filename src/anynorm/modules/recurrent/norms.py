@@ -19,7 +19,7 @@ from ...errors import UserError
 from ...functional import batch_norm, layer_norm
 from ...sources import find_momentum
 from ..norm import Norm
-from ..recomputation import recall
+from ..recomputation import read_or_replay
 from .packing import split_steps
 
 NORMS = ("layer", "batch-per-step", "batch-sequence")
@@ -215,7 +215,7 @@ class StepRows(_BatchRows):
             running = self.running_mean[slot], self.running_var[slot]
             return self.from_batch(input, beta, running, self.num_batches_per_step[slot], moves)
         found = self.find_running(step)
-        return self.from_running(input, beta, recall(self, found) if self.training else found)
+        return self.from_running(input, beta, read_or_replay(self, found) if self.training else found)
 
     def find_running(self, step: int) -> tuple[Tensor, Tensor]:
         """The averages of a step, or of the last step that has any. Steps are seen in order, without gaps."""
