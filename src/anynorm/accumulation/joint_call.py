@@ -101,6 +101,7 @@ class Split(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
         if ctx.phase.is_in_loss:
             raise make_inner_gradient_error()
+        # A micro-batch that no loss depends on has gradient 0, and the norm needs it: it is one batch.
         present = next(g for g in gradients if g is not None)
         filled = [
             present.new_zeros(size, *ctx.like) if g is None else g for g, size in zip(gradients, ctx.sizes, strict=True)

@@ -83,6 +83,7 @@ class SavedBuffers:
         with torch.no_grad():
             for place, after in self.after.items():
                 buffer, _ = self.before.get(place, (None, None))
+                # Into the tensor of the start where it fits: optimizers, compiled graphs or the user may hold it.
                 if buffer is not None and after is not None and are_compatible(buffer, after):
                     self.put(place, buffer.copy_(after))
                 else:
@@ -112,6 +113,7 @@ class SavedGradients:
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
         self.before = [(parameter, parameter.grad) for parameter in parameters]
         for parameter, _ in self.before:
+            # None, not 0: what comes is this batch's alone, and an error leaves the tensors of the start untouched.
             parameter.grad = None
 
     def restore(self) -> None:

@@ -40,7 +40,7 @@ class Fused(Norm):
 
     def __init_subclass__(cls, plain: type[nn.Module] | None = None, **options: Any) -> None:
         super().__init_subclass__(**options)
-        if plain is None:  # somebody's subclass of a fused norm
+        if plain is None:  # A user's subclass of a fused norm.
             return
         cls.plain = plain
         if hasattr(plain, "_axes"):
@@ -71,6 +71,7 @@ class Fused(Norm):
         if self._forward_hooks and not (mask is None and lengths is None and residual is None):
             check_hooks(self, "mask" if residual is None else "residual")
         if self.add is not None and residual is not None and not fits(residual, input):
+            # A sum that broadcasts or promotes has no kernel: norm, sum, activation and mask one after the other.
             activation = check_activation(type(self).__name__, self.activation)
             y = finish(self.add(self.normalize(input, mask=mask, lengths=lengths), residual), activation, None)
             found = find_mask(type(self).__name__, input, self.find_channel_axes(input), mask, lengths)

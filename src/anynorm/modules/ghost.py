@@ -33,6 +33,7 @@ class _Ghost(batch._BatchNorm):
         if lone is None:
             return super().normalize(input, residual, activation, mask, lengths)
         found, alone = lone
+        # Both ways over all positions, then chosen: a selection would depend on the data, and break graphs.
         other = self._normalize_single(input, residual, activation, mask, lengths)
         y = super().normalize(input, residual, activation, (found - alone).squeeze(1))
         return torch.where(alone > 0, other, y)

@@ -33,6 +33,7 @@ class RankExchange(Exchange):
     def merge(self, moments: Moments) -> Moments:
         # This rank's own moments are taken from what was sent, too, as the others see them.
         assert moments.mean is not None
+        # float64 holds every count below 2**53 exactly, so that one message carries counts and statistics.
         own = [torch.tensor([float(moments.count)], dtype=torch.float64, device="cpu")]
         own += [t.detach().cpu().double().flatten() for t in (moments.mean, moments.m2)]
         found = self.ranks.exchange(Call(phase=FORWARD, **self.call), torch.cat(own))

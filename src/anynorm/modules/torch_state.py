@@ -69,7 +69,7 @@ class BatchNormState(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
     ) -> None:
-        # torch before 0.4.1 (version 1) counted no batches; such a checkpoint leaves the counter as it is.
+        # Checkpoints of version 1 (before torch 0.4.1) have no counter, and leave it as it is.
         key, counter = prefix + "num_batches_tracked", self.num_batches_tracked
         if (local_metadata.get("version") or 1) < 2 and self.track_running_stats and key not in state_dict:
             known = counter is not None and not counter.is_meta
@@ -97,7 +97,7 @@ class InstanceNormState(BatchNormState):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
     ) -> None:
-        # torch before 0.4.0 (no version) tracked always; its averages must not vanish in silence. The text is torch's.
+        # Before torch 0.4.0 (no version) averages were always there; they must not vanish in silence. torch's text.
         kept = [prefix + name for name in ("running_mean", "running_var") if prefix + name in state_dict]
         if local_metadata.get("version") is None and not self.track_running_stats and kept:
             names, kind = " and ".join(f'"{key}"' for key in kept), type(self).__name__.replace("Act", "")
