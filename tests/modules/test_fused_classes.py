@@ -19,7 +19,7 @@ from anynorm import FAMILY, activations
 from anynorm.activations import ACTIVATIONS
 from anynorm.modules.fused import Fused
 from fused_specimens import fuse, ids
-from specimens import SPECIMENS, TRACKING
+from specimens import ARGUMENTS, SIZES, SPECIMENS, TRACKING
 
 # Classes, constructors and state
 
@@ -62,6 +62,49 @@ def test_state_attributes_and_repr_are_the_plain_norms(specimen):
     theirs.reset_parameters()
     for mine, its in zip(fused.state_dict().values(), theirs.state_dict().values(), strict=True):
         assert torch.equal(mine, its)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"bias": False}, {"affine": False}, {"affine": True, "device": "meta"}, {"eps": 0.5, "dtype": torch.float64}],
+    ids=str,
+)
+@pytest.mark.parametrize("specimen", SPECIMENS, **ids)
+def test_constructors_build_what_torchs_build(specimen, options):
+    theirs_kind = getattr(nn, specimen.kind)
+    known = inspect.signature(theirs_kind).parameters
+    options = {("elementwise_affine" if k == "affine" and k not in known else k): v for k, v in options.items()}
+    options = {k: v for k, v in options.items() if k in known}
+    arguments = ARGUMENTS.get(specimen.kind, (SIZES["c"][0],))
+    theirs = theirs_kind(*arguments, **options)
+    fused = getattr(anynorm, specimen.kind.replace("Norm", "NormAct"))(*arguments, **options)
+    mine = {k: v for k, v in vars(fused).items() if k != "activation"}
+    assert list(mine) == list(vars(theirs))
+    for name in ("_parameters", "_buffers"):
+        assert list(mine[name]) == list(vars(theirs)[name])
+        for ours, its in zip(mine.pop(name).values(), vars(theirs)[name].values(), strict=True):
+            assert (ours is None) == (its is None)
+            if its is not None:
+                assert (ours.shape, ours.dtype, ours.device) == (its.shape, its.dtype, its.device)
+                assert its.is_meta or torch.equal(ours, its)
+    assert all(vars(theirs)[name] == value for name, value in mine.items())
+
+
+def test_what_torch_refuses_is_refused_in_its_words():
+    texts = []
+    for kind in (nn.GroupNorm, anynorm.GroupNormAct):
+        with pytest.raises(ValueError) as refused:
+            kind(3, 4)
+        texts.append(str(refused.value))
+    assert texts[0] == texts[1]
+    texts = []
+    for kind in (nn.InstanceNorm1d, anynorm.InstanceNormAct1d):
+        old = nn.InstanceNorm1d(3, track_running_stats=True).state_dict()
+        old._metadata[""]["version"] = None
+        with pytest.raises(RuntimeError) as refused:
+            kind(3).load_state_dict(old)
+        texts.append(str(refused.value).replace("Act", ""))
+    assert texts[0] == texts[1]
 
 
 def test_old_checkpoints_load_and_bad_ones_do_not():
