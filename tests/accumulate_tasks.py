@@ -1,7 +1,8 @@
-"""What the ranks of test_accumulate.py run, and the models of both."""
+"""Models, batches and comparisons for the tests of accumulation, and what their ranks run."""
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -10,6 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import anynorm
+
+EXACT = ("sweep", "lockstep")
+MODES = (*EXACT, "estimate")
+SIZES = [4, 1, 5, 3]
 
 
 class Block(nn.Module):
@@ -86,3 +91,31 @@ def on_ranks(rank: int, world: int, mode: str, sizes: list[list[int]]) -> dict[s
     weights = [size / total for size in sizes[rank]]
     found = anynorm.accumulate(model, cut(mine, sizes[rank]), find_loss, mode=mode, weights=weights)
     return {"loss": found.loss, "outputs": torch.cat(found.outputs), "state": find_state(model)}
+
+
+def accumulate_and_compare(model, sizes, batch, loss=find_loss, mode="sweep", tolerance=1e-9):
+    """Equals the large batch: loss, outputs, every gradient and every buffer."""
+    large = copy.deepcopy(model)
+    found, outputs = loss(large, batch)
+    found.backward()
+    result = anynorm.accumulate(model, cut(batch, sizes), loss, mode=mode)
+    assert_near(result.loss, found, tolerance)
+    assert_near(torch.cat(result.outputs), outputs, tolerance)
+    assert_same_state(find_state(model), find_state(large), tolerance)
+    return result
+
+
+def assert_near(got: Tensor, wanted: Tensor, tolerance: float, scale: float | None = None) -> None:
+    scale = float(wanted.detach().abs().max()) if scale is None else scale
+    error = float((got.detach() - wanted.detach()).abs().max())
+    assert error <= tolerance * scale, f"{error:.3g}, allowed {tolerance * scale:.3g}"
+
+
+def assert_same_state(got: dict, wanted: dict, tolerance: float) -> None:
+    assert list(got) == list(wanted)
+    largest = max(float(t.abs().max()) for name, t in wanted.items() if name.startswith("grad"))
+    for name, t in wanted.items():
+        if "num_batches" in name:
+            assert got[name] == t
+        else:
+            assert_near(got[name], t, tolerance, largest if name.startswith("grad") else None)

@@ -13,7 +13,7 @@ from .errors import PatternError, SyncError, UserError
 from .family import FAMILY
 from .modules.batch import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from .modules.counting import update_once
-from .modules.extra import extra_state, load_extra_state
+from .modules.extra_state import extra_state, load_extra_state
 from .modules.fused import (
     BatchNormAct1d,
     BatchNormAct2d,

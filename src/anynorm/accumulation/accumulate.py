@@ -11,13 +11,13 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from ..modules.counting import count_parts
+from ..modules.counting import count_whole_batch
+from .checks import check_model
 from .lockstep import lockstep
-from .passes import Parts, estimate, sweep
-from .refuse import check
-from .replay import Buffers, Gradients, restore_randomness, save_randomness
+from .passes import MicroBatches, estimate, sweep
+from .replay import SavedBuffers, SavedGradients, restore_randomness, save_randomness
 
-MODES: dict[str, Callable[[Parts], None]] = {"sweep": sweep, "lockstep": lockstep, "estimate": estimate}
+MODES: dict[str, Callable[[MicroBatches], None]] = {"sweep": sweep, "lockstep": lockstep, "estimate": estimate}
 
 
 @dataclass(frozen=True)
@@ -92,30 +92,32 @@ def accumulate(
     batches = list(batches)
     if mode not in MODES:
         raise ValueError(f"accumulate: mode must be one of {', '.join(MODES)}; got {mode!r}; the default is sweep")
-    names = check(model, batches)
-    weights = find_weights(batches, weights)
-    randomness, buffers = save_randomness(), Buffers(model)
-    gradients = Gradients(model.parameters())
-    parts = Parts(model, batches, loss, weights, names, buffers)
+    names = check_model(model, batches)
+    weights = check_weights(batches, weights)
+    randomness, buffers = save_randomness(), SavedBuffers(model)
+    gradients = SavedGradients(model.parameters())
+    micro_batches = MicroBatches(model, batches, loss, weights, names, buffers)
     try:
         with torch.compiler.set_stance("force_eager"):  # A graph that holds norms knows nothing of other micro-batches.
-            MODES[mode](parts)
+            MODES[mode](micro_batches)
         if mode != "lockstep":
-            buffers.finish()
-        for call in parts.calls:
+            buffers.write_mean()
+        for call in micro_batches.calls:
             assert call.moments is not None
-            count_parts(call.layer, call.moments)
-    except BaseException:
+            count_whole_batch(call.layer, call.moments)
+    except BaseException:  # An interrupt, too, leaves a model that can go on.
         gradients.restore()
-        buffers.rewind()
+        buffers.restore()
         restore_randomness(randomness)
         raise
     gradients.add()
-    return Accumulated(parts.total, parts.outputs, None if mode == "lockstep" else len(parts.calls))
+    return Accumulated(
+        micro_batches.total, micro_batches.outputs, None if mode == "lockstep" else len(micro_batches.calls)
+    )
 
 
-def find_weights(batches: list[Any], weights: Sequence[float] | None) -> list[float]:
-    """The weight of each micro-batch's loss."""
+def check_weights(batches: list[Any], weights: Sequence[float] | None) -> list[float]:
+    """The weight of each micro-batch's loss; refuses given ones that do not fit."""
     if weights is not None:
         weights = [float(weight) for weight in weights]
         if len(weights) != len(batches):
@@ -124,7 +126,7 @@ def find_weights(batches: list[Any], weights: Sequence[float] | None) -> list[fl
                 f"{len(batches)}; leave them out for shares of samples"
             )
         return weights
-    sizes = [find_size(given) for given in batches]
+    sizes = [find_sample_count(batch) for batch in batches]
     if None in sizes or not sum(size or 0 for size in sizes):
         raise ValueError(
             "accumulate: a micro-batch's number of samples is the first axis of its first tensor; got "
@@ -134,14 +136,14 @@ def find_weights(batches: list[Any], weights: Sequence[float] | None) -> list[fl
     return [(size or 0) / total for size in sizes]
 
 
-def find_size(given: Any) -> int | None:
+def find_sample_count(batch: Any) -> int | None:
     """The number of samples of a micro-batch; None where no tensor is found."""
-    if isinstance(given, PackedSequence):
-        return int(given.batch_sizes[0])
-    if isinstance(given, Tensor):
-        return given.shape[0] if given.dim() else None
-    if isinstance(given, Mapping):
-        given = list(given.values())
-    if isinstance(given, list | tuple):
-        return next((size for size in map(find_size, given) if size is not None), None)
+    if isinstance(batch, PackedSequence):
+        return int(batch.batch_sizes[0])
+    if isinstance(batch, Tensor):
+        return batch.shape[0] if batch.dim() else None
+    if isinstance(batch, Mapping):
+        batch = list(batch.values())
+    if isinstance(batch, list | tuple):
+        return next((size for size in map(find_sample_count, batch) if size is not None), None)
     return None

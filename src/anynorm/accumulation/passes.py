@@ -15,6 +15,8 @@ stand for those of the whole batch in the last pass. There gradients flow throug
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,128 +24,140 @@ import torch.nn as nn
 from torch import Tensor
 
 from ..sources import overriding
-from .calls import Call, Estimated, Known, Last, Pass, Sought, Stop, Survey
-from .refuse import find_inner_gradient
-from .replay import Buffers, restore_randomness, save_randomness
+from .calls import ForwardPass, NormCall
+from .checks import make_inner_gradient_error
+from .exchanges import (
+    EstimateExchange,
+    MomentsCollector,
+    OwnMomentsExchange,
+    StopForward,
+    SumsCollector,
+    WholeBatchExchange,
+)
+from .replay import SavedBuffers, restore_randomness, save_randomness
 
 Loss = Callable[[nn.Module, Any], Any]
 
 
-class Parts:
+@dataclass
+class MicroBatches:
     """The micro-batches of one batch, and what is known of the calls in their forwards.
 
-    Args:
+    Attributes:
         weights: of each micro-batch's loss in the whole batch's.
         names: of the model's batch norms.
+        buffers: the model's, which every forward is to find as they were.
+        calls: of batch norms in a forward, in order.
+        states: each micro-batch's random numbers.
+        total: the weighted sum of the losses so far.
+        outputs: what came with the losses.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        batches: Sequence[Any],
-        loss: Loss,
-        weights: Sequence[float],
-        names: dict[Any, str],
-        buffers: Buffers,
-    ) -> None:
-        self.model, self.batches, self.loss, self.weights, self.names = model, batches, loss, weights, names
-        self.buffers = buffers
-        self.calls: list[Call] = []
-        self.states: list[Any] = []
-        self.total: Any = 0.0
-        self.outputs: list[Any] = []
+    model: nn.Module
+    batches: Sequence[Any]
+    loss: Loss
+    weights: Sequence[float]
+    names: dict[Any, str]
+    buffers: SavedBuffers
+    calls: list[NormCall] = field(default_factory=list)
+    states: list[Any] = field(default_factory=list)
+    total: Any = 0.0
+    outputs: list[Any] = field(default_factory=list)
 
-    def run(self, index: int, kind: type[Known], special: tuple[int, Known] | None = None) -> tuple[Pass, Tensor, Any]:
-        """One forward of one micro-batch, as every forward of it: its loss, and what came with it."""
+    def run(
+        self, index: int, kind: type[WholeBatchExchange], special: tuple[int, WholeBatchExchange] | None = None
+    ) -> tuple[ForwardPass, Tensor, Any]:
+        """Run one forward of one micro-batch, from the same state each time: the pass, its loss, what came with it."""
         restore_randomness(self.states[index])
-        self.buffers.rewind()
-        running = Pass(self.calls, self.names, kind, special, is_first=kind is Survey and index == 0)
-        with overriding(running):
+        self.buffers.restore()
+        is_first = kind is OwnMomentsExchange and index == 0
+        forward_pass = ForwardPass(self.calls, self.names, kind, special, is_first)
+        with overriding(forward_pass):
             loss, outputs = split_loss(self.call_loss(self.batches[index]))
-        running.leave_loss()
-        return running, loss, outputs
+        forward_pass.end_loss()
+        return forward_pass, loss, outputs
 
-    def call_loss(self, given: Any) -> Any:
-        """What the loss returns; one that differentiates finds no graph in a survey."""
+    def call_loss(self, batch: Any) -> Any:
+        """What the loss returns for a micro-batch."""
         try:
-            return self.loss(self.model, given)
+            return self.loss(self.model, batch)
         except RuntimeError as error:
+            # Passes without a graph come first: there autograd refuses a loss that differentiates, not the exchange.
             if not torch.is_grad_enabled() and "does not require grad" in str(error):
-                raise find_inner_gradient() from error
+                raise make_inner_gradient_error() from error
             raise
 
-    def survey(self) -> None:
-        """Which calls there are, and each micro-batch's random numbers; the moments of the first call are exact."""
+    def run_first_pass(self) -> None:
+        """Find which calls there are, and each micro-batch's random numbers; the first call's moments are exact."""
         for index in range(len(self.batches)):
+            # Saved on the way, not drawn ahead: a micro-batch goes on with the random numbers of the one before.
             self.states.append(save_randomness())
             with torch.no_grad():
-                self.run(index, Survey)
+                self.run(index, OwnMomentsExchange)
 
-    def collect(self, place: int) -> None:
-        """The moments of a call, all before it being known."""
-        self.calls[place].found = None
+    def collect_moments(self, place: int) -> None:
+        """Collect the moments of a call over all micro-batches; those of all calls before it are known."""
+        call = self.calls[place]
+        call.partial = None  # The first pass had others: its inputs were normalized by each micro-batch's own moments.
         for index in range(len(self.batches)):
-            try:
-                with torch.no_grad():
-                    self.run(index, Known, (place, Last(self.calls[place])))
-            except Stop:
-                pass
+            with suppress(StopForward), torch.no_grad():
+                self.run(index, WholeBatchExchange, (place, MomentsCollector(call)))
 
-    def find_sums(self, place: int) -> None:
-        """The sums of a call, all behind it being known."""
+    def collect_sums(self, place: int) -> None:
+        """Collect the sums of a call over all micro-batches; those of all calls behind it are known."""
         total: Tensor | None = None
         for index, weight in enumerate(self.weights):
-            sought = Sought(self.calls[place])
-            running, loss, _ = self.run(index, Known, (place, sought))
-            if sought.input is not None and sought.input.requires_grad and loss.requires_grad:
-                with overriding(running):
-                    torch.autograd.grad(loss * weight, sought.input, allow_unused=True)
-            if sought.found is not None:
-                total = sought.found if total is None else total + sought.found
+            collector = SumsCollector(self.calls[place])
+            forward_pass, loss, _ = self.run(index, WholeBatchExchange, (place, collector))
+            if collector.input is not None and collector.input.requires_grad and loss.requires_grad:
+                with overriding(forward_pass):  # Checkpoints call norms again within backward.
+                    torch.autograd.grad(loss * weight, collector.input, allow_unused=True)
+            if collector.own_sums is not None:
+                total = collector.own_sums if total is None else total + collector.own_sums
         self.calls[place].finish_sums(total)
 
-    def finish(self, kind: type[Known]) -> None:
-        """Forward and backward of every micro-batch, which leave gradients, losses and outputs."""
-        share = sum(self.weights) or 1.0
+    def run_last_pass(self, kind: type[WholeBatchExchange]) -> None:
+        """Run every micro-batch forward and backward, which leaves gradients, losses and outputs."""
+        whole = sum(self.weights) or 1.0  # Buffers take a mean, also where the user's weights do not sum to 1.
         for index, weight in enumerate(self.weights):
-            running, loss, outputs = self.run(index, kind)
-            with overriding(running):
+            forward_pass, loss, outputs = self.run(index, kind)
+            with overriding(forward_pass):  # As above.
                 (loss * weight).backward()
-            self.keep(loss.detach() * weight, outputs)
-            self.buffers.keep(weight / share)
+            self.add_result(loss.detach() * weight, outputs)
+            self.buffers.add_result(weight / whole)
 
-    def keep(self, loss: Tensor, outputs: Any) -> None:
-        """What the caller gets."""
+    def add_result(self, loss: Tensor, outputs: Any) -> None:
+        """Add a micro-batch's weighted loss and its outputs to what the caller gets."""
         self.total = self.total + loss
         self.outputs.append(outputs)
 
 
-def sweep(parts: Parts) -> None:
-    """Exact; L/2 forwards and L forwards with half a backward more than plain accumulation."""
-    parts.survey()
-    for place, call in enumerate(parts.calls):
+def sweep(micro_batches: MicroBatches) -> None:
+    """Run mode "sweep": exact; L/2 forwards and L forwards with half a backward more than plain accumulation."""
+    micro_batches.run_first_pass()
+    for place, call in enumerate(micro_batches.calls):
         if place:
-            parts.collect(place)
-        call.finish()
-    for place in reversed(range(len(parts.calls))):
+            micro_batches.collect_moments(place)
+        call.finish_moments()
+    for place in reversed(range(len(micro_batches.calls))):
         # Every pass with a graph tells which inputs want a gradient; the first of them must be run for that.
-        if parts.calls[place].needs_gradient or place == len(parts.calls) - 1:
-            parts.find_sums(place)
-    parts.finish(Known)
+        if micro_batches.calls[place].needs_gradient or place == len(micro_batches.calls) - 1:
+            micro_batches.collect_sums(place)
+    micro_batches.run_last_pass(WholeBatchExchange)
 
 
-def estimate(parts: Parts) -> None:
-    """One forward more than plain accumulation."""
-    parts.survey()
-    for call in parts.calls:
-        call.finish()
-    parts.finish(Estimated)
-    for call in parts.calls:
-        call.finish()
+def estimate(micro_batches: MicroBatches) -> None:
+    """Run mode "estimate": one forward more than plain accumulation."""
+    micro_batches.run_first_pass()
+    for call in micro_batches.calls:
+        call.finish_moments()
+    micro_batches.run_last_pass(EstimateExchange)
+    for call in micro_batches.calls:
+        call.finish_moments()  # Those of the last pass are nearer to the truth, and move the running averages.
 
 
 def split_loss(found: Any) -> tuple[Tensor, Any]:
-    """The loss, and what came with it."""
+    """The loss and what came with it, without its graph; refuses a loss that is no scalar."""
     loss, outputs = (found[0], detach(found[1])) if isinstance(found, tuple) and len(found) == 2 else (found, None)
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__

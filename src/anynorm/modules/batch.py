@@ -20,9 +20,9 @@ from ..functional.batch import BATCH_NORM, BATCH_OF_ONE, BatchFront
 from ..padding.masks import find_mask
 from ..padding.ragged import close_rows, is_ragged, open_residual, open_rows
 from ..sources import BATCH, Batch, Exchange, Given, Joined, Merged, Source, find_momentum, find_override
-from .counting import Guard, count_batch, is_counted, mark_counted
-from .recent import recall
-from .state import Norm
+from .counting import NonFiniteGuard, count_batch, is_counted, mark_counted
+from .norm import Norm
+from .recomputation import read_or_replay
 
 
 class _Running(Norm):
@@ -44,11 +44,13 @@ class _Running(Norm):
         check_axes(input, self._axes)
 
 
-# What torch does comes first.
+# The first of each is what torch does.
 CHOICES = {"on_single": ("error", "running", "skip"), "on_nonfinite": ("propagate", "skip", "error")}
 
 
 class _BatchNorm(_Running):
+    """What batch norm does at a call; ghost, renorm and sync batch norm override parts of it."""
+
     front: ClassVar[BatchFront] = BATCH_NORM
     on_single = "error"
     on_nonfinite = "propagate"
@@ -77,9 +79,9 @@ class _BatchNorm(_Running):
         guard = None
         mean, var = self.running_mean, self.running_var
         if moves and self.on_nonfinite != "propagate" and mean is not None and var is not None:
-            guard = Guard(self, mean, var)
+            guard = NonFiniteGuard(self, mean, var)
         y = self.front.normalize(input, self.weight, self.bias, residual, request)
-        if guard is not None and guard.refuses():
+        if guard is not None and guard.restore_if_nonfinite():
             return y
         if moves:  # Last, so that an input that is refused changes nothing.
             if self.num_batches_tracked is not None:
@@ -127,7 +129,7 @@ class _BatchNorm(_Running):
         return found is not None and int(found.sum()) == 1
 
     def _normalize_single(self, input: Any, residual: Any, activation: Any, mask: Any, lengths: Any) -> Any:
-        """What `on_single` says; running averages and the counter stay."""
+        """The output for a batch of one value per channel, by `on_single`; running averages and the counter stay."""
         if self.on_single == "error":
             shape = getattr(input, "shape", (1, self.num_features))
             name = f"{self.label} = " if self.label else ""
@@ -142,7 +144,7 @@ class _BatchNorm(_Running):
                 f"{type(self).__name__}({self.num_features}): on_single='running' needs running averages; got "
                 "track_running_stats=False; choose 'skip' or 'error'"
             )
-        given = Given(*recall(self, (self.running_mean, self.running_var)))
+        given = Given(*read_or_replay(self, (self.running_mean, self.running_var)))
         request = Request(given, self.eps, activation, mask, lengths)
         return BATCH_NORM.normalize(input, self.weight, self.bias, residual, request)
 
@@ -186,7 +188,7 @@ class _Batch(_BatchNorm):
                 setattr(self, name, choice)
 
     def extra_repr(self) -> str:
-        """torch's, and what was chosen otherwise than torch does."""
+        """The arguments of torch's batch norm, and what was chosen otherwise than torch does."""
         chosen = [f", {name}={getattr(self, name)!r}" for name in CHOICES if name in vars(self)]
         return super().extra_repr() + "".join(chosen)
 

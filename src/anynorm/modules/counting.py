@@ -19,7 +19,8 @@ from ..padding.masks import describe
 from ..sources import find_momentum, update_running
 from ..statistics import Moments
 
-SEEN: ContextVar[WeakSet[nn.Module] | None] = ContextVar("anynorm.update_once", default=None)
+# Within `update_once` the layers that have counted the batch; None outside. Weak, so that it keeps no model alive.
+COUNTED: ContextVar[WeakSet[nn.Module] | None] = ContextVar("anynorm.update_once", default=None)
 
 
 class update_once:
@@ -38,14 +39,15 @@ class update_once:
     """
 
     def __init__(self) -> None:
+        # A stack: one object may be entered several times, also within itself.
         self._tokens: list[Token[WeakSet[nn.Module] | None]] = []
 
     def __enter__(self) -> update_once:
-        self._tokens.append(SEEN.set(WeakSet()))
+        self._tokens.append(COUNTED.set(WeakSet()))
         return self
 
     def __exit__(self, *exception: object) -> None:
-        SEEN.reset(self._tokens.pop())
+        COUNTED.reset(self._tokens.pop())
 
 
 def is_counted(layer: nn.Module) -> bool:
@@ -54,28 +56,28 @@ def is_counted(layer: nn.Module) -> bool:
     Forward inside backward is activation checkpointing, of either kind, which computes again what was counted
     (pytorch#96136).
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():  # Neither backward nor the context is known to a graph: it counts every call.
         return True
     if torch._C._current_graph_task_id() != -1:
         return False
-    seen = SEEN.get()
-    return seen is None or layer not in seen
+    counted = COUNTED.get()
+    return counted is None or layer not in counted
 
 
 def mark_counted(layer: nn.Module) -> None:
-    """A layer's averages have moved."""
-    seen = None if torch.compiler.is_compiling() else SEEN.get()
-    if seen is not None:
-        seen.add(layer)
+    """Note that a layer's averages have moved by this batch."""
+    counted = None if torch.compiler.is_compiling() else COUNTED.get()
+    if counted is not None:
+        counted.add(layer)
 
 
 def count_batch(mask: Tensor | None, lengths: Any) -> Any:
-    """1 for a batch in which anything is real."""
+    """How many batches a masked one counts for: 1 where anything is real, else 0; a tensor, so that nothing waits."""
     counted = lengths if mask is None else mask
     return (counted if isinstance(counted, Tensor) else torch.as_tensor(counted, device="cpu")).ne(0).any()
 
 
-class Guard:
+class NonFiniteGuard:
     """Keeps running averages, to go back where a batch makes them NaN or Inf (pytorch#90342).
 
     Args:
@@ -85,14 +87,17 @@ class Guard:
 
     def __init__(self, layer: Any, mean: Tensor, var: Tensor) -> None:
         self.layer, self.moving = layer, (mean, var)
+        # Averages move inside the kernel, before anybody can look at the statistics; so they are copied and put back.
+        # That costs two copies of C numbers and, on an accelerator, a wait for the device: only layers that ask pay it.
         self.before = tuple(t.clone() for t in self.moving)
 
-    def refuses(self) -> bool:
-        """Whether the batch was refused; the averages are as before then.
+    def restore_if_nonfinite(self) -> bool:
+        """Whether the batch made an average NaN or Inf; the averages are put back then.
 
         Raises:
             FloatingPointError: where the layer asks for an error.
         """
+        # What was not finite before is not this batch's fault, and does not refuse all batches to come.
         pairs = tuple(zip(self.moving, self.before, strict=True))
         if all(bool((new.isfinite() | ~old.isfinite()).all()) for new, old in pairs):
             return False
@@ -115,20 +120,20 @@ class Guard:
         return True
 
 
-def count_parts(layer: Any, moments: Moments) -> None:
+def count_whole_batch(layer: Any, moments: Moments) -> None:
     """Move a batch norm's running averages by the moments of a whole batch that came in parts, as one call would.
 
     Raises:
-        FloatingPointError: see `Guard`.
+        FloatingPointError: see `NonFiniteGuard`.
     """
     if not (layer.training and layer.track_running_stats and is_counted(layer) and moments.count):
         return
     mean, var, counter = layer.running_mean, layer.running_var, layer.num_batches_tracked
     if mean is not None and var is not None:
-        guard = Guard(layer, mean, var) if layer.on_nonfinite != "propagate" else None
+        guard = NonFiniteGuard(layer, mean, var) if layer.on_nonfinite != "propagate" else None
         momentum = find_momentum(None, counter) if layer.momentum is None else layer.momentum
         update_running(mean, var, moments, (), momentum)
-        if guard is not None and guard.refuses():
+        if guard is not None and guard.restore_if_nonfinite():
             return
     if counter is not None:
         counter.add_(1)

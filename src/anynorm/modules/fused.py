@@ -21,14 +21,15 @@ from ..engine.plain import blank
 from ..padding.context import may_be_masked
 from ..padding.masks import find_mask
 from . import batch, ghost, group, instance, layer, renorm, rms, sync
-from .state import Norm, check_hooks, name_given, record_call
+from .norm import Norm, check_hooks, drop_none, record_call
+from .torch_state import BatchNormState, GroupNormState, InstanceNormState, LayerNormState, RMSNormState
 
 
 class Fused(Norm):
     """What the fused norms share.
 
     Attributes:
-        plain: the class whose state this is.
+        plain: the norm of this library with the same constructor and state.
         add: how a residual is added that has another shape or dtype than the input; None refuses it. `accelerate` sets
             it where a model's own sum, which may broadcast or promote, was fused.
     """
@@ -39,19 +40,17 @@ class Fused(Norm):
 
     def __init_subclass__(cls, plain: type[nn.Module] | None = None, **options: Any) -> None:
         super().__init_subclass__(**options)
-        if plain is None:  # somebody's subclass of a fused norm
+        if plain is None:  # A user's subclass of a fused norm.
             return
         cls.plain = plain
-        for name in ("_version", "_axes"):
-            if hasattr(plain, name):
-                setattr(cls, name, getattr(plain, name))
+        if hasattr(plain, "_axes"):
+            cls._axes = plain._axes  # type: ignore[attr-defined] # of those that check the input's
         known = inspect.signature(plain)
         last = inspect.Parameter("activation", inspect.Parameter.KEYWORD_ONLY, default="relu")
         cls.__signature__ = known.replace(parameters=[*known.parameters.values(), last])  # type: ignore[attr-defined]
 
     def __init__(self, *arguments: Any, activation: str | None = "relu", **options: Any) -> None:
-        super().__init__()
-        self.__dict__.update(self.plain(*arguments, **options).__dict__)
+        super().__init__(*arguments, **options)
         self.activation = check_activation(type(self).__name__, activation) or IDENTITY
 
     def forward(  # type: ignore[override] # the residual comes first, as before masks
@@ -66,34 +65,22 @@ class Fused(Norm):
         """
         if isinstance(input, Proxy) or isinstance(residual, Proxy):
             given = (input,) if residual is None else (input, residual)
-            return record_call(self, *given, **name_given(mask=mask, lengths=lengths))
+            return record_call(self, *given, **drop_none(mask=mask, lengths=lengths))
         if mask is None and lengths is None and may_be_masked():
             mask = self.find_mask(input)
         if self._forward_hooks and not (mask is None and lengths is None and residual is None):
             check_hooks(self, "mask" if residual is None else "residual")
         if self.add is not None and residual is not None and not fits(residual, input):
+            # A sum that broadcasts or promotes has no kernel: norm, sum, activation and mask one after the other.
             activation = check_activation(type(self).__name__, self.activation)
             y = finish(self.add(self.normalize(input, mask=mask, lengths=lengths), residual), activation, None)
             found = find_mask(type(self).__name__, input, self.find_channel_axes(input), mask, lengths)
             return y if found is None else blank(y, found > 0)
         return self.normalize(input, residual, self.activation, mask, lengths)
 
-    def reset_parameters(self) -> None:
-        """Gamma 1, beta 0, and running statistics as at the start, as the plain norm does."""
-        self._as_plain().reset_parameters()
-
     def extra_repr(self) -> str:
-        """The plain norm's, and the activation."""
-        return f"{self._as_plain().extra_repr()}, activation={self.activation!r}"
-
-    def _load_from_state_dict(self, *arguments: Any) -> None:
-        self._as_plain()._load_from_state_dict(*arguments)
-
-    def _as_plain(self) -> Any:
-        """The plain norm on the very same state, for methods of torch's that must be called on one of its norms."""
-        norm = object.__new__(self.plain)
-        object.__setattr__(norm, "__dict__", self.__dict__)
-        return norm
+        """The plain norm's arguments, and the activation."""
+        return f"{super().extra_repr()}, activation={self.activation!r}"
 
 
 def fits(residual: Any, x: Tensor) -> bool:
@@ -103,13 +90,7 @@ def fits(residual: Any, x: Tensor) -> bool:
     return residual.shape == x.shape and residual.dtype == x.dtype
 
 
-class _Running(Fused):
-    def reset_running_stats(self) -> None:
-        """Mean 0, variance 1, no batch counted."""
-        self._as_plain().reset_running_stats()
-
-
-class BatchNormAct1d(batch._BatchNorm, _Running, plain=batch.BatchNorm1d):
+class BatchNormAct1d(Fused, batch._Batch, BatchNormState, plain=batch.BatchNorm1d):
     """`anynorm.BatchNorm1d`, then a residual and an activation.
 
     Example:
@@ -120,7 +101,7 @@ class BatchNormAct1d(batch._BatchNorm, _Running, plain=batch.BatchNorm1d):
     """
 
 
-class BatchNormAct2d(batch._BatchNorm, _Running, plain=batch.BatchNorm2d):
+class BatchNormAct2d(Fused, batch._Batch, BatchNormState, plain=batch.BatchNorm2d):
     """`anynorm.BatchNorm2d`, then a residual and an activation.
 
     Example:
@@ -129,7 +110,7 @@ class BatchNormAct2d(batch._BatchNorm, _Running, plain=batch.BatchNorm2d):
     """
 
 
-class BatchNormAct3d(batch._BatchNorm, _Running, plain=batch.BatchNorm3d):
+class BatchNormAct3d(Fused, batch._Batch, BatchNormState, plain=batch.BatchNorm3d):
     """`anynorm.BatchNorm3d`, then a residual and an activation.
 
     Example:
@@ -138,7 +119,7 @@ class BatchNormAct3d(batch._BatchNorm, _Running, plain=batch.BatchNorm3d):
     """
 
 
-class GhostBatchNormAct1d(ghost._Ghost, _Running, plain=ghost.GhostBatchNorm1d):
+class GhostBatchNormAct1d(Fused, ghost._GhostBatch, BatchNormState, plain=ghost.GhostBatchNorm1d):
     """`anynorm.GhostBatchNorm1d`, then a residual and an activation.
 
     Example:
@@ -148,7 +129,7 @@ class GhostBatchNormAct1d(ghost._Ghost, _Running, plain=ghost.GhostBatchNorm1d):
     """
 
 
-class GhostBatchNormAct2d(ghost._Ghost, _Running, plain=ghost.GhostBatchNorm2d):
+class GhostBatchNormAct2d(Fused, ghost._GhostBatch, BatchNormState, plain=ghost.GhostBatchNorm2d):
     """`anynorm.GhostBatchNorm2d`, then a residual and an activation.
 
     Example:
@@ -158,7 +139,7 @@ class GhostBatchNormAct2d(ghost._Ghost, _Running, plain=ghost.GhostBatchNorm2d):
     """
 
 
-class GhostBatchNormAct3d(ghost._Ghost, _Running, plain=ghost.GhostBatchNorm3d):
+class GhostBatchNormAct3d(Fused, ghost._GhostBatch, BatchNormState, plain=ghost.GhostBatchNorm3d):
     """`anynorm.GhostBatchNorm3d`, then a residual and an activation.
 
     Example:
@@ -168,7 +149,7 @@ class GhostBatchNormAct3d(ghost._Ghost, _Running, plain=ghost.GhostBatchNorm3d):
     """
 
 
-class BatchRenormAct1d(renorm._Renorm, _Running, plain=renorm.BatchRenorm1d):
+class BatchRenormAct1d(Fused, renorm._BatchRenorm, BatchNormState, plain=renorm.BatchRenorm1d):
     """`anynorm.BatchRenorm1d`, then a residual and an activation.
 
     Example:
@@ -178,7 +159,7 @@ class BatchRenormAct1d(renorm._Renorm, _Running, plain=renorm.BatchRenorm1d):
     """
 
 
-class BatchRenormAct2d(renorm._Renorm, _Running, plain=renorm.BatchRenorm2d):
+class BatchRenormAct2d(Fused, renorm._BatchRenorm, BatchNormState, plain=renorm.BatchRenorm2d):
     """`anynorm.BatchRenorm2d`, then a residual and an activation.
 
     Example:
@@ -188,7 +169,7 @@ class BatchRenormAct2d(renorm._Renorm, _Running, plain=renorm.BatchRenorm2d):
     """
 
 
-class BatchRenormAct3d(renorm._Renorm, _Running, plain=renorm.BatchRenorm3d):
+class BatchRenormAct3d(Fused, renorm._BatchRenorm, BatchNormState, plain=renorm.BatchRenorm3d):
     """`anynorm.BatchRenorm3d`, then a residual and an activation.
 
     Example:
@@ -198,7 +179,7 @@ class BatchRenormAct3d(renorm._Renorm, _Running, plain=renorm.BatchRenorm3d):
     """
 
 
-class SyncBatchNormAct(sync._Synchronized, _Running, plain=sync.SyncBatchNorm):
+class SyncBatchNormAct(Fused, sync._SyncBatch, BatchNormState, plain=sync.SyncBatchNorm):
     """`anynorm.SyncBatchNorm`, then a residual and an activation.
 
     Example:
@@ -207,7 +188,7 @@ class SyncBatchNormAct(sync._Synchronized, _Running, plain=sync.SyncBatchNorm):
     """
 
 
-class InstanceNormAct1d(instance._InstanceNorm, _Running, plain=instance.InstanceNorm1d):
+class InstanceNormAct1d(Fused, instance._InstanceNorm, InstanceNormState, plain=instance.InstanceNorm1d):
     """`anynorm.InstanceNorm1d`, then a residual and an activation.
 
     Example:
@@ -216,7 +197,7 @@ class InstanceNormAct1d(instance._InstanceNorm, _Running, plain=instance.Instanc
     """
 
 
-class InstanceNormAct2d(instance._InstanceNorm, _Running, plain=instance.InstanceNorm2d):
+class InstanceNormAct2d(Fused, instance._InstanceNorm, InstanceNormState, plain=instance.InstanceNorm2d):
     """`anynorm.InstanceNorm2d`, then a residual and an activation.
 
     Example:
@@ -225,7 +206,7 @@ class InstanceNormAct2d(instance._InstanceNorm, _Running, plain=instance.Instanc
     """
 
 
-class InstanceNormAct3d(instance._InstanceNorm, _Running, plain=instance.InstanceNorm3d):
+class InstanceNormAct3d(Fused, instance._InstanceNorm, InstanceNormState, plain=instance.InstanceNorm3d):
     """`anynorm.InstanceNorm3d`, then a residual and an activation.
 
     Example:
@@ -234,7 +215,7 @@ class InstanceNormAct3d(instance._InstanceNorm, _Running, plain=instance.Instanc
     """
 
 
-class GroupNormAct(group._GroupNorm, Fused, plain=group.GroupNorm):
+class GroupNormAct(Fused, group._GroupNorm, GroupNormState, plain=group.GroupNorm):
     """`anynorm.GroupNorm`, then a residual and an activation.
 
     Example:
@@ -243,7 +224,7 @@ class GroupNormAct(group._GroupNorm, Fused, plain=group.GroupNorm):
     """
 
 
-class LayerNormAct(layer._LayerNorm, Fused, plain=layer.LayerNorm):
+class LayerNormAct(Fused, layer._LayerNorm, LayerNormState, plain=layer.LayerNorm):
     """`anynorm.LayerNorm`, then a residual and an activation.
 
     Example:
@@ -253,7 +234,7 @@ class LayerNormAct(layer._LayerNorm, Fused, plain=layer.LayerNorm):
     """
 
 
-class RMSNormAct(rms._RMSNorm, Fused, plain=rms.RMSNorm):
+class RMSNormAct(Fused, rms._RMSNorm, RMSNormState, plain=rms.RMSNorm):
     """`anynorm.RMSNorm`, then a residual and an activation.
 
     Example:

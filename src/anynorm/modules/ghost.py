@@ -16,11 +16,13 @@ from . import batch
 
 
 class _Ghost(batch._BatchNorm):
+    """What ghost batch norm does otherwise than batch norm."""
+
     front: ClassVar[BatchFront] = GHOST
     ghost_size: int
 
     def find_sizes(self) -> int:
-        """Samples in a ghost."""
+        """The number of samples in a ghost."""
         return self.ghost_size
 
     def normalize(
@@ -31,6 +33,7 @@ class _Ghost(batch._BatchNorm):
         if lone is None:
             return super().normalize(input, residual, activation, mask, lengths)
         found, alone = lone
+        # Both ways over all positions, then chosen: a selection would depend on the data, and break graphs.
         other = self._normalize_single(input, residual, activation, mask, lengths)
         y = super().normalize(input, residual, activation, (found - alone).squeeze(1))
         return torch.where(alone > 0, other, y)
@@ -48,7 +51,7 @@ class _Ghost(batch._BatchNorm):
         return found, found * alone
 
     def _count_real(self, found: Tensor) -> Tensor:
-        """Real positions of each ghost."""
+        """The number of real positions in each ghost."""
         return count_real(found, self.ghost_size) if len(found) > self.ghost_size else found.sum().view(1)
 
     def _count(self, input: Any, mask: Any, lengths: Any) -> Any:
@@ -70,7 +73,7 @@ class _GhostBatch(_Ghost, batch._Batch):
         self.ghost_size = ghost_size
 
     def extra_repr(self) -> str:
-        """Batch norm's, and the size of a ghost."""
+        """The arguments of batch norm, and the size of a ghost."""
         return f"{super().extra_repr()}, ghost_size={self.ghost_size}"
 
 

@@ -9,7 +9,7 @@ import torch.nn as nn
 from ..engine.request import Request
 from ..functional.group import GROUP_NORM
 from ..sources import BATCH
-from .state import Norm
+from .norm import Norm
 
 
 class _GroupNorm(Norm):

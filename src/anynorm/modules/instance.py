@@ -17,10 +17,12 @@ from .counting import is_counted, mark_counted
 
 
 class _InstanceNorm(_Running):
+    """What instance norm does at a call."""
+
     def normalize(
         self, input: Any, residual: Any = None, activation: Any = None, mask: Any = None, lengths: Any = None
     ) -> Any:
-        """Normalize with or without a sample axis."""
+        """Check, choose the source, normalize with or without a sample axis, note that averages have moved."""
         if is_ragged(input):
             single = False
             self._check_channels(open_rows("instance_norm", input).shape[1], 1)

@@ -10,14 +10,16 @@ from torch import Tensor
 from ..engine.request import Request
 from ..functional.layer import LAYER_NORM
 from ..sources import BATCH
-from .state import Norm
+from .norm import Norm
 
 
 class _ByFeatures(Norm):
+    """A norm over the last axes."""
+
     normalized_shape: tuple[int, ...]
 
     def find_channel_axes(self, input: Tensor) -> tuple[int, ...]:
-        """The last axes."""
+        """The last axes, over which statistics are taken."""
         return tuple(range(input.dim() - len(self.normalized_shape), input.dim()))
 
 

@@ -17,7 +17,7 @@ from ..functional.batch import check_averages, name_averages
 from ..pooling import Sizes, find_axes, find_pooling, parse
 from ..sources import BATCH, Batch, Given, Source, find_momentum
 from .counting import is_counted, mark_counted
-from .state import Norm
+from .norm import Norm
 
 
 def check_sizes(input: Tensor, pattern: str, sizes: Sizes) -> None:
@@ -107,11 +107,27 @@ class AnyNorm(Norm):
         **sizes: int | tuple[int, ...],
     ) -> None:
         super().__init__()
-        left, right = parse(pattern)
         self.pattern, self.affine, self.centred, self.eps = pattern, affine, centred, eps
         self.track_running_stats, self.momentum = track_running_stats, momentum
         self.sizes: Sizes = tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in sorted(sizes.items()))
-        if track_running_stats and not centred:
+        self._check_options(list(sizes))
+        # The axes that affine names, and those that the right side keeps but the samples, have sizes in the state.
+        shape = self._shape(set(affine.split()), "affine")
+        right = {name for name in parse(pattern)[1] if name != "n"}
+        kept = self._shape(right, "running averages") if track_running_stats else None
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
+        for name, wanted in (("weight", bool(affine)), ("bias", bool(affine) and bias)):
+            self.register_parameter(name, Parameter(torch.empty(shape, **options)) if wanted else None)
+        for name in ("running_mean", "running_var"):
+            self.register_buffer(name, None if kept is None else torch.empty(kept, **options))
+        counter = None if kept is None else torch.tensor(0, dtype=torch.long, device=device)
+        self.register_buffer("num_batches_tracked", counter)
+        self.reset_parameters()
+
+    def _check_options(self, named: list[str]) -> None:
+        """Hold the constructor's arguments against each other; `named` are the axes that have a size."""
+        pattern, known = self.pattern, {name for names in parse(self.pattern)[0] for name in names}
+        if self.track_running_stats and not self.centred:
             raise PatternError(
                 f"AnyNorm: pattern {pattern!r}: running averages need centred=True; leave one of them out"
             )
@@ -121,24 +137,13 @@ class AnyNorm(Norm):
                 raise PatternError(
                     f"AnyNorm: pattern {pattern!r}: sizes are whole numbers of 1 or more; got {name}={size}; correct it"
                 )
-        if eps < 0:
-            raise PatternError(f"AnyNorm: eps must be non-negative; got {eps}; the default is 1e-5")
-        known = {name for names in left for name in names}
-        for name in [*affine.split(), *sizes]:
+        if self.eps < 0:
+            raise PatternError(f"AnyNorm: eps must be non-negative; got {self.eps}; the default is 1e-5")
+        for name in [*self.affine.split(), *named]:
             if name not in known:
                 raise PatternError(
                     f"AnyNorm: pattern {pattern!r} has no axis {name!r}; choose among {', '.join(sorted(known))}"
                 )
-        options = {"device": device, "dtype": dtype}
-        shape = self._shape(set(affine.split()), "affine")
-        for name, wanted in (("weight", bool(affine)), ("bias", bool(affine) and bias)):
-            self.register_parameter(name, Parameter(torch.empty(shape, **options)) if wanted else None)  # type: ignore[arg-type]
-        kept = self._shape({name for name in right if name != "n"}, "running averages") if track_running_stats else None
-        for name in ("running_mean", "running_var"):
-            self.register_buffer(name, None if kept is None else torch.empty(kept, **options))  # type: ignore[arg-type]
-        counter = None if kept is None else torch.tensor(0, dtype=torch.long, device=device)
-        self.register_buffer("num_batches_tracked", counter)
-        self.reset_parameters()
 
     def _shape(self, names: set[str], what: str) -> tuple[int, ...]:
         """One size for every axis of the input that `names` touch."""
@@ -186,30 +191,32 @@ class AnyNorm(Norm):
                 f"AnyNorm: pattern {self.pattern!r} pools nothing of an input without axes s; "
                 f"got shape {tuple(input.shape)}; leave another axis out on the right"
             )
-        from_batch = self.training or self.running_mean is None
-        if from_batch:
+        source = self.find_source()
+        if type(source) is Batch:
             count = pooling.count(pooling.open(input))
             check_more_than_one("AnyNorm", count, "mean", input, "pool more axes or samples")
-        moves = from_batch and self.running_mean is not None and is_counted(self)
-        if not from_batch:
-            source: Source = Given(self.running_mean, self.running_var)  # type: ignore[arg-type] # both are there
-        elif moves:
-            momentum = find_momentum(self.momentum, self.num_batches_tracked)
-            source = Batch(self.running_mean, self.running_var, momentum)
-        else:
-            source = BATCH
         request = Request(source, self.eps)
         check_parameter_dtypes("AnyNorm", input, weight=self.weight, bias=self.bias, **name_averages(request))
         check_averages("AnyNorm", input, request)
         y = paths.normalize(input, self.weight, self.bias, None, request, pooling)
+        moves = type(source) is Batch and source.running_mean is not None
         if moves and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
             mark_counted(self)
         return y
 
+    def find_source(self) -> Source:
+        """Where the statistics of this call come from."""
+        mean, var = self.running_mean, self.running_var
+        if not self.training and mean is not None:
+            return Given(mean, var)  # type: ignore[arg-type] # both are there
+        if mean is None or not is_counted(self):
+            return BATCH
+        return Batch(mean, var, find_momentum(self.momentum, self.num_batches_tracked))
+
     def extra_repr(self) -> str:
         """The constructor's arguments."""
-        told = [repr(self.pattern), f"affine={self.affine!r}", f"centred={self.centred}", f"eps={self.eps}"]
+        arguments = [repr(self.pattern), f"affine={self.affine!r}", f"centred={self.centred}", f"eps={self.eps}"]
         if self.track_running_stats:
-            told += ["track_running_stats=True", f"momentum={self.momentum}"]
-        return ", ".join(told + [f"{name}={size}" for name, size in self.sizes])
+            arguments += ["track_running_stats=True", f"momentum={self.momentum}"]
+        return ", ".join(arguments + [f"{name}={size}" for name, size in self.sizes])

@@ -16,13 +16,15 @@ from ..functional.renorm import RENORM, check_limits
 from ..sources import Batch, Renorm, Source, find_momentum
 from . import batch
 from .ghost import show_options
-from .recent import recall
+from .recomputation import read_or_replay
 
 Warmup = tuple[int, int, int] | Callable[[Tensor], tuple[Any, Any]]
 PAPERS_WARMUP = (5_000, 40_000, 25_000)
 
 
 class _Renorm(batch._BatchNorm):
+    """What batch renormalization does otherwise than batch norm."""
+
     front: ClassVar[BatchFront] = RENORM
     r_max: float
     d_max: float
@@ -31,14 +33,14 @@ class _Renorm(batch._BatchNorm):
     start_share: Tensor
 
     def find_limits(self) -> tuple[Any, Any]:
-        """r_max and d_max for the next batch."""
+        """The limits r_max and d_max of the next batch."""
         if callable(self.warmup):
             return self.warmup(self.batches)
         start, r_end, d_end = self.warmup
         return 1 + (self.r_max - 1) * self._find_progress(start, r_end), self.d_max * self._find_progress(start, d_end)
 
     def _find_progress(self, start: int, end: int) -> Tensor:
-        """From 0 at `start` to 1 at `end`."""
+        """How far the schedule is: 0 until batch `start`, 1 from batch `end` on, linear between."""
         if end <= start:
             return (self.batches >= start).to(self.start_share)
         return ((self.batches.to(self.start_share) - start) / (end - start)).clamp(0, 1)
@@ -53,12 +55,12 @@ class _Renorm(batch._BatchNorm):
         return not callable(self.warmup) and has_memory(self.batches) and int(self.batches) < self.warmup[0]
 
     def _find_known(self) -> Any:
-        """What r and d are found from, None for batch norm."""
+        """What r and d of this call are found from; None for batch norm."""
         now = self.running_mean, self.running_var, self.find_limits(), self.start_share
-        return recall(self, None if self._is_warming_up() else now)
+        return read_or_replay(self, None if self._is_warming_up() else now)
 
     def _count(self, input: Any, mask: Any, lengths: Any) -> Any:
-        """What batch norm counts; the schedule and the share of the start go on with it."""
+        """How many batches batch norm counts; the schedule and the share of the start go on with it."""
         counted = super()._count(input, mask, lengths)
         momentum = find_momentum(self.momentum, self.num_batches_tracked)
         self.batches.add_(counted)
@@ -67,7 +69,7 @@ class _Renorm(batch._BatchNorm):
         return counted
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """torch's, but that the share of the start stays as wide as it was: in half precision it would stop to move."""
+        """Move and convert as torch does, but the share of the start stays wide: in half precision it would stop."""
         share = self.start_share
         super()._apply(fn, recurse)
         if self.start_share.dtype != share.dtype:
@@ -150,7 +152,7 @@ class _BatchRenorm(_Renorm, batch._Batch):
         self.register_buffer("start_share", torch.ones(1, dtype=wide, device=device), persistent=False)
 
     def extra_repr(self) -> str:
-        """Batch norm's, limits and schedule."""
+        """The arguments of batch norm, limits and schedule."""
         warmup = getattr(self.warmup, "__name__", self.warmup)
         return f"{super().extra_repr()}, r_max={self.r_max}, d_max={self.d_max}, warmup={warmup}"
 

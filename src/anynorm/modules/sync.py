@@ -26,14 +26,15 @@ class OneValueError(ValueError):
 
 
 class RankExchange(Exchange):
-    """One call of a layer, on all ranks."""
+    """One call of a layer on all ranks, merged in the order of ranks, so that every rank finds the same bits."""
 
     def __init__(self, ranks: Ranks, layer: _Synchronized, call: dict[str, Any]) -> None:
         self.ranks, self.layer, self.call = ranks, layer, call
 
     def merge(self, moments: Moments) -> Moments:
-        """In the order of ranks, from what was sent, so that every rank finds the same bits."""
+        # This rank's own moments are taken from what was sent, too, as the others see them.
         assert moments.mean is not None
+        # float64 holds every count below 2**53 exactly, so that one message carries counts and statistics.
         own = [torch.tensor([float(moments.count)], dtype=torch.float64, device="cpu")]
         own += [t.detach().cpu().double().flatten() for t in (moments.mean, moments.m2)]
         found = self.ranks.exchange(Call(phase=FORWARD, **self.call), torch.cat(own))
@@ -52,7 +53,6 @@ class RankExchange(Exchange):
         return Moments(total.count, mean, m2)
 
     def merge_sums(self, sums: Tensor) -> Tensor:
-        """In the order of ranks."""
         found = self.ranks.exchange(Call(phase=BACKWARD, **self.call), sums.detach().cpu().double().flatten())
         total = found[0]
         for part in found[1:]:
@@ -82,7 +82,7 @@ class _Synchronized(batch._BatchNorm):
             )
 
     def find_ranks(self) -> Ranks | None:
-        """Those whose statistics are merged; None in evaluation and where there is nobody else."""
+        """The ranks whose statistics are merged; None in evaluation and where this one is alone."""
         return Ranks.find(self.process_group) if self.training else None
 
     def normalize(
@@ -109,7 +109,7 @@ class _Synchronized(batch._BatchNorm):
 
     @torch._disable_dynamo  # torch.compiler.disable would import the compiler, which takes seconds, with anynorm.
     def open_exchange(self, input: Any, moves: bool) -> RankExchange | None:
-        """Count this call, and say how the other ranks must have it, too."""
+        """Count this call, and describe it, so that other ranks can be held against it."""
         ranks = self.find_ranks()
         if ranks is None:
             return None
@@ -134,7 +134,29 @@ class _Synchronized(batch._BatchNorm):
         return twin
 
 
-class SyncBatchNorm(_Synchronized, batch._Batch, nn.modules.batchnorm._BatchNorm):
+class _SyncBatch(_Synchronized, batch._Batch):
+    """The constructor of `torch.nn.SyncBatchNorm`, and the choices of `anynorm.BatchNorm2d`."""
+
+    created: ClassVar[Iterator[int]] = count()
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: Any | None = None,
+        device: Any = None,
+        dtype: Any = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **options)
+        self.process_group = process_group
+        self.serial = next(self.created)
+
+
+class SyncBatchNorm(_SyncBatch, nn.modules.batchnorm._BatchNorm):
     """`torch.nn.SyncBatchNorm` on every device, with exact counts and faults that are said.
 
     y[n,c,s] = (x[n,c,s] - mean[c]) / sqrt(var[c] + eps) * weight[c] + bias[c], mean and var over all ranks
@@ -172,24 +194,6 @@ class SyncBatchNorm(_Synchronized, batch._Batch, nn.modules.batchnorm._BatchNorm
         >>> norm.load_state_dict(torch.nn.BatchNorm2d(3).state_dict())
         <All keys matched successfully>
     """
-
-    created: ClassVar[Iterator[int]] = count()
-
-    def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        process_group: Any | None = None,
-        device: Any = None,
-        dtype: Any = None,
-        **options: Any,
-    ) -> None:
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **options)
-        self.process_group = process_group
-        self.serial = next(self.created)
 
 
 batch.show_choices(SyncBatchNorm, nn.SyncBatchNorm)

@@ -13,7 +13,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ..modules.recent import find_regions
+from ..modules.recomputation import find_regions
 from . import hooks
 from .masks import check_zeros_and_ones, describe
 from .model import MaskedModel

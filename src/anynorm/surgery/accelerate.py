@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 
 from ..modules.fused import Fused
-from ..modules.state import Norm
+from ..modules.norm import Norm
 from ..modules.sync import SyncBatchNorm
 from .exact_types import NOTE
 from .fuse import fuse_graph, report_unfused

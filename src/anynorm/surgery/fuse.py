@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from ..activations import ACTIVATIONS, list_activations
-from ..modules.state import Norm
+from ..modules.norm import Norm
 from .in_place import IN_PLACE
 from .report import FUSED, Entry, Report, describe
 from .sequential import check_settings, count_places, find_module_obstacle, make_unfused_entry, read_activation

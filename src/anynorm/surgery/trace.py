@@ -22,7 +22,7 @@ from torch import Tensor, fx
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import tree_leaves
 
-from ..modules.state import Norm
+from ..modules.norm import Norm
 from .in_place import IN_PLACE
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")

@@ -10,7 +10,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from .recurrence import Cell, Recurrent, State
+from .cell import Cell, State
+from .recurrence import Recurrent
 
 __all__ = ["GRU", "LSTM"]
 

@@ -15,15 +15,11 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn import Parameter
 
-from ...errors import UserError
 from ...functional import batch_norm, layer_norm
 from ...sources import find_momentum
-from ..recent import recall
-from ..state import Norm
+from ..norm import Norm
+from ..recomputation import read_or_replay
 from .packing import split_steps
-
-NORMS = ("layer", "batch-per-step", "batch-sequence")
-ON_SINGLE = ("running", "error")
 
 
 class RowNorm(Norm):
@@ -215,7 +211,7 @@ class StepRows(_BatchRows):
             running = self.running_mean[slot], self.running_var[slot]
             return self.from_batch(input, beta, running, self.num_batches_per_step[slot], moves)
         found = self.find_running(step)
-        return self.from_running(input, beta, recall(self, found) if self.training else found)
+        return self.from_running(input, beta, read_or_replay(self, found) if self.training else found)
 
     def find_running(self, step: int) -> tuple[Tensor, Tensor]:
         """The averages of a step, or of the last step that has any. Steps are seen in order, without gaps."""
@@ -245,23 +241,3 @@ class StepRows(_BatchRows):
     def extra_repr(self) -> str:
         """Size, eps, momentum and steps."""
         return f"{super().extra_repr()}, max_steps={self.max_steps}"
-
-
-def check_options(name: str, norm: str | None, max_steps: int | None, on_single: str, eps: float) -> None:
-    """Hold a recurrent layer's options for its norms against each other."""
-    if norm is not None and norm not in NORMS:
-        known = ", ".join(map(repr, NORMS))
-        raise UserError(f"{name}: norm must be one of {known} or None; got {norm!r}; choose one of them")
-    if norm == "batch-per-step" and max_steps is None:
-        raise UserError(
-            f"{name}: norm='batch-per-step' needs max_steps, how many steps have statistics of their own; got None; "
-            "try the length of most sequences, max_steps=100"
-        )
-    if norm != "batch-per-step" and max_steps is not None:
-        raise UserError(f"{name}: max_steps is for norm='batch-per-step'; got norm={norm!r}; leave max_steps out")
-    if max_steps is not None and (not isinstance(max_steps, int) or max_steps < 1):
-        raise UserError(f"{name}: max_steps must be a whole number of 1 or more; got {max_steps!r}; try 100")
-    if on_single not in ON_SINGLE:
-        raise UserError(f"{name}: on_single must be 'running' or 'error'; got {on_single!r}; the default is 'running'")
-    if not eps > 0:
-        raise UserError(f"{name}: eps must be positive; got {eps}; the default is 1e-5")

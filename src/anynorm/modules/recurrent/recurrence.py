@@ -6,7 +6,6 @@ start of what they read: step 0 of the reverse direction is the last step of eac
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,40 +18,11 @@ from torch.nn.utils.rnn import PackedSequence
 from ...padding.context import find_current, may_be_masked
 from ...padding.masks import lengths_of
 from ..counting import is_counted, mark_counted
-from ..state import record_call
-from .norms import LayerRows, RowNorm, SequenceRows, StepRows, check_options
+from ..norm import record_call
+from .cell import Cell, State
+from .norms import LayerRows, RowNorm, SequenceRows, StepRows
+from .options import check_options
 from .packing import Lengths, find_flip, find_flip_of_all, pack, split_steps, unpack
-
-State = tuple[Tensor, ...]  # (h,) of a GRU, (h, c) of an LSTM
-
-
-@dataclass(frozen=True)
-class Cell:
-    """What one direction of one layer multiplies by, adds and normalizes with."""
-
-    weight_ih: Tensor
-    weight_hh: Tensor
-    bias_ih: Tensor | None
-    bias_hh: Tensor | None
-    weight_hr: Tensor | None
-    norm_ih: RowNorm
-    norm_hh: RowNorm | None
-    norm_cell: RowNorm | None
-    moves: bool  # whether this call moves running averages in training
-
-    def from_input(self, rows: Tensor, sizes: list[int]) -> Tensor:
-        """norm(weight_ih x) with beta bias_ih, for the rows of all steps."""
-        return self.norm_ih.over_steps(F.linear(rows, self.weight_ih), self.bias_ih, sizes, self.moves)
-
-    def from_hidden(self, h: Tensor, step: int) -> Tensor:
-        """norm(weight_hh h) with beta bias_hh, for the rows of one step."""
-        if self.norm_hh is None:
-            return F.linear(h, self.weight_hh, self.bias_hh)
-        return self.norm_hh(F.linear(h, self.weight_hh), self.bias_hh, step, self.moves)
-
-    def from_cell(self, c: Tensor, step: int) -> Tensor:
-        """norm(c), for the rows of one step."""
-        return c if self.norm_cell is None else self.norm_cell(c, step=step, moves=self.moves)
 
 
 class Recurrent(nn.RNNBase):
@@ -255,14 +225,14 @@ class Recurrent(nn.RNNBase):
         raise NotImplementedError
 
     def extra_repr(self) -> str:
-        """torch's, and the norm's options."""
-        told = [super().extra_repr()]
+        """The arguments of torch's layer, and the norm's options."""
+        arguments = [super().extra_repr()]
         if self.norm is not None:
-            told += [f"norm={self.norm!r}", f"eps={self.eps}"]
-            told += [f"momentum={self.momentum}"] if self.norm != "layer" else []
+            arguments += [f"norm={self.norm!r}", f"eps={self.eps}"]
+            arguments += [f"momentum={self.momentum}"] if self.norm != "layer" else []
         if self.max_steps is not None:
-            told += [f"max_steps={self.max_steps}", f"on_single={self.on_single!r}"]
-        return ", ".join(told)
+            arguments += [f"max_steps={self.max_steps}", f"on_single={self.on_single!r}"]
+        return ", ".join(arguments)
 
 
 def each(state: Any, change: Any) -> Any:

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from ...engine import paths
 from ...family import FAMILY
-from ...modules import batch, fused, state
+from ...modules import batch, fused
+from ...modules.norm import Norm
 from ...modules.sync import _Synchronized
 from ...padding.context import may_be_masked
 from ...padding.masks import find_mask
@@ -29,7 +30,7 @@ from ..report import Entry, describe, is_ours
 from .statistics import Tally
 
 BASES = (nn.modules.batchnorm._BatchNorm, batch._BatchNorm)
-FORWARDS = (nn.modules.batchnorm._BatchNorm.forward, nn.SyncBatchNorm.forward, state.Norm.forward, fused.Fused.forward)
+FORWARDS = (nn.modules.batchnorm._BatchNorm.forward, nn.SyncBatchNorm.forward, Norm.forward, fused.Fused.forward)
 SYNCHRONIZED = (_Synchronized, nn.SyncBatchNorm)
 NOT_CALLED = "the model did not call it"
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import anynorm
-from anynorm.modules.recent import READ
+from anynorm.modules.recomputation import FIRST_READS
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -244,16 +244,16 @@ def test_a_graph_that_is_used_twice():
 def test_what_is_kept_goes_with_the_graph():
     """And without a checkpoint nothing is kept."""
     gc.collect()
-    before, layer, x = len(READ), anynorm.BatchRenorm1d(6, **RENORM), torch.randn(4, 6, 5, requires_grad=True)
+    before, layer, x = len(FIRST_READS), anynorm.BatchRenorm1d(6, **RENORM), torch.randn(4, 6, 5, requires_grad=True)
     layer(x)
-    assert len(READ) == before
+    assert len(FIRST_READS) == before
     y = [way(layer, x) for way in (reentrant, not_reentrant)]
-    assert len(READ) == before + 2
-    assert not any(t.requires_grad for read in READ.values() for t in read[layer][0] if isinstance(t, Tensor))
+    assert len(FIRST_READS) == before + 2
+    assert not any(t.requires_grad for read in FIRST_READS.values() for t in read[layer][0] if isinstance(t, Tensor))
     gone = weakref.ref(layer)
     del y, layer
     gc.collect()
-    assert len(READ) == before and gone() is None
+    assert len(FIRST_READS) == before and gone() is None
 
 
 def test_a_forward_within_backward_that_nobody_knows_is_an_error():

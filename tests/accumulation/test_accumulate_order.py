@@ -17,11 +17,6 @@ EXACT = ("sweep", "lockstep")
 SIZES = [4, 1, 3]
 
 
-@pytest.fixture(autouse=True)
-def same_numbers_every_time():
-    torch.manual_seed(0)
-
-
 class Net(nn.Module):
     """A convolution before and a linear layer behind what `body` does with three norms."""
 

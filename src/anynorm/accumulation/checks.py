@@ -18,8 +18,8 @@ from ..pooling import parse
 OWN_WAY = "it pools or corrects in its own way; accumulate anynorm.BatchNorm1d/2d/3d, or call it batch by batch"
 
 
-def check(model: nn.Module, batches: list[Any]) -> dict[Any, str]:
-    """Refuse what cannot be done; the names of the batch norms."""
+def check_model(model: nn.Module, batches: list[Any]) -> dict[Any, str]:
+    """Refuse a model or batches that cannot be accumulated; the names of the model's batch norms."""
     if not batches:
         raise ValueError("accumulate: one or more micro-batches are needed; got none; skip the step")
     if not torch.is_grad_enabled():
@@ -42,7 +42,7 @@ def check(model: nn.Module, batches: list[Any]) -> dict[Any, str]:
 
 
 def find_reason(module: Any) -> str:
-    """Why a module would be wrong in silence, and what helps."""
+    """Why a module would be wrong in silence, and what helps; empty where it can take part."""
     if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc] # torch annotates self
         return "it has not seen an input; run one batch first"
     from_batch = module.training or getattr(module, "running_mean", None) is None
@@ -58,7 +58,7 @@ def find_reason(module: Any) -> str:
 
 
 def check_layer(layer: Any, names: dict[Any, str]) -> None:
-    """Refuse a batch norm that is met in a forward and that `check` did not see, or saw in another state."""
+    """Refuse a batch norm that is met in a forward and that `check_model` did not see, or saw in another state."""
     if layer not in names:
         raise ValueError(
             f"accumulate: loss must call no batch norm in training that is not in model; got {describe(layer)}; pass "
@@ -79,16 +79,16 @@ def pools_samples(norm: AnyNorm) -> bool:
     return any(name not in right for name in left[0])
 
 
-def differ(place: int, got: str, expected: str) -> RuntimeError:
-    """Micro-batches that go different ways."""
+def make_order_error(place: int, got: str, expected: str) -> RuntimeError:
+    """The error for micro-batches that call different norms, or the same in another order."""
     return RuntimeError(
         f"accumulate: all micro-batches must call the same batch norms in the same order; got {got} at call {place}, "
         f"where the first micro-batch has {expected}; look for a branch that depends on the data"
     )
 
 
-def find_inner_gradient() -> RuntimeError:
-    """A loss that differentiates: what it gets would be without the other micro-batches' part."""
+def make_inner_gradient_error() -> RuntimeError:
+    """The error for a loss that differentiates: its gradient would be without the other micro-batches' part."""
     return RuntimeError(
         "accumulate: loss must not differentiate, since a gradient through a batch norm needs every micro-batch; got "
         "torch.autograd.grad or backward() inside it; take a step of its own for a gradient penalty, or norms that "

@@ -22,52 +22,65 @@ from ..padding.masks import describe
 COMPOSABLE = "torch.distributed._composable.checkpoint_activation"
 CONTRACT = "torch.distributed._composable.contract"
 
-# For each region what each layer's calls in it read, as long as the graph lives; and how many of them came again.
-READ: WeakKeyDictionary[Any, WeakKeyDictionary[nn.Module, list[Any]]] = WeakKeyDictionary()
-AGAIN: WeakKeyDictionary[Any, tuple[Any, WeakKeyDictionary[nn.Module, int]]] = WeakKeyDictionary()
+# Weak keys: what is kept lives as long as the graph that owns the region, and nobody has to clear it.
+# FIRST_READS: for each region what each layer's calls in it read, in order.
+FIRST_READS: WeakKeyDictionary[Any, WeakKeyDictionary[nn.Module, list[Any]]] = WeakKeyDictionary()
+# REPLAYED: for each region which recomputation is under way, and how many of each layer's calls came again in it.
+REPLAYED: WeakKeyDictionary[Any, tuple[Any, WeakKeyDictionary[nn.Module, int]]] = WeakKeyDictionary()
 
 
-def recall(layer: nn.Module, now: Any) -> Any:
-    """`now`, what a call in training reads; where the call is computed again, what it read the first time.
+def read_or_replay(layer: nn.Module, current: Any) -> Any:
+    """`current`, what a call in training reads; where the call is computed again, what it read the first time.
 
     Costs a walk over the stack, some microseconds, and within a region a copy of what is read.
 
     Args:
         layer: whose call it is.
-        now: a tuple of tensors and numbers, or None.
+        current: a tuple of tensors and numbers, or None.
 
     Raises:
-        RuntimeError: a forward within backward that nobody knows.
+        RuntimeError: the call is within backward, and its first run was not seen.
     """
-    if torch.compiler.is_compiling():
-        return now
-    inside, again, run = find_regions()
-    if again is not None:
-        found = find_first(layer, again, run)
+    if torch.compiler.is_compiling():  # A graph cannot follow the stack; it reads what is there.
+        return current
+    inside, recomputed, run = find_regions()
+    if recomputed is not None:
+        read = replay_next(layer, recomputed, run)
     elif torch._C._current_graph_task_id() != -1:
-        raise find_stranger(layer)
+        raise make_unseen_call_error(layer)
+    elif current and inside:
+        # Copies, because the averages move in place before backward; without a region nobody comes back to them.
+        read = tuple(t.detach().clone() if isinstance(t, Tensor) else t for t in current)
     else:
-        found = now and tuple(t.detach().clone() if isinstance(t, Tensor) else t for t in now) if inside else now
+        read = current
+    # A call that is computed again may lie in regions within the recomputed one, which are new and come again later.
     for region in inside:
-        READ.setdefault(region, WeakKeyDictionary()).setdefault(layer, []).append(found)
-    return found
+        FIRST_READS.setdefault(region, WeakKeyDictionary()).setdefault(layer, []).append(read)
+    return read
 
 
-def find_first(layer: nn.Module, region: Any, run: Any) -> Any:
-    """What the call read that comes next in this recomputation of a region."""
-    known = AGAIN.get(region)
-    if known is None or known[0] != run:
-        AGAIN[region] = known = run, WeakKeyDictionary()
-    place = known[1].get(layer, 0)
-    known[1][layer] = place + 1
-    calls = READ[region].get(layer, ()) if region in READ else ()
-    if place >= len(calls):
-        raise find_stranger(layer)
-    return calls[place]
+def replay_next(layer: nn.Module, region: Any, run: Any) -> Any:
+    """What the layer's next call in this recomputation of a region read the first time; moves on to the one behind.
+
+    Args:
+        run: which recomputation it is; a graph that is kept is computed again at each backward, from the first call on.
+
+    Raises:
+        RuntimeError: the region has no such call.
+    """
+    replayed = REPLAYED.get(region)
+    if replayed is None or replayed[0] != run:
+        REPLAYED[region] = replayed = run, WeakKeyDictionary()
+    place = replayed[1].get(layer, 0)
+    replayed[1][layer] = place + 1
+    reads = FIRST_READS[region].get(layer, ()) if region in FIRST_READS else ()
+    if place >= len(reads):
+        raise make_unseen_call_error(layer)
+    return reads[place]
 
 
-def find_stranger(layer: nn.Module) -> RuntimeError:
-    """A forward within backward whose first run was not seen: the averages have moved, and nobody knows from where."""
+def make_unseen_call_error(layer: nn.Module) -> RuntimeError:
+    """The error for a call in backward that was not seen in forward: what the averages were then, nobody knows."""
     return RuntimeError(
         f"{describe(layer)}: a call within backward must read the running averages of the call that it computes again; "
         "got one that was not seen in forward; checkpoint with torch.utils.checkpoint, or leave this layer out of it"
@@ -82,16 +95,19 @@ def find_regions() -> tuple[list[Any], Any, Any]:
 def walk_stack() -> tuple[list[Any], Any, Any]:
     """The regions that this call lies in for the first time, the one that is computed again, and which time that is.
 
-    Regions are taken from the stack, from the innermost on: what lies outside a recomputation was seen by it.
+    Regions are taken from the stack, from the innermost on: what lies outside a recomputation was seen by it. torch has
+    no interface that tells; the names of functions and of their variables here are those of torch 2.13, and
+    tests/modules/test_recomputation.py fails where they change.
     """
     inside: list[Any] = []
-    frame: Any = sys._getframe(3)
+    frame: Any = sys._getframe(3)  # Not this function, `find_regions` or its caller.
     while frame is not None:
+        # Names first: they are cheap, and `f_locals` copies a frame's variables.
         name = frame.f_code.co_name
         if name == "checkpoint" or name == "unpack_hook":
             if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
                 known = frame.f_locals
-                if name == "unpack_hook":
+                if name == "unpack_hook":  # Without reentry a saved tensor's hook computes its frame again.
                     return inside, known.get("frame"), (torch._C._current_graph_task_id(), id(frame))
                 started = getattr(known.get("gen"), "gi_frame", None)
                 region = None if started is None else started.f_locals.get("new_frame")
@@ -101,7 +117,7 @@ def walk_stack() -> tuple[list[Any], Any, Any]:
             region = find_composable_region(frame.f_locals.get("self"))
             if region is not None:
                 inside.append(region)
-        elif name == "forward" or name == "backward":
+        elif name == "forward" or name == "backward":  # With reentry: an autograd function, its context first.
             first = frame.f_code.co_varnames[:1]
             region = None if first in ((), ("self",)) else frame.f_locals.get(first[0])
             if isinstance(region, BackwardCFunction):

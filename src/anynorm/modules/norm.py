@@ -1,4 +1,4 @@
-"""What every norm of ours shares as a module: which checkpoints it loads, and how FX records it."""
+"""`Norm`, the base of every norm here as a module: which checkpoints it loads, and how FX records it."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class Norm(nn.Module):
             lengths: (N,), how many positions of each sample count, instead of a mask.
         """
         if isinstance(input, Proxy):
-            return record_call(self, input, **name_given(mask=mask, lengths=lengths))
-        if mask is None and lengths is None and may_be_masked():
+            return record_call(self, input, **drop_none(mask=mask, lengths=lengths))
+        if mask is None and lengths is None and may_be_masked():  # The last is a cheap guess, the search is not.
             mask = self.find_mask(input)
         if self._forward_hooks and not (mask is None and lengths is None):
             check_hooks(self, "mask")
@@ -85,8 +85,8 @@ class Norm(nn.Module):
             )
 
 
-def name_given(**options: Any) -> dict[str, Any]:
-    """Those that are not None."""
+def drop_none(**options: Any) -> dict[str, Any]:
+    """The options that are not None, so that a recorded call has no others."""
     return {name: value for name, value in options.items() if value is not None}
 
 
