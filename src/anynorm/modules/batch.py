@@ -21,7 +21,7 @@ from ..padding.masks import find_mask
 from ..padding.ragged import close_rows, is_ragged, open_residual, open_rows
 from ..sources import BATCH, Batch, Exchange, Given, Joined, Merged, Source, find_momentum, find_override
 from .counting import NonFiniteGuard, count_batch, is_counted, mark_counted
-from .norm import Norm
+from .norm import Norm, read_entry
 from .recomputation import read_or_replay
 
 
@@ -77,23 +77,30 @@ class _BatchNorm(_Running):
             source = self.find_source(input, moves)
         request = Request(source, self.eps, activation, mask, lengths, self.find_sizes())
         guard = None
-        mean, var = self.running_mean, self.running_var
-        if moves and self.on_nonfinite != "propagate" and mean is not None and var is not None:
-            guard = NonFiniteGuard(self, mean, var)
-        y = self.front.normalize(input, self.weight, self.bias, residual, request)
+        if (
+            moves
+            and self.on_nonfinite != "propagate"
+            and self.running_mean is not None
+            and self.running_var is not None
+        ):
+            guard = NonFiniteGuard(self, self.running_mean, self.running_var)
+        weight, bias = self.read_affine()
+        y = self.front.normalize(input, weight, bias, residual, request)
         if guard is not None and guard.restore_if_nonfinite():
             return y
         if moves:  # Last, so that an input that is refused changes nothing.
-            if self.num_batches_tracked is not None:
-                self.num_batches_tracked.add_(self._count(input, mask, lengths))
+            counter = read_entry(self, self._buffers, "num_batches_tracked")
+            if counter is not None:
+                counter.add_(self._count(input, mask, lengths))
             mark_counted(self)
         return y
 
     def find_source(self, input: Any, moves: bool) -> Source:
         """Where the statistics of this call come from; `moves`: they move the running averages."""
-        mean, var = self.running_mean, self.running_var
+        buffers = self._buffers
+        mean, var = read_entry(self, buffers, "running_mean"), read_entry(self, buffers, "running_var")
         if not self.training and not (mean is None and var is None):
-            return Given(mean, var)  # type: ignore[arg-type] # checked
+            return Given(mean, var)
         if not moves:
             return BATCH
         momentum = find_momentum(None, self.num_batches_tracked) if self.momentum is None else self.momentum

@@ -24,7 +24,7 @@ class _GroupNorm(Norm):
         self, input: Any, residual: Any = None, activation: Any = None, mask: Any = None, lengths: Any = None
     ) -> Any:
         request = Request(BATCH, self.eps, activation, mask, lengths, self.num_groups)
-        return GROUP_NORM.normalize(input, self.weight, self.bias, residual, request)
+        return GROUP_NORM.normalize(input, *self.read_affine(), residual, request)
 
 
 class GroupNorm(_GroupNorm, nn.GroupNorm):

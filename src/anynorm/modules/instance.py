@@ -34,7 +34,7 @@ class _InstanceNorm(_Running):
             input, residual, mask = (t if t is None else t.unsqueeze(0) for t in (input, residual, mask))
         source, moves = self.find_source()
         request = Request(source, self.eps, activation, mask, lengths)
-        y = INSTANCE_NORM.normalize(input, self.weight, self.bias, residual, request)
+        y = INSTANCE_NORM.normalize(input, *self.read_affine(), residual, request)
         if moves:
             mark_counted(self)
         return y.squeeze(0) if single else y

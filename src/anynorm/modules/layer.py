@@ -34,7 +34,7 @@ class _LayerNorm(_ByFeatures):
         self, input: Any, residual: Any = None, activation: Any = None, mask: Any = None, lengths: Any = None
     ) -> Any:
         request = Request(BATCH, self.eps, activation, mask, lengths, self.normalized_shape)
-        return LAYER_NORM.normalize(input, self.weight, self.bias, residual, request)
+        return LAYER_NORM.normalize(input, *self.read_affine(), residual, request)
 
 
 class LayerNorm(_LayerNorm, nn.LayerNorm):

@@ -11,6 +11,7 @@ from ..engine.request import Request
 from ..functional.rms import RMS_NORM, find_rms_eps
 from ..sources import BATCH
 from .layer import _ByFeatures
+from .norm import read_entry
 
 
 class _RMSNorm(_ByFeatures):
@@ -24,7 +25,7 @@ class _RMSNorm(_ByFeatures):
     ) -> Any:
         eps = find_rms_eps(self.eps, input)
         request = Request(BATCH, eps, activation, mask, lengths, self.normalized_shape)
-        return RMS_NORM.normalize(input, self.weight, None, residual, request)
+        return RMS_NORM.normalize(input, read_entry(self, self._parameters, "weight"), None, residual, request)
 
 
 class RMSNorm(_RMSNorm, nn.RMSNorm):
