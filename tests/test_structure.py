@@ -24,6 +24,8 @@ LONG = {
     "functional/instance.py instance_norm",
     "functional/renorm.py batch_renorm",
     "modules/sync.py SyncBatchNorm.__init__",
+    "modules/torch_state.py BatchNormState.__init__",
+    "modules/torch_state.py InstanceNormState.__init__",
 }
 TORCHS = "_load_from_state_dict"
 
