@@ -23,7 +23,7 @@ LONG = {
     "functional/ghost.py ghost_batch_norm",
     "functional/instance.py instance_norm",
     "functional/renorm.py batch_renorm",
-    "modules/sync.py SyncBatchNorm.__init__",
+    "modules/sync.py _SyncBatch.__init__",
     "modules/torch_state.py BatchNormState.__init__",
     "modules/torch_state.py InstanceNormState.__init__",
 }

@@ -85,11 +85,11 @@ class GradSums:
     pool_xhat: Tensor | None
 
     @classmethod
-    def zeros(cls, view: Tensor, pooling: Pooling, rstd: Tensor, given: bool) -> GradSums:
+    def zeros(cls, view: Tensor, pooling: Pooling, rstd: Tensor, is_given: bool) -> GradSums:
         """Sums of nothing, shaped to broadcast over the view."""
         shape = [size if axis in pooling.affine else 1 for axis, size in enumerate(view.shape)]
         beta, gamma = (torch.zeros(shape, dtype=rstd.dtype, device=rstd.device) for _ in range(2))
-        pool, pool_xhat = (None if given else torch.zeros_like(rstd) for _ in range(2))
+        pool, pool_xhat = (None if is_given else torch.zeros_like(rstd) for _ in range(2))
         return cls(beta, gamma, pool, pool_xhat)
 
     def add(self, g: Tensor, product: Tensor, gamma: Tensor | None, block: Block, pooling: Pooling) -> None:

@@ -63,7 +63,7 @@ def compare(x: Tensor, pooling: Pooling, channels: int, shape: tuple[int, ...]) 
     found = kernels.backward(
         g, kernels.Saved(x, weight, bias, None, None, statistics), plan, 1e-5, None, (True, True, True, False)
     )
-    want = plain.backward(g, x, weight, moments, 1e-5, pooling, given=False, needs=(True, True, True))
+    want = plain.backward(g, x, weight, moments, 1e-5, pooling, is_given=False, needs=(True, True, True))
     term = float(g.abs().max() * weight.abs().max() * moments.rstd(1e-5).max()) * 4
     assert_close(found[0], wide(want[0]), factor, "dx", term)
     for mine, its in zip(found[1:3], want[1:], strict=True):

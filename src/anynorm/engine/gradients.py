@@ -107,7 +107,7 @@ class NormalizeByBlocks(torch.autograd.Function):
             return *backward_differentiable(ctx, g, (x, weight, None), request, pooling), None, None
         moments = Moments(count, mean, m2)
         needs = ctx.needs_input_grad[:3]
-        dx, dgamma, dbeta = plain.backward(g, x, weight, moments, eps, pooling, given=is_given, needs=needs)
+        dx, dgamma, dbeta = plain.backward(g, x, weight, moments, eps, pooling, is_given=is_given, needs=needs)
         dweight = like(dgamma, weight.shape, weight.dtype) if needs[1] and dgamma is not None else None
         dbias = like(dbeta, *ctx.bias_like) if needs[2] and dbeta is not None else None
         return dx, dweight, dbias, None, None

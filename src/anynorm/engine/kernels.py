@@ -65,9 +65,9 @@ def address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
-def find_plan(x: Tensor, pooling: Pooling, given: int = 0, masked: bool = False) -> Plan | None:
+def find_plan(x: Tensor, pooling: Pooling, statistics: int = 0, masked: bool = False) -> Plan | None:
     """The plan of x, remembered with its pooling; None where `plain` must serve."""
-    key = (x.shape, x.stride(), x.dtype, given, masked)
+    key = (x.shape, x.stride(), x.dtype, statistics, masked)
     try:
         return pooling.plans[key]
     except KeyError:

@@ -118,12 +118,12 @@ def normalize(
         return compose(x, weight, bias, residual, request, pooling) if found is None else found
     arranged = kernels.arrange(x)
     key = key if arranged is x else None
-    x, given = arranged, int(type(source) is Given)
-    plan = kernels.find_plan(x, pooling, given, mask is not None)
+    x, is_given = arranged, int(type(source) is Given)
+    plan = kernels.find_plan(x, pooling, is_given, mask is not None)
     is_bare = activation is None and residual is None and mask is None
     if plan is None and not is_bare and not x.is_contiguous():  # A copy costs less than the formula in float64.
         flat = x.contiguous()
-        plan = kernels.find_plan(flat, pooling, given, mask is not None)
+        plan = kernels.find_plan(flat, pooling, is_given, mask is not None)
         if plan is not None:
             return plain.lay_out(run(flat, weight, bias, residual, request, plan), plain.find_memory_format(x))
     if plan is not None:

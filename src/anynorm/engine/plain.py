@@ -257,10 +257,10 @@ def backward(
     eps: float,
     pooling: Pooling,
     *,
-    given: bool,
+    is_given: bool,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of the formula, by blocks; the statistics are constants where they were `given`.
+    """Gradients of the formula, by blocks; the statistics are constants where they were given (`is_given`).
 
     xhat   = (x - mean) * rstd
     dbeta  = sum g,  dgamma = sum g * xhat                        over everything that shares a gamma
@@ -278,7 +278,7 @@ def backward(
     rstd = moments.rstd(eps)
     mean = None if moments.mean is None else moments.mean.to(rstd.dtype)
     gamma = spread(weight, pooling, view, rstd.dtype)
-    sums = GradSums.zeros(view, pooling, rstd, given)
+    sums = GradSums.zeros(view, pooling, rstd, is_given)
     count = pooling.count(view)
     g_scratch, x_scratch, products = make_scratch(view, groups, rstd.dtype, 3)
     for group in groups:

@@ -127,7 +127,7 @@ class Project(torch.autograd.Function):
         else:
             wide = pooling.open(x).to(find_wide_dtype(x))
             moments = find_moments(wide, pooling, wide.dtype == x.dtype)
-            dx = plain.backward(g, x, None, moments, eps, pooling, given=False, needs=needs)[0]
+            dx = plain.backward(g, x, None, moments, eps, pooling, is_given=False, needs=needs)[0]
         assert dx is not None
         return dx
 

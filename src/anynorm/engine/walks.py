@@ -104,20 +104,20 @@ def make_plan(
     shape: tuple[int, ...],
     strides: tuple[int, ...],
     dtype: torch.dtype,
-    given: int,
+    statistics: int,
     masked: bool = False,
 ) -> Plan | None:
     """The plan for x, or None where no walk serves; `kernels.make_plan` remembers it.
 
     Args:
         shape, strides: of x.
-        given: as `Layout.statistics`; given ones are one for every channel, so that samples share them.
+        statistics: as `Layout.statistics`; given ones are one for every channel, so that samples share them.
         masked: whether a mask will tell which positions count.
     """
     if dtype not in CODES:
         return None
     extents, steps = open_sizes(pooling, shape, strides)
-    hidden = {*pooling.pooled, *pooling.samples} if given else set(pooling.pooled)
+    hidden = {*pooling.pooled, *pooling.samples} if statistics else set(pooling.pooled)
     letters, sizes = find_letters(pooling, hidden, extents, steps)
     n, g, k, s = (sizes[letters.index(letter)] if letter in letters else 1 for letter in "nabp")
     last = pool_n = False
@@ -125,28 +125,28 @@ def make_plan(
         before, _, after = letters.partition("a")
         n, s = (sizes[0] if before else 1), (sizes[-1] if after else 1)
         pool_n = True
-    elif given:
+    elif statistics:
         return None
     elif SAMPLES_LAST.fullmatch(letters) and not SAMPLES_FIRST.fullmatch(letters):
         last = True
     elif not SAMPLES_FIRST.fullmatch(letters):
         return None
-    statistics = tuple(1 if axis in hidden else extent for axis, extent in enumerate(extents))
+    statistics_shape = tuple(1 if axis in hidden else extent for axis, extent in enumerate(extents))
     sample_rows = 0
     if masked and s == 1 and not last:
         follows = letters != "p" and has_lone_position(pooling, extents)
         is_last = len(shape) > 3 and strides[1] < min(strides[2:])
         last = follows and is_last and not pool_n
         sample_rows = 0 if last or (follows and not is_last) else max(1, n // shape[0]) if pool_n else 1
-    layout = Layout(n, g, k, s, last, pool_n, pooling.centred, CODES[dtype], given, sample_rows)
+    layout = Layout(n, g, k, s, last, pool_n, pooling.centred, CODES[dtype], statistics, sample_rows)
     parameter = torch.float64 if dtype is torch.float64 else torch.float32
     return Plan(
         pooling=pooling,
         compiled=compiled.Plan(**layout._asdict()),
         layout=layout,
-        pools=prod(statistics),
+        pools=prod(statistics_shape),
         channels=g * k,
-        shape=statistics,
+        shape=statistics_shape,
         count=n * s if pool_n else k * s,
         centred=pooling.centred,
         memory_format=suggest_memory_format(shape, strides),
@@ -154,7 +154,7 @@ def make_plan(
         strides=strides,
         dtype=dtype,
         parameter=parameter,
-        statistics_dtype=parameter if given == 1 else torch.float64,
+        statistics_dtype=parameter if statistics == 1 else torch.float64,
         bytes=prod(shape) * dtype.itemsize,
         parameter_bytes=g * k * parameter.itemsize,
     )

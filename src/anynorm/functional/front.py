@@ -120,9 +120,9 @@ class Front:
         source, _, activation, mask, lengths, _ = request
         if not isinstance(source, Batch | Given):
             return protocol.hand_over(self.normalize, (x, weight, bias, residual, request), {})
-        function, given = self.write_call(x, weight, bias, request)
+        function, arguments = self.write_call(x, weight, bias, request)
         options = {"activation": activation, "residual": residual, "mask": mask, "lengths": lengths}
-        return protocol.hand_over(function, given, options)
+        return protocol.hand_over(function, arguments, options)
 
     def read_mask(self, x: Any, request: Request) -> Request:
         """The request with its mask as the engine takes it."""

@@ -54,8 +54,8 @@ class GhostFront(BatchFront):
     def hand_over(self, x: Any, weight: Any, bias: Any, residual: Any, request: Request) -> Any:
         _, _, activation, mask, lengths, ghost_size = request
         options = {"activation": activation, "residual": residual, "mask": mask, "lengths": lengths}
-        _, given = self.write_call(x, weight, bias, request)
-        return protocol.hand_over(ghost_batch_norm, given, options | {"ghost_size": ghost_size})
+        _, arguments = self.write_call(x, weight, bias, request)
+        return protocol.hand_over(ghost_batch_norm, arguments, options | {"ghost_size": ghost_size})
 
     def check(self, x: Any, weight: Any, bias: Any, request: Request) -> None:
         averages, mask, size = name_averages(request), request.mask, request.sizes
