@@ -85,6 +85,10 @@ def test_another_layout_changes_no_gradient(kind, last):
 @pytest.mark.parametrize("other", OTHERS)
 def test_anything_else_is_refused(kind, other):
     """As torch.nn does for another dtype; torch reads past a cut storage. Without kernels masks are autograd's."""
+    if kernels.OFF and kind == "fused":
+        pytest.skip(
+            "without kernels autograd saves what the activation needs, and torch itself reads past cut storages"
+        )
     for masked in (False, True) if kind not in ("layer", "rms") and not kernels.OFF else (False,):
         for is_input in (True, False):
 
@@ -109,6 +113,8 @@ def test_torchs_own_hooks():
 
 @pytest.mark.parametrize("kind", MAKES)
 def test_data_exchanged_between_forward_and_backward(kind):
+    if kernels.OFF and kind == "fused":
+        pytest.skip("without kernels autograd saves what the activation needs, and does not look at its sizes")
     g = torch.randn(4, 8, 5, 6)
     start = torch.randn(4, 8, 5, 6)
     true = None
