@@ -130,3 +130,19 @@ def test_hooked_and_shared_members_of_a_chain_are_left():
     ):
         report = check(Net(SPELLINGS["module"], **changes), draw(5, 6, 4), fused=0)
         assert [reason in entry.reason for entry in find_left(report)] == [True]
+
+
+class MaskedNorm(nn.Module):
+    """A norm of this library's that is given a mask, a sum and an activation behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = anynorm.BatchNorm1d(4)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return F.relu(self.norm(x, mask=mask) + x)
+
+
+def test_a_norm_that_takes_a_mask_is_left():
+    report = anynorm.accelerate(MaskedNorm(), fuse=True)
+    assert "the norm takes more than its input" in report.left[0].reason

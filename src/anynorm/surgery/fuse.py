@@ -186,6 +186,8 @@ def find_sum_obstacle(chain: Chain, modules: dict[str, nn.Module]) -> str:
         return "the sum has further arguments"
     if SUMS[chain.sum.target] is operator.iadd and chain.sum.args[0] is not chain.norm:
         return "the sum is written into a tensor that others may see"
+    if len(chain.norm.all_input_nodes) > 1:
+        return "the norm takes more than its input"
     (x,) = chain.norm.all_input_nodes
     # Fused, the norm stands where the sum stood: its input is read later, and the residual is kept for backward.
     watched, where = find_aliases(x, modules), "the norm's input before the sum"
