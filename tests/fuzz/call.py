@@ -144,7 +144,7 @@ def find_truth(case: Case, t: Inputs) -> dict[str, Bounded]:
     beta, residual = np.broadcast_to(wide("bias", features), features), np.where(counted, wide("residual", view), 0)
     q = Question(
         np.where(counted, wide("x", view), 0), wide("g", view), axes, gamma, beta, residual, counted, case.eps,
-        tolerance=1e-13 if case.dtype == torch.float64 else 1e-6,
+        tolerance=find_tolerance(case),
         narrow=case.dtype != torch.float64,
         centred=case.norm != "rms",
         activation=case.activation,
@@ -156,6 +156,13 @@ def find_truth(case: Case, t: Inputs) -> dict[str, Bounded]:
     if case.given or case.norm not in RUNNING:
         return join([answer(q)])
     return join([move(case, part, averages) for part in cut(case, q)])
+
+
+def find_tolerance(case: Case) -> float:
+    """What is promised. Off the kernels sums of float64 are torch's: 1.04e-13 was found for 5,000 equal values."""
+    if case.dtype != torch.float64:
+        return 1e-6
+    return 2e-13 if case.path == "plain" else 1e-13
 
 
 def cut(case: Case, q: Question) -> list[Question]:
