@@ -160,7 +160,7 @@ def measure(lib: Any, norm: str, x: Tensor, g: Tensor, how: str = "bare", eps: f
         y_true = np.maximum(y_true, 0)
     mean, var = reference.moments(rx, axes, centred)
     rstd = 1 / np.sqrt(var + eps)
-    true = reference.gradients(rg, rx, axes, np.ones(gamma_shape), eps, centred)
+    true = reference.gradients(rg, rx, axes, np.ones(gamma_shape), eps, centred=centred)
     terms = np.abs(rg * rstd).max(), total(rg * (rx - mean) * rstd, gamma_shape), total(rg, gamma_shape)
     errors = {"y": worst(y.detach(), y_true, np.abs(y_true).max())}
     for name, got, want, size in zip(("dx", "dgamma", "dbeta"), found, true, terms, strict=False):

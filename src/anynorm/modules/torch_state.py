@@ -73,7 +73,7 @@ class BatchNormState(nn.Module):
         key, counter = prefix + "num_batches_tracked", self.num_batches_tracked
         if (local_metadata.get("version") or 1) < 2 and self.track_running_stats and key not in state_dict:
             known = counter is not None and not counter.is_meta
-            state_dict[key] = counter if known else torch.tensor(0, dtype=torch.long)
+            state_dict[key] = counter if known else torch.tensor(0, dtype=torch.long, device="cpu")
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
 
