@@ -4,6 +4,7 @@
 // that would round alike in float do not. What is written is computed in float from coefficients that were found in double.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #if defined(__AVX2__)
@@ -162,24 +163,35 @@ INLINE void fence_results() {
 #endif
 }
 
+// Copies n < 2 * Most elements in pieces of a size that is known: memcpy of an unknown one would be a call.
+template <int Most, class T>
+INLINE void copy_some(T* to, const T* from, int64_t n) {
+    if (n & Most) {
+        std::memcpy(to, from, Most * sizeof(T));
+        to += Most;
+        from += Most;
+    }
+    if constexpr (Most > 1) copy_some<Most / 2>(to, from, n);
+}
+
 // The first n lanes, the others 0, without touching memory beyond them.
 template <class T>
 INLINE Lanes load(const T* p, Part part) {
-    T some[W] = {};
-    for (int64_t i = 0; i < part.n; ++i) some[i] = p[i];
+    T some[2 * W] = {};
+    copy_some<W>(some, p, part.n);
     return load(some, Full{});
 }
 template <class T>
 INLINE Singles load_singles(const T* p, Part part) {
     T some[2 * W] = {};
-    for (int64_t i = 0; i < part.n; ++i) some[i] = p[i];
+    copy_some<2 * W>(some, p, part.n);
     return load_singles(some, Full{});
 }
 template <class T, class Vector>
 INLINE void store(T* p, Vector v, Part part) {
     T some[2 * W];
     store(some, v, Full{});
-    for (int64_t i = 0; i < part.n; ++i) p[i] = some[i];
+    copy_some<2 * W>(p, some, part.n);
 }
 #if defined(__AVX512VL__)
 INLINE Lanes load(const float* p, Part part) {
@@ -198,7 +210,32 @@ INLINE Singles load_singles(const float* p, Part part) {
 INLINE void store(float* p, Singles v, Part part) {
     _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << part.n) - 1), bits_of<__m512>(v));
 }
+#elif defined(__AVX2__)
+// Stores of a part are not masked here: some processors take forty cycles for one.
+INLINE __m256i first_doubles(Part part) { return _mm256_cmpgt_epi64(_mm256_set1_epi64x(part.n), _mm256_setr_epi64x(0, 1, 2, 3)); }
+INLINE __m256i first_singles(Part part) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(part.n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+INLINE Lanes load(const float* p, Part part) {
+    const auto f = _mm_maskload_ps(p, _mm256_castsi256_si128(first_singles(part)));
+    return __builtin_convertvector(bits_of<Floats>(f), Lanes);
+}
+INLINE Lanes load(const double* p, Part part) { return bits_of<Lanes>(_mm256_maskload_pd(p, first_doubles(part))); }
+INLINE Singles load_singles(const float* p, Part part) {
+    return bits_of<Singles>(_mm256_maskload_ps(p, first_singles(part)));
+}
 #endif
+
+INLINE Lanes square_root(Lanes v) {
+#if defined(__AVX512F__)
+    return bits_of<Lanes>(_mm512_sqrt_pd(bits_of<__m512d>(v)));
+#elif defined(__AVX2__)
+    return bits_of<Lanes>(_mm256_sqrt_pd(bits_of<__m256d>(v)));
+#else
+    for (int i = 0; i < W; ++i) v[i] = std::sqrt(v[i]);
+    return v;
+#endif
+}
 
 template <class T, class Vector>
 INLINE void store_result(T* p, Vector v, Part part, bool) {
@@ -255,6 +292,12 @@ INLINE Singles clear_unused(Singles v, Part part) {
     SingleIndices index;
     for (int i = 0; i < 2 * W; ++i) index[i] = i;
     return index < static_cast<int32_t>(part.n) ? v : Singles{};
+}
+
+INLINE bool has_any(Indices lanes) {
+    int64_t any = 0;
+    for (int i = 0; i < W; ++i) any |= lanes[i];
+    return any != 0;
 }
 
 INLINE double add_lanes(Lanes v) {
