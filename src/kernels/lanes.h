@@ -56,11 +56,31 @@ INLINE Vector raw_load(const void* p) {
     return v;
 }
 
+// By instructions of their own: g++ 12 makes five of __builtin_convertvector, by way of memory.
+INLINE Lanes widen(Floats v) {
+#if defined(__AVX512F__)
+    return bits_of<Lanes>(_mm512_cvtps_pd(bits_of<__m256>(v)));
+#elif defined(__AVX2__)
+    return bits_of<Lanes>(_mm256_cvtps_pd(bits_of<__m128>(v)));
+#else
+    return __builtin_convertvector(v, Lanes);
+#endif
+}
+INLINE Floats round_to_floats(Lanes v) {
+#if defined(__AVX512F__)
+    return bits_of<Floats>(_mm512_cvtpd_ps(bits_of<__m512d>(v)));
+#elif defined(__AVX2__)
+    return bits_of<Floats>(_mm256_cvtpd_ps(bits_of<__m256d>(v)));
+#else
+    return __builtin_convertvector(v, Floats);
+#endif
+}
+
 INLINE Lanes load(const double* p, Full) { return raw_load<Lanes>(p); }
-INLINE Lanes load(const float* p, Full) { return __builtin_convertvector(raw_load<Floats>(p), Lanes); }
+INLINE Lanes load(const float* p, Full) { return widen(raw_load<Floats>(p)); }
 INLINE Lanes load(const bfloat16* p, Full) {
     const Words wide = __builtin_convertvector(raw_load<Shorts>(p), Words) << 16;
-    return __builtin_convertvector(bits_of<Floats>(wide), Lanes);
+    return widen(bits_of<Floats>(wide));
 }
 INLINE Lanes load(const float16* p, Full) {
     Floats f;
@@ -71,20 +91,20 @@ INLINE Lanes load(const float16* p, Full) {
 #else
     for (int i = 0; i < W; ++i) f[i] = static_cast<float>(bits_of<_Float16>(p[i].bits));
 #endif
-    return __builtin_convertvector(f, Lanes);
+    return widen(f);
 }
 
 // The bits that are stored of a vector.
 INLINE Lanes narrow(const double*, Lanes v) { return v; }
-INLINE Floats narrow(const float*, Lanes v) { return __builtin_convertvector(v, Floats); }
+INLINE Floats narrow(const float*, Lanes v) { return round_to_floats(v); }
 INLINE Shorts narrow(const bfloat16*, Lanes v) {
-    const Words w = bits_of<Words>(__builtin_convertvector(v, Floats));
+    const Words w = bits_of<Words>(round_to_floats(v));
     const Words rounded = (w + 0x7fff + ((w >> 16) & 1)) >> 16;  // to nearest, ties to even
     const Words is_nan = (Words)((w & 0x7fffffff) > 0x7f800000);
     return __builtin_convertvector((is_nan & 0x7fc0) | (~is_nan & rounded), Shorts);
 }
 INLINE Shorts narrow(const float16*, Lanes v) {
-    const Floats f = __builtin_convertvector(v, Floats);
+    const Floats f = round_to_floats(v);
     Shorts h;
 #if defined(__F16C__) && defined(__AVX512F__)
     h = bits_of<Shorts>(_mm256_cvtps_ph(bits_of<__m256>(f), 0));
@@ -196,7 +216,7 @@ INLINE void store(T* p, Vector v, Part part) {
 #if defined(__AVX512VL__)
 INLINE Lanes load(const float* p, Part part) {
     const auto f = _mm256_maskz_loadu_ps(static_cast<__mmask8>((1u << part.n) - 1), p);
-    return __builtin_convertvector(bits_of<Floats>(f), Lanes);
+    return widen(bits_of<Floats>(f));
 }
 INLINE Lanes load(const double* p, Part part) {
     return bits_of<Lanes>(_mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << part.n) - 1), p));
@@ -218,7 +238,7 @@ INLINE __m256i first_singles(Part part) {
 }
 INLINE Lanes load(const float* p, Part part) {
     const auto f = _mm_maskload_ps(p, _mm256_castsi256_si128(first_singles(part)));
-    return __builtin_convertvector(bits_of<Floats>(f), Lanes);
+    return widen(bits_of<Floats>(f));
 }
 INLINE Lanes load(const double* p, Part part) { return bits_of<Lanes>(_mm256_maskload_pd(p, first_doubles(part))); }
 INLINE Singles load_singles(const float* p, Part part) {
@@ -318,7 +338,7 @@ constexpr int kParts = LanesOf<Compute>::width / W;
 INLINE Lanes part_of(Lanes v, int) { return v; }
 INLINE Lanes part_of(Singles v, int part) {
     const Halves halves = bits_of<Halves>(v);
-    return __builtin_convertvector(part == 0 ? halves.low : halves.high, Lanes);
+    return widen(part == 0 ? halves.low : halves.high);
 }
 INLINE Full part_of(Full, int) { return {}; }
 INLINE Part part_of(Part some, int part) {
