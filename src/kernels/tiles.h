@@ -4,7 +4,7 @@
 // in registers for kSumRows rows.
 #pragma once
 
-#include "walk.h"
+#include "channels.h"
 
 namespace anynorm::ANYNORM_TARGET {
 
@@ -109,18 +109,6 @@ struct TileEpilogue {
         if (mask && !(mask[row] > 0)) g = V{};
         if (gradient) store(gradient + at, g, some);
         return g;
-    }
-};
-
-// Tables of a column's coefficients: (x - high) * scale + shift.
-template <class Compute>
-struct Lines {
-    Compute *high, *scale, *shift;
-    INLINE void put(int64_t i, double mean, double a, double b) {
-        const Line<Compute> line(mean, a, b);
-        high[i] = line.high;
-        scale[i] = line.scale;
-        shift[i] = line.shift;
     }
 };
 
