@@ -17,8 +17,10 @@ using Parameter = std::conditional_t<sizeof(T) == 8, double, float>;
 template <class T>
 constexpr bool kIsNarrow = sizeof(T) < 8;
 
-// Elements that are worth a task, and below which threads cost more than they bring.
+// Elements that are worth a task.
 constexpr int64_t kTask = 1 << 14;
+// The most that one thread takes alone: to wake another costs 8 us and more, and milliseconds where no core is free.
+constexpr int64_t kAlone = 3 * kTask;
 // The most that is read twice while it is in a core's own cache.
 constexpr int64_t kSlabBytes = 1 << 18;
 
@@ -70,7 +72,8 @@ void parallel_for(const Call& call, int64_t total, int64_t elements_each, Body b
         c.body(task * c.step, least(c.total, (task + 1) * c.step));
         if (c.bypasses_caches) fence_results();
     };
-    run_tasks(call.threads, divide_up(total, step), run, &context, backwards);
+    const int threads = total <= kAlone / most(1, elements_each) ? 1 : call.threads;
+    run_tasks(threads, divide_up(total, step), run, &context, backwards);
 }
 
 // What sums are taken about: first a guess, then, where too little was left of the squares, the mean that came out. Doubles
