@@ -36,6 +36,7 @@ struct Columns : Panels<T> {
     using Panels<T>::walk;
     using Panels<T>::write_tile;
     using Panels<T>::each_tile;
+    const bool shares_channel = !this->call.channels_last && this->columns > 1;  // whether the columns of a pool are one channel's
     explicit Columns(const Call& call) : Panels<T>(call) {}
 
     // ---- forward ------------------------------------------------------------------------------------------------
@@ -49,7 +50,11 @@ struct Columns : Panels<T> {
         auto finish = [&](const Panel& p, int attempt) {
             const int next = find_next_attempt(p, attempt);
             if (next >= 0) return next;
-            for (int64_t i = 0; i < p.width; i += columns) merge(p, i);
+            if (columns == 1) {
+                merge_alone(p);
+            } else {
+                for (int64_t i = 0; i < p.width; i += columns) merge(p, i);
+            }
             coefficients(p);
             return -1;
         };
@@ -84,11 +89,12 @@ struct Columns : Panels<T> {
     // Which attempt comes next, about the means that were found, or -1.
     int find_next_attempt(const Panel& p, int attempt) {
         const double count = column_count(p);
-        bool is_good = true;
-        for (int64_t i = 0; i < p.width; ++i) {
-            is_good &= statistics.is_good(p.second[i] - p.first[i] * (p.first[i] / count), p.second[i], attempt);
-        }
-        if (is_good) return -1;
+        Indices wrong{};
+        sweep<W, true>(p.width, [&](int64_t i, auto some, int) INLINE_LAMBDA {
+            const Lanes first = load(p.first + i, some), second = load(p.second + i, some);
+            wrong |= statistics.are_wrong(second - first * (first / count), second, attempt);
+        });
+        if (!has_any(wrong)) return -1;
         for (int64_t i = 0; i < p.width; ++i) p.mean[i] += p.first[i] / count;
         return attempt + 1;
     }
@@ -116,6 +122,18 @@ struct Columns : Panels<T> {
         statistics.set_m2(pool, m2 < 0 ? 0 : m2);
     }
 
+    // The same of pools that have one column each.
+    void merge_alone(const Panel& p) {
+        const int64_t pool = first_pool(p);
+        const double count = column_count(p);
+        sweep<W, true>(p.width, [&](int64_t i, auto some, int) INLINE_LAMBDA {
+            const Lanes first = load(p.first + i, some), step = call.centred ? first / count : Lanes{};
+            const Lanes m2 = load(p.second + i, some) - first * step;
+            if (call.centred) store(statistics.mean + pool + i, load(p.mean + i, some) + step, some);
+            statistics.set_m2(pool + i, m2 < 0 ? Lanes{} : m2, some);
+        });
+    }
+
     // body(column, pool, channel) for every column of a panel, without a division for each.
     template <class Body>
     INLINE void each_column(const Panel& p, Body body) const {
@@ -125,23 +143,39 @@ struct Columns : Panels<T> {
         }
     }
 
+    // body(column, pool, channel, Full or Part) in steps of neighbours: of pools that have one column each, or of a pool's.
+    template <class Body>
+    INLINE void each_stretch(const Panel& p, Body body) const {
+        const int64_t stretch = columns == 1 ? p.width : columns;
+        int64_t pool = first_pool(p), block = p.begin / columns;
+        for (int64_t from = 0; from < p.width; from += stretch, ++pool, ++block) {
+            sweep<W, true>(stretch, [&](int64_t i, auto some, int) INLINE_LAMBDA {
+                body(from + i, columns == 1 ? pool + i : pool, shares_channel ? block : p.begin + from + i, some);
+            });
+        }
+    }
+
     // y = (x - mean) * a + b
     void coefficients(const Panel& p) {
-        bool fits = true;
-        each_column(p, [&](int64_t, int64_t pool, int64_t c) {
-            const double a = statistics.rstd[pool] * gamma_of<T>(call, c);
-            fits = fits && fits_float<T>(statistics.mean[pool], a, beta_of<T>(call, c));
-        });
-        put_lines(p, fits);
+        using Narrowest = typename Coefficients<T>::Compute;
+        *p.is_float = put_lines<Narrowest>(p) && kIsNarrow<T>;
+        if constexpr (kIsNarrow<T>) {
+            if (!*p.is_float) put_lines<double>(p);
+        }
     }
-    void put_lines(const Panel& p, bool fits) {
-        *p.is_float = fits;
-        with_compute<T>(fits, [&](auto zero) {
-            auto lines = p.template lines<decltype(zero)>();
-            each_column(p, [&](int64_t i, int64_t pool, int64_t c) INLINE_LAMBDA {
-                lines.put(i, statistics.mean[pool], statistics.rstd[pool] * gamma_of<T>(call, c), beta_of<T>(call, c));
-            });
+    // Whether all of them fit a float.
+    template <class Compute>
+    bool put_lines(const Panel& p) {
+        Indices wrong{};
+        auto lines = p.template lines<Compute>();
+        each_stretch(p, [&](int64_t i, int64_t pool, int64_t c, auto some) INLINE_LAMBDA {
+            const Lanes mean = load_or_repeat(statistics.mean + pool, columns > 1, some);
+            const Lanes rstd = load_or_repeat(statistics.rstd.get() + pool, columns > 1, some);
+            const Lanes a = rstd * gammas_of<T>(call, c, shares_channel, some), b = betas_of<T>(call, c, shares_channel, some);
+            wrong |= ~fit_float<T>(mean, a, b);
+            lines.put(i, mean, a, b, some);
         });
+        return !has_any(wrong);
     }
     void apply(const Panel& p, int64_t row, int64_t row_count) const {
         const int64_t from = at(p, row);
@@ -162,11 +196,13 @@ struct Columns : Panels<T> {
 
     void backward() {
         statistics.read();
-        Scratch<Sums> channel_sums(samples * call.channels(), true);
+        ChannelSums channel_sums(samples * call.channels());
         const bool needs_sums = !call.has_given_statistics() || call.dgamma || call.dbeta || is_active();
         auto start = [&](const Panel& p) {
             coefficients(p);
-            each_column(p, [&](int64_t i, int64_t pool, int64_t) INLINE_LAMBDA { p.mean[i] = statistics.mean[pool]; });
+            each_stretch(p, [&](int64_t i, int64_t pool, int64_t, auto some) INLINE_LAMBDA {
+                store(p.mean + i, load_or_repeat(statistics.mean + pool, columns > 1, some), some);
+            });
         };
         auto sum = [&](const Panel& p, int64_t rank, int64_t row_count, double* first, double* second, int) {
             if (!needs_sums) return;
@@ -183,44 +219,67 @@ struct Columns : Panels<T> {
             });
         };
         auto finish = [&](const Panel& p, int) {
-            each_column(p, [&](int64_t i, int64_t, int64_t c) {
-                channel_sums[p.sample * call.channels() + c].add({p.first[i], p.second[i]});
-            });
+            keep_sums(p, channel_sums);
             slopes(p);
             return -1;
         };
         walk(start, sum, finish, [&](const Panel& p, int64_t row, int64_t n) { write_dx(p, row, n); });
-        write_parameter_gradients(channel_sums);
+        write_parameter_gradients<T>(call, statistics.rstd.get(), channel_sums, samples);
     }
-    // dx = g * a - c1 - (x - mean) * c2, for each column of a pool. Leaves c1 and c2 in the place of the sums.
-    void slopes(const Panel& p) {
-        bool fits = true;
-        for (int64_t from = 0; from < p.width; from += columns) {
-            const int64_t pool = first_pool(p) + from / columns;
-            Sums scaled;
-            for (int64_t i = from; i < from + columns; ++i) {
-                const double gamma = gamma_of<T>(call, call.channels_last ? p.begin + i : (p.begin + from) / columns);
-                scaled.add({p.first[i] * gamma, p.second[i] * gamma});
-            }
-            Slopes slope;  // given statistics are constants
-            if (!call.has_given_statistics()) {
-                slope = Slopes(call.centred, scaled, statistics.rstd[pool], statistics.count(pool));
-            }
-            for (int64_t i = from; i < from + columns; ++i) {
-                p.first[i] = slope.c1;
-                p.second[i] = slope.c2;
-            }
-            fits = fits && fits_float<T>(statistics.mean[pool], slope.c1, slope.c2, slope.reach);
+    void keep_sums(const Panel& p, ChannelSums& sums) const {
+        const int64_t from = p.sample * call.channels();
+        if (shares_channel) {
+            return each_column(p, [&](int64_t i, int64_t, int64_t c) { sums.add(from + c, {p.first[i], p.second[i]}); });
         }
-        if (!fits && *p.is_float) put_lines(p, false);
-        with_compute<T>(*p.is_float, [&](auto zero) {
-            using Compute = decltype(zero);
-            Compute *slope = p.template table<Compute>(3), *constant = p.template table<Compute>(4);
-            each_column(p, [&](int64_t i, int64_t pool, int64_t) INLINE_LAMBDA {
-                const Line<Compute> line(statistics.mean[pool], p.second[i], p.first[i]);
-                slope[i] = line.scale;
-                constant[i] = line.shift;
+        std::memcpy(sums.first + from + p.begin, p.first, static_cast<size_t>(p.width) * sizeof(double));
+        std::memcpy(sums.second + from + p.begin, p.second, static_cast<size_t>(p.width) * sizeof(double));
+    }
+    // dx = g * a - c1 - (x - mean) * c2. Leaves c1 and c2 of each pool in the place of the sums.
+    void slopes(const Panel& p) {
+        const int64_t pools = p.width / columns, pool = first_pool(p);
+        scale_sums(p);
+        Indices wrong{};
+        sweep<W, true>(pools, [&](int64_t i, auto some, int) INLINE_LAMBDA {
+            const Lanes rstd = load(statistics.rstd.get() + pool + i, some), count = statistics.counts_of(pool + i, some);
+            ManySlopes slope(call.centred, load(p.first + i, some), load(p.second + i, some), rstd, count);
+            if (call.has_given_statistics()) slope = {};  // constants
+            store(p.first + i, slope.c1, some);
+            store(p.second + i, slope.c2, some);
+            wrong |= ~fit_float<T>(load(statistics.mean + pool + i, some), slope.c1, slope.c2, slope.reach);
+        });
+        if (has_any(wrong) && *p.is_float) {
+            *p.is_float = false;
+            put_lines<double>(p);
+        }
+        with_compute<T>(*p.is_float, [&](auto zero) { put_slopes<decltype(zero)>(p); });
+    }
+    // Leaves each pool's sums of gamma * g and gamma * g * (x - mean) in the place of the first columns' sums.
+    void scale_sums(const Panel& p) const {
+        if (columns == 1) {
+            return each_stretch(p, [&](int64_t i, int64_t, int64_t c, auto some) INLINE_LAMBDA {
+                const Lanes gamma = gammas_of<T>(call, c, false, some);
+                store(p.first + i, load(p.first + i, some) * gamma, some);
+                store(p.second + i, load(p.second + i, some) * gamma, some);
             });
+        }
+        for (int64_t from = 0, i = 0; from < p.width; from += columns, ++i) {
+            Sums scaled;
+            for (int64_t j = from; j < from + columns; ++j) {
+                const double gamma = gamma_of<T>(call, shares_channel ? p.begin / columns + i : p.begin + j);
+                scaled.add({p.first[j] * gamma, p.second[j] * gamma});
+            }
+            p.first[i] = scaled.first;
+            p.second[i] = scaled.second;
+        }
+    }
+    template <class Compute>
+    void put_slopes(const Panel& p) const {
+        Lines<Compute> slopes{p.template table<Compute>(0), p.template table<Compute>(3), p.template table<Compute>(4)};
+        const int64_t first = first_pool(p);
+        each_stretch(p, [&](int64_t i, int64_t pool, int64_t, auto some) INLINE_LAMBDA {
+            const bool is_one = columns > 1;
+            slopes.put(i, load_or_repeat(statistics.mean + pool, is_one, some), load_or_repeat(p.second + pool - first, is_one, some),
+                    load_or_repeat(p.first + pool - first, is_one, some), some);
         });
     }
 
@@ -241,19 +300,6 @@ struct Columns : Panels<T> {
             column_dx<Compute, true>(grad + from, x + from, out + from, part, lines, slope, constant, epilogue(p, row),
                                      call.has_given_statistics());
         });
-    }
-
-    void write_parameter_gradients(Scratch<Sums>& channel_sums) {
-        if (!call.dgamma && !call.dbeta) return;
-        for (int64_t c = 0; c < call.channels(); ++c) {
-            double dgamma = 0, dbeta = 0;
-            for (int64_t n = 0; n < samples; ++n) {
-                const Sums& sums = channel_sums[n * call.channels() + c];
-                dbeta += sums.first;
-                dgamma += sums.second * statistics.rstd[(by_sample ? n * call.g : 0) + c / call.k];
-            }
-            write_gradients<T>(call, c, dgamma, dbeta);
-        }
     }
 };
 

@@ -121,10 +121,11 @@ struct Elements {
         largest_gamma = find_largest_gamma();
         const bool parameters = call.dgamma || call.dbeta;
         const int64_t samples = most(8 * kPoolsAtOnce, divide_up(count, 16)), chunks = divide_up(count, samples);
-        Scratch<double> partial(parameters ? chunks * 2 * period : 0, true);
+        Scratch<double> partial(parameters ? chunks * 2 * period : 0);
         parallel_for(call, chunks, samples * period, [&](int64_t begin, int64_t end) {
             for (int64_t chunk = begin; chunk < end; ++chunk) {
                 double* sums = parameters ? partial.get() + chunk * 2 * period : nullptr;
+                if (sums) clear(sums, 0, 2 * period);  // by whom it is summed: it stays in that core's cache
                 const int64_t first = chunk * samples, last = least(count, first + samples);
                 for (int64_t g = 0; g < call.g; ++g) one_group(g, first, last, sums ? sums + g * length : nullptr);
             }
@@ -205,6 +206,7 @@ struct Elements {
 
     void write_parameter_gradients(Scratch<double>& partial, int64_t chunks) const {
         parallel_for(call, call.channels(), chunks * call.s, [&](int64_t begin, int64_t end) {
+            if (call.s == 1) return write_added(partial.get(), chunks, begin, end);
             for (int64_t c = begin; c < end; ++c) {
                 double dgamma = 0, dbeta = 0;
                 for (int64_t chunk = 0; chunk < chunks; ++chunk) {
@@ -216,6 +218,18 @@ struct Elements {
                 write_gradients<T>(call, c, dgamma, dbeta);
             }
         });
+    }
+    // Of channels with one position each: chunk by chunk, as they lie in memory, onto the first.
+    void write_added(double* partial, int64_t chunks, int64_t begin, int64_t end) const {
+        for (int64_t which = 0; which < 2; ++which) {
+            auto* to = static_cast<P*>(which == 0 ? call.dgamma : call.dbeta);
+            double* sums = partial + which * period;
+            for (int64_t chunk = 1; to && chunk < chunks; ++chunk) {
+                const double* more = sums + chunk * 2 * period;
+                for (int64_t c = begin; c < end; ++c) sums[c] += more[c];
+            }
+            for (int64_t c = begin; to && c < end; ++c) to[c] = static_cast<P>(sums[c]);
+        }
     }
 };
 

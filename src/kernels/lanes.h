@@ -4,6 +4,7 @@
 // that would round alike in float do not. What is written is computed in float from coefficients that were found in double.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #if defined(__AVX2__)
@@ -55,11 +56,31 @@ INLINE Vector raw_load(const void* p) {
     return v;
 }
 
+// By instructions of their own: g++ 12 makes five of __builtin_convertvector, by way of memory.
+INLINE Lanes widen(Floats v) {
+#if defined(__AVX512F__)
+    return bits_of<Lanes>(_mm512_cvtps_pd(bits_of<__m256>(v)));
+#elif defined(__AVX2__)
+    return bits_of<Lanes>(_mm256_cvtps_pd(bits_of<__m128>(v)));
+#else
+    return __builtin_convertvector(v, Lanes);
+#endif
+}
+INLINE Floats round_to_floats(Lanes v) {
+#if defined(__AVX512F__)
+    return bits_of<Floats>(_mm512_cvtpd_ps(bits_of<__m512d>(v)));
+#elif defined(__AVX2__)
+    return bits_of<Floats>(_mm256_cvtpd_ps(bits_of<__m256d>(v)));
+#else
+    return __builtin_convertvector(v, Floats);
+#endif
+}
+
 INLINE Lanes load(const double* p, Full) { return raw_load<Lanes>(p); }
-INLINE Lanes load(const float* p, Full) { return __builtin_convertvector(raw_load<Floats>(p), Lanes); }
+INLINE Lanes load(const float* p, Full) { return widen(raw_load<Floats>(p)); }
 INLINE Lanes load(const bfloat16* p, Full) {
     const Words wide = __builtin_convertvector(raw_load<Shorts>(p), Words) << 16;
-    return __builtin_convertvector(bits_of<Floats>(wide), Lanes);
+    return widen(bits_of<Floats>(wide));
 }
 INLINE Lanes load(const float16* p, Full) {
     Floats f;
@@ -70,20 +91,20 @@ INLINE Lanes load(const float16* p, Full) {
 #else
     for (int i = 0; i < W; ++i) f[i] = static_cast<float>(bits_of<_Float16>(p[i].bits));
 #endif
-    return __builtin_convertvector(f, Lanes);
+    return widen(f);
 }
 
 // The bits that are stored of a vector.
 INLINE Lanes narrow(const double*, Lanes v) { return v; }
-INLINE Floats narrow(const float*, Lanes v) { return __builtin_convertvector(v, Floats); }
+INLINE Floats narrow(const float*, Lanes v) { return round_to_floats(v); }
 INLINE Shorts narrow(const bfloat16*, Lanes v) {
-    const Words w = bits_of<Words>(__builtin_convertvector(v, Floats));
+    const Words w = bits_of<Words>(round_to_floats(v));
     const Words rounded = (w + 0x7fff + ((w >> 16) & 1)) >> 16;  // to nearest, ties to even
     const Words is_nan = (Words)((w & 0x7fffffff) > 0x7f800000);
     return __builtin_convertvector((is_nan & 0x7fc0) | (~is_nan & rounded), Shorts);
 }
 INLINE Shorts narrow(const float16*, Lanes v) {
-    const Floats f = __builtin_convertvector(v, Floats);
+    const Floats f = round_to_floats(v);
     Shorts h;
 #if defined(__F16C__) && defined(__AVX512F__)
     h = bits_of<Shorts>(_mm256_cvtps_ph(bits_of<__m256>(f), 0));
@@ -162,29 +183,40 @@ INLINE void fence_results() {
 #endif
 }
 
+// Copies n < 2 * Most elements in pieces of a size that is known: memcpy of an unknown one would be a call.
+template <int Most, class T>
+INLINE void copy_some(T* to, const T* from, int64_t n) {
+    if (n & Most) {
+        std::memcpy(to, from, Most * sizeof(T));
+        to += Most;
+        from += Most;
+    }
+    if constexpr (Most > 1) copy_some<Most / 2>(to, from, n);
+}
+
 // The first n lanes, the others 0, without touching memory beyond them.
 template <class T>
 INLINE Lanes load(const T* p, Part part) {
-    T some[W] = {};
-    for (int64_t i = 0; i < part.n; ++i) some[i] = p[i];
+    T some[2 * W] = {};
+    copy_some<W>(some, p, part.n);
     return load(some, Full{});
 }
 template <class T>
 INLINE Singles load_singles(const T* p, Part part) {
     T some[2 * W] = {};
-    for (int64_t i = 0; i < part.n; ++i) some[i] = p[i];
+    copy_some<2 * W>(some, p, part.n);
     return load_singles(some, Full{});
 }
 template <class T, class Vector>
 INLINE void store(T* p, Vector v, Part part) {
     T some[2 * W];
     store(some, v, Full{});
-    for (int64_t i = 0; i < part.n; ++i) p[i] = some[i];
+    copy_some<2 * W>(p, some, part.n);
 }
 #if defined(__AVX512VL__)
 INLINE Lanes load(const float* p, Part part) {
     const auto f = _mm256_maskz_loadu_ps(static_cast<__mmask8>((1u << part.n) - 1), p);
-    return __builtin_convertvector(bits_of<Floats>(f), Lanes);
+    return widen(bits_of<Floats>(f));
 }
 INLINE Lanes load(const double* p, Part part) {
     return bits_of<Lanes>(_mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << part.n) - 1), p));
@@ -198,7 +230,32 @@ INLINE Singles load_singles(const float* p, Part part) {
 INLINE void store(float* p, Singles v, Part part) {
     _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << part.n) - 1), bits_of<__m512>(v));
 }
+#elif defined(__AVX2__)
+// Stores of a part are not masked here: some processors take forty cycles for one.
+INLINE __m256i first_doubles(Part part) { return _mm256_cmpgt_epi64(_mm256_set1_epi64x(part.n), _mm256_setr_epi64x(0, 1, 2, 3)); }
+INLINE __m256i first_singles(Part part) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(part.n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+INLINE Lanes load(const float* p, Part part) {
+    const auto f = _mm_maskload_ps(p, _mm256_castsi256_si128(first_singles(part)));
+    return widen(bits_of<Floats>(f));
+}
+INLINE Lanes load(const double* p, Part part) { return bits_of<Lanes>(_mm256_maskload_pd(p, first_doubles(part))); }
+INLINE Singles load_singles(const float* p, Part part) {
+    return bits_of<Singles>(_mm256_maskload_ps(p, first_singles(part)));
+}
 #endif
+
+INLINE Lanes square_root(Lanes v) {
+#if defined(__AVX512F__)
+    return bits_of<Lanes>(_mm512_sqrt_pd(bits_of<__m512d>(v)));
+#elif defined(__AVX2__)
+    return bits_of<Lanes>(_mm256_sqrt_pd(bits_of<__m256d>(v)));
+#else
+    for (int i = 0; i < W; ++i) v[i] = std::sqrt(v[i]);
+    return v;
+#endif
+}
 
 template <class T, class Vector>
 INLINE void store_result(T* p, Vector v, Part part, bool) {
@@ -257,6 +314,12 @@ INLINE Singles clear_unused(Singles v, Part part) {
     return index < static_cast<int32_t>(part.n) ? v : Singles{};
 }
 
+INLINE bool has_any(Indices lanes) {
+    int64_t any = 0;
+    for (int i = 0; i < W; ++i) any |= lanes[i];
+    return any != 0;
+}
+
 INLINE double add_lanes(Lanes v) {
     using Pair = double __attribute__((vector_size(16)));
     struct Pairs {
@@ -275,7 +338,7 @@ constexpr int kParts = LanesOf<Compute>::width / W;
 INLINE Lanes part_of(Lanes v, int) { return v; }
 INLINE Lanes part_of(Singles v, int part) {
     const Halves halves = bits_of<Halves>(v);
-    return __builtin_convertvector(part == 0 ? halves.low : halves.high, Lanes);
+    return widen(part == 0 ? halves.low : halves.high);
 }
 INLINE Full part_of(Full, int) { return {}; }
 INLINE Part part_of(Part some, int part) {

@@ -1,18 +1,27 @@
 // The walk along contiguous runs whose gamma and beta are constant: batch, instance and group norm, channels first.
 #pragma once
 
+#include "channels.h"
 #include "pools.h"
 
 namespace anynorm::ANYNORM_TARGET {
 
 template <class T>
 struct Rows : Pools {
+    // Where the values are by whose mean a shift is guessed: alike in every pool.
+    struct Spots {
+        int64_t runs, per_run, size, apart;
+        double values;
+    };
+
     Statistics<T> statistics;
     const T* x = static_cast<const T*>(call.x);
     const T* residual = static_cast<const T*>(call.residual);
     const T* grad = static_cast<const T*>(call.grad);
     T* out = static_cast<T*>(call.out);
     T* gradient = static_cast<T*>(call.dresidual);
+    int64_t channels = by_sample ? 1 : runs;  // of a pool
+    Spots spots = find_spots();
     // Of the positions that count, where there are holes between them.
     Scratch<int64_t> indices{statistics.needs_mask() ? call.n * call.s : 0};
 
@@ -39,15 +48,21 @@ struct Rows : Pools {
     double guess_shift(int64_t pool) const {
         if (!call.centred) return 0;
         if (call.mask) return mean_of_first(pool);
-        const int64_t length = by_sample ? call.s : elements, spots = most(1, least(8, elements / 512));
-        const int64_t here = least(spots, by_sample ? runs : 1), per_run = spots / here;
-        const int64_t size = least(W, length);
+        const T* first = x + start(pool);
         Lanes sum{};
-        for (int64_t j = 0; j < here; ++j) {
-            const T* run = x + start(pool) + (j * runs / here) * (by_sample ? stride() : 0);
-            for (int64_t u = 0; u < per_run; ++u) sum += load(run + (length - size) / per_run * u, Part{size});
+        for (int64_t j = 0; j < spots.runs; ++j) {
+            const T* run = j > 0 && by_sample ? first + j * runs / spots.runs * stride() : first;
+            for (int64_t u = 0; u < spots.per_run; ++u) {
+                const T* here = run + spots.apart * u;
+                sum += spots.size == W ? load(here, Full{}) : load(here, Part{spots.size});
+            }
         }
-        return add_lanes(sum) / static_cast<double>(size * here * per_run);
+        return add_lanes(sum) / spots.values;
+    }
+    Spots find_spots() const {
+        const int64_t length = by_sample ? call.s : elements, wanted = most(1, least(8, elements / 512));
+        const int64_t here = least(wanted, by_sample ? runs : 1), per_run = wanted / here, size = least(W, length);
+        return {here, per_run, size, (length - size) / per_run, static_cast<double>(size * here * per_run)};
     }
     double mean_of_first(int64_t pool) const {
         double sum = 0;
@@ -109,12 +124,18 @@ struct Rows : Pools {
 
     // ---- forward ------------------------------------------------------------------------------------------------
 
-    void apply(int64_t pool, int64_t run, int64_t from, const Runs& all) {
-        const int64_t c = channel(pool, run), at = start(pool) + run * stride() + from;
-        const double mean = statistics.mean[pool], a = statistics.rstd[pool] * gamma_of<T>(call, c), b = beta_of<T>(call, c);
-        with_compute<T>(fits_float<T>(mean, a, b), [&](auto zero) {
-            apply_line(Line<decltype(zero)>(mean, a, b), pool, run, from, at, all);
-        });
+    // body(line) with a channel's line, of floats where these serve.
+    template <class Body>
+    INLINE void with_line(const Coefficients<T>& of, int64_t pool, int64_t run, Body body) const {
+        const int64_t entry = of.entry(pool, run);
+        if constexpr (kIsNarrow<T>) {
+            if (!of.fits_float_at(entry)) return body(of.wide_line(pool, channel(pool, run)));
+        }
+        body(of.lines.at(entry));
+    }
+    void apply(const Coefficients<T>& of, int64_t pool, int64_t run, int64_t from, const Runs& all) const {
+        const int64_t at = start(pool) + run * stride() + from;
+        with_line(of, pool, run, [&](auto line) INLINE_LAMBDA { apply_line(line, pool, run, from, at, all); });
     }
     template <class Compute>
     INLINE void apply_line(Line<Compute> line, int64_t pool, int64_t run, int64_t from, int64_t at, const Runs& all) const {
@@ -135,14 +156,18 @@ struct Rows : Pools {
             Scratch<Sums> parts(segments);
             for (int64_t p = 0; p < pools; ++p) {
                 find_in_segments(p, parts.get());
-                if (out) each_segment(p, [&](int64_t j, int64_t from, const Runs& all) { apply(p, j, from, all); });
+                if (!out) continue;
+                const Coefficients<T> of(statistics, p, p + 1, channels);
+                each_segment(p, [&](int64_t j, int64_t from, const Runs& all) { apply(of, p, j, from, all); });
             }
             return statistics.move_running();
         }
         each_slab(sizeof(T), [&](int64_t begin, int64_t end) {
             find_whole(begin, end);
-            for (int64_t p = begin; out && p < end; ++p) {
-                each_run(p, [&](int64_t j, int64_t from, const Runs& all) { apply(p, j, from, all); });
+            if (!out) return;
+            const Coefficients<T> of(statistics, begin, end, channels);
+            for (int64_t p = begin; p < end; ++p) {
+                each_run(p, [&](int64_t j, int64_t from, const Runs& all) { apply(of, p, j, from, all); });
             }
         });
         statistics.move_running();
@@ -151,29 +176,18 @@ struct Rows : Pools {
     // In the order of memory, since no sums are needed first.
     void forward_given() {
         statistics.read();
-        bool fits = true;
-        for (int64_t c = 0; c < pools; ++c) {
-            fits = fits && fits_float<T>(statistics.mean[c], statistics.rstd[c] * gamma_of<T>(call, c), beta_of<T>(call, c));
-        }
-        with_compute<T>(fits, [&](auto zero) {
-            using Compute = decltype(zero);
-            Scratch<Line<Compute>> lines(pools);
-            for (int64_t c = 0; c < pools; ++c) {
-                lines[c] = Line<Compute>(statistics.mean[c], statistics.rstd[c] * gamma_of<T>(call, c), beta_of<T>(call, c));
-            }
-            each_piece([&](int64_t p, int64_t j, int64_t from, const Runs& all) {
-                apply_line(lines[p], p, j, from, (j * pools + p) * call.s + from, all);
-            });
-        });
+        Coefficients<T> of(statistics, 0, pools, 1);
+        of.fit_all_or_none();
+        each_piece([&](int64_t p, int64_t j, int64_t from, const Runs& all) { apply(of, p, j, from, all); });
     }
 
     // ---- backward -----------------------------------------------------------------------------------------------
 
     // Sums of a channel's g and g * (x - mean), over all its runs or a part of one.
-    Sums grad_sums(int64_t pool, int64_t run, int64_t from, const Runs& all) const {
-        const int64_t c = channel(pool, run), at = start(pool) + run * stride() + from;
-        const double mean = statistics.mean[pool], a = rstd(pool) * gamma_of<T>(call, c), b = beta_of<T>(call, c);
-        if (statistics.needs_mask()) return grad_sums_gathered(pool, run, from, all);
+    Sums grad_sums(const Coefficients<T>& of, int64_t pool, int64_t run, int64_t from, const Runs& all) const {
+        const int64_t at = start(pool) + run * stride() + from;
+        const double mean = statistics.mean[pool];
+        if (statistics.needs_mask()) return grad_sums_gathered(of, pool, run, from, all);
         const bool restart = call.mask != nullptr;
         if (!call.is_active()) {
             const auto nothing = [](int64_t) { return Epilogue<T>{}; };
@@ -181,15 +195,14 @@ struct Rows : Pools {
         }
         const auto epilogue_of = [&](int64_t r) { return epilogue(pool, run + r, at + r * all.stride, from); };
         Sums sums;
-        with_compute<T>(fits_float<T>(mean, a, b), [&](auto zero) {
-            using Compute = decltype(zero);
-            sums = run_grad_sums<Compute, true>(grad + at, x + at, all, mean, Line<Compute>(mean, a, b), epilogue_of, restart);
+        with_line(of, pool, run, [&](auto line) {
+            sums = run_grad_sums<ComputeOf<decltype(line)>, true>(grad + at, x + at, all, mean, line, epilogue_of, restart);
         });
         return sums;
     }
-    Sums grad_sums_gathered(int64_t pool, int64_t run, int64_t from, const Runs& all) const {
-        const int64_t c = channel(pool, run), size = least(kSegment, call.s);
-        const double mean = statistics.mean[pool], a = rstd(pool) * gamma_of<T>(call, c), b = beta_of<T>(call, c);
+    Sums grad_sums_gathered(const Coefficients<T>& of, int64_t pool, int64_t run, int64_t from, const Runs& all) const {
+        const int64_t size = least(kSegment, call.s);
+        const double mean = statistics.mean[pool];
         Sums sums;
         Scratch<T> scratch(4 * size);
         T *xs = scratch.get(), *gs = xs + size, *residuals = gs + size, *gradients = residuals + size;
@@ -206,9 +219,8 @@ struct Rows : Pools {
             if (!call.is_active()) {
                 return sums.add(run_grad_sums<double, false>(gs, xs, runs, mean, Line<double>(), epilogue_of, false));
             }
-            with_compute<T>(fits_float<T>(mean, a, b), [&](auto zero) {
-                using Compute = decltype(zero);
-                sums.add(run_grad_sums<Compute, true>(gs, xs, runs, mean, Line<Compute>(mean, a, b), epilogue_of, false));
+            with_line(of, pool, run, [&](auto line) {
+                sums.add(run_grad_sums<ComputeOf<decltype(line)>, true>(gs, xs, runs, mean, line, epilogue_of, false));
             });
             for (int64_t i = 0; gradient && i < count; ++i) gradient[at + chosen[i]] = gradients[i];
         });
@@ -224,18 +236,15 @@ struct Rows : Pools {
             }
         }
     }
-    double rstd(int64_t pool) const { return const_cast<Statistics<T>&>(statistics).rstd[pool]; }
-
-    void write_dx(int64_t pool, int64_t run, int64_t from, const Runs& all, const Slopes& slopes) const {
-        const int64_t c = channel(pool, run), at = start(pool) + run * stride() + from;
-        const double mean = statistics.mean[pool], a = rstd(pool) * gamma_of<T>(call, c), b = beta_of<T>(call, c);
-        with_compute<T>(fits_float<T>(mean, a, b, slopes.c1, slopes.c2, slopes.reach), [&](auto zero) {
-            using Compute = decltype(zero);
-            const Line<Compute> line(mean, a, b), slope(mean, slopes.c2, slopes.c1);
+    void write_dx(const Coefficients<T>& of, int64_t pool, int64_t run, int64_t from, const Runs& all) const {
+        const int64_t at = start(pool) + run * stride() + from;
+        with_line(of, pool, run, [&](auto line) {
+            using Compute = ComputeOf<decltype(line)>;
             if (call.has_given_statistics() && !call.is_active()) {
-                run_scale<Compute>(grad + at, out + at, all, a, call.bypasses_caches);
+                run_scale<Compute>(grad + at, out + at, all, line.scale, call.bypasses_caches);
                 return clear_holes(out, pool, run, at, from, all);
             }
+            const Line<Compute> slope = slope_of<Compute>(of, pool, run);
             if constexpr (kHasPlain<Compute, T>) {
                 if (!call.is_active()) {
                     run_dx<Compute, false>(grad + at, x + at, out + at, all, line, slope, [](int64_t) { return Epilogue<T>{}; },
@@ -249,65 +258,50 @@ struct Rows : Pools {
         });
     }
 
+    template <class Compute>
+    INLINE Line<Compute> slope_of(const Coefficients<T>& of, int64_t pool, int64_t run) const {
+        if constexpr (std::is_same_v<Compute, typename Coefficients<T>::Compute>) return of.slopes.at(of.entry(pool, run));
+        else return of.wide_slope(pool);
+    }
+
     void backward() {
         statistics.read();
         const bool needs_sums = !call.has_given_statistics() || call.dgamma || call.dbeta || statistics.is_active();
         if (!needs_sums) {
-            return each_piece([&](int64_t p, int64_t j, int64_t from, const Runs& all) { write_dx(p, j, from, all, {}); });
+            Coefficients<T> of(statistics, 0, pools, channels);
+            of.find_slopes(nullptr, nullptr);
+            return each_piece([&](int64_t p, int64_t j, int64_t from, const Runs& all) { write_dx(of, p, j, from, all); });
         }
-        // One entry for each channel of a pool.
-        const int64_t channels = by_sample ? 1 : runs;
-        Scratch<Sums> sums(pools * channels, true);
-        if (whole) {
-            each_slab(2 * sizeof(T), [&](int64_t begin, int64_t end) {
-                for (int64_t p = begin; p < end; ++p) {
-                    for (int64_t j = 0; j < channels; ++j) {
-                        sums[p * channels + j] = grad_sums(p, j, 0, cut(p, j, {by_sample ? runs : 1, stride(), call.s}));
-                    }
+        ChannelSums sums(pools * channels);
+        whole ? backward_whole(sums) : backward_in_segments(sums);
+        write_parameter_gradients<T>(call, statistics.rstd.get(), sums, by_sample ? 1 : call.n);
+    }
+    void backward_whole(ChannelSums& sums) {
+        each_slab(2 * sizeof(T), [&](int64_t begin, int64_t end) {
+            Coefficients<T> of(statistics, begin, end, channels);
+            for (int64_t p = begin; p < end; ++p) {
+                for (int64_t j = 0; j < channels; ++j) {
+                    sums.add(p * channels + j, grad_sums(of, p, j, 0, cut(p, j, {by_sample ? runs : 1, stride(), call.s})));
                 }
-                for (int64_t p = begin; out && p < end; ++p) {
-                    const Slopes slopes = slopes_of(p, &sums[p * channels], channels);
-                    each_run(p, [&](int64_t j, int64_t from, const Runs& all) { write_dx(p, j, from, all, slopes); });
-                }
+            }
+            if (!out) return;
+            of.find_slopes(sums.first + begin * channels, sums.second + begin * channels);
+            for (int64_t p = begin; p < end; ++p) {
+                each_run(p, [&](int64_t j, int64_t from, const Runs& all) { write_dx(of, p, j, from, all); });
+            }
+        });
+    }
+    void backward_in_segments(ChannelSums& sums) {
+        Scratch<Sums> parts(segments);
+        for (int64_t p = 0; p < pools; ++p) {
+            Coefficients<T> of(statistics, p, p + 1, channels);
+            each_segment(p, [&](int64_t j, int64_t from, const Runs& all) {
+                parts[segment(j, from)] = grad_sums(of, p, j, from, all);
             });
-        } else {
-            Scratch<Sums> parts(segments);
-            for (int64_t p = 0; p < pools; ++p) {
-                each_segment(p, [&](int64_t j, int64_t from, const Runs& all) {
-                    parts[segment(j, from)] = grad_sums(p, j, from, all);
-                });
-                for (int64_t j = 0; j < segments; ++j) sums[p * channels + (by_sample ? 0 : j / pieces)].add(parts[j]);
-                if (!out) continue;
-                const Slopes slopes = slopes_of(p, &sums[p * channels], channels);
-                each_segment(p, [&](int64_t j, int64_t from, const Runs& all) { write_dx(p, j, from, all, slopes); });
-            }
-        }
-        write_parameter_gradients(sums, channels);
-    }
-
-    Slopes slopes_of(int64_t pool, const Sums* sums, int64_t channels) {
-        if (call.has_given_statistics()) return {};
-        Sums scaled;
-        for (int64_t j = 0; j < channels; ++j) {
-            const double gamma = gamma_of<T>(call, channel(pool, j));
-            scaled.add({sums[j].first * gamma, sums[j].second * gamma});
-        }
-        return {call.centred, scaled, rstd(pool), statistics.count(pool)};
-    }
-
-    // A channel's sums over samples, in their order.
-    void write_parameter_gradients(Scratch<Sums>& sums, int64_t channels) {
-        if (!call.dgamma && !call.dbeta) return;
-        const int64_t samples = by_sample ? 1 : call.n;
-        for (int64_t c = 0; c < call.channels(); ++c) {
-            double dgamma = 0, dbeta = 0;
-            for (int64_t n = 0; n < samples; ++n) {
-                const int64_t p = by_sample ? c : n * call.g + c / call.k;
-                const Sums& of = sums[p * channels + (by_sample ? 0 : c % call.k)];
-                dbeta += of.first;
-                dgamma += of.second * rstd(p);
-            }
-            write_gradients<T>(call, c, dgamma, dbeta);
+            for (int64_t j = 0; j < segments; ++j) sums.add(p * channels + (by_sample ? 0 : j / pieces), parts[j]);
+            if (!out) continue;
+            of.find_slopes(sums.first + p * channels, sums.second + p * channels);
+            each_segment(p, [&](int64_t j, int64_t from, const Runs& all) { write_dx(of, p, j, from, all); });
         }
     }
 };

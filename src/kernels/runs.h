@@ -16,6 +16,9 @@ struct Line {
           shift(static_cast<Compute>(b + (high - mean) * a)) {}
 };
 
+template <class SomeLine>
+using ComputeOf = decltype(SomeLine::high);
+
 // What follows a run's norm: an activation, a residual before it, positions that count, and where the gradient before
 // the activation goes.
 template <class T>

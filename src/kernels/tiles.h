@@ -4,7 +4,7 @@
 // in registers for kSumRows rows.
 #pragma once
 
-#include "walk.h"
+#include "channels.h"
 
 namespace anynorm::ANYNORM_TARGET {
 
@@ -17,7 +17,7 @@ struct Tile {
 };
 
 // Rows are read side by side where they are short or near; else memory delivers less well than in order.
-constexpr int kSumRows = 32, kApplyRows = 4;
+constexpr int kSumRows = 32, kFarSumRows = 4, kApplyRows = 4;
 constexpr int64_t kWide = 128;  // elements
 
 // body(column, Full or Part, how many vectors as a constant) over [0, width).
@@ -35,13 +35,17 @@ INLINE void sweep_columns(int64_t width, Body body) {
     if (i < width) body(i, Part{width - i}, std::integral_constant<int, 1>{});
 }
 
+INLINE bool is_long_and_far(const Tile& tile) { return tile.width > kWide && !tile.is_near; }
+// How far ahead long and far rows are asked for, else 0: no processor foresees where the next few begin.
+INLINE int64_t prefetch_distance(const Tile& tile) { return is_long_and_far(tile) ? kFarSumRows * tile.stride : 0; }
+
 // Two sums a column over a tile: prepare(column, Full or Part, vectors as a constant) loads what columns have in common,
 // add(that, row, column, Full or Part, vectors, sums, more sums) adds one row's. Sums stay in registers for kSumRows rows, or
-// where rows are long and far, so that memory is read nearly in order, for two; rows are added one by one either way.
+// where rows are long and far, so that memory is read nearly in order, for a few; rows are added one by one either way.
 template <class Compute, bool Long, class Prepare, class Add>
 INLINE void sum_columns(const Tile& tile, double* first, double* second, Prepare prepare, Add add) {
     constexpr int parts = kParts<Compute>;
-    const int64_t step = tile.width > kWide && !tile.is_near ? 2 : kSumRows;
+    const int64_t step = is_long_and_far(tile) ? kFarSumRows : kSumRows;
     for (int64_t row = 0; row < tile.rows; row += step) {
         const int64_t end = row + step < tile.rows ? row + step : tile.rows;
         sweep_columns<kWidth<Compute>, Long>(tile.width, [&](int64_t i, auto some, auto vectors) INLINE_LAMBDA {
@@ -77,8 +81,10 @@ INLINE auto loader(const Compute* table) {
 // first[i] += sum over rows of x[r][i] - shift[i], second[i] += sum over rows of (x[r][i] - shift[i])^2
 template <class T>
 void column_moments(const T* x, const Tile& tile, const double* shift, double* first, double* second) {
+    const int64_t ahead = prefetch_distance(tile);
     const auto add = [&](const auto& about, int64_t r, int64_t i, auto some, auto vectors, auto* sum, auto* squares) INLINE_LAMBDA {
         const T* from = x + tile.find_row(r) * tile.stride + i;
+        if (ahead) __builtin_prefetch(from + ahead);
         for (int u = 0; u < vectors; ++u) {
             const Lanes d = load(from + u * W, some) - about.v[u];
             sum[u] += d;
@@ -109,18 +115,6 @@ struct TileEpilogue {
         if (mask && !(mask[row] > 0)) g = V{};
         if (gradient) store(gradient + at, g, some);
         return g;
-    }
-};
-
-// Tables of a column's coefficients: (x - high) * scale + shift.
-template <class Compute>
-struct Lines {
-    Compute *high, *scale, *shift;
-    INLINE void put(int64_t i, double mean, double a, double b) {
-        const Line<Compute> line(mean, a, b);
-        high[i] = line.high;
-        scale[i] = line.scale;
-        shift[i] = line.shift;
     }
 };
 
@@ -159,8 +153,13 @@ void column_grad_sums(const T* g, const T* x, const Tile& tile, const double* me
                       const TileEpilogue<T>& epilogue, double* first, double* second) {
     using V = VectorOf<Compute>;
     constexpr int width = kWidth<Compute>, parts = kParts<Compute>;
+    const int64_t ahead = prefetch_distance(tile);
     const auto add = [&](const auto& about, int64_t r, int64_t i, auto some, auto vectors, auto* sum, auto* products) INLINE_LAMBDA {
         const int64_t row = tile.find_row(r);
+        if (ahead) {
+            __builtin_prefetch(x + row * tile.stride + i + ahead);
+            __builtin_prefetch(g + row * tile.stride + i + ahead);
+        }
         for (int u = 0; u < vectors; ++u) {
             const int64_t column = i + u * width, at = row * tile.stride + column;
             V v = load_as<Compute>(g + at, some);

@@ -17,8 +17,10 @@ using Parameter = std::conditional_t<sizeof(T) == 8, double, float>;
 template <class T>
 constexpr bool kIsNarrow = sizeof(T) < 8;
 
-// Elements that are worth a task, and below which threads cost more than they bring.
+// Elements that are worth a task.
 constexpr int64_t kTask = 1 << 14;
+// The most that one thread takes alone: to wake another costs 8 us and more, and milliseconds where no core is free.
+constexpr int64_t kAlone = 3 * kTask;
 // The most that is read twice while it is in a core's own cache.
 constexpr int64_t kSlabBytes = 1 << 18;
 
@@ -70,7 +72,8 @@ void parallel_for(const Call& call, int64_t total, int64_t elements_each, Body b
         c.body(task * c.step, least(c.total, (task + 1) * c.step));
         if (c.bypasses_caches) fence_results();
     };
-    run_tasks(call.threads, divide_up(total, step), run, &context, backwards);
+    const int threads = total <= kAlone / most(1, elements_each) ? 1 : call.threads;
+    run_tasks(threads, divide_up(total, step), run, &context, backwards);
 }
 
 // What sums are taken about: first a guess, then, where too little was left of the squares, the mean that came out. Doubles
@@ -85,6 +88,15 @@ INLINE bool is_within_float(double coefficient) {
 template <class T, class... Coefficients>
 INLINE bool fits_float(double mean, Coefficients... coefficients) {
     return kIsNarrow<T> && std::fabs(mean) < 1e30 && (is_within_float(coefficients) && ...);
+}
+// The same of vectors: lanes are -1 where it is so.
+INLINE Indices are_within_float(Lanes coefficients) {
+    const Lanes size = coefficients < 0 ? -coefficients : coefficients;
+    return (size == 0) | ((size > 1e-30) & (size < 1e30));
+}
+template <class T, class... Coefficients>
+INLINE Indices fit_float(Lanes mean, Coefficients... coefficients) {
+    return (kIsNarrow<T> ? ~Indices{} : Indices{}) & (mean < 1e30) & (mean > -1e30) & (are_within_float(coefficients) & ...);
 }
 // Whether there are loops of their own for calls in which nothing follows the norm. Else those with an activation serve,
 // one that is the identity: a module half as large, and slower only where numbers near a float's limits are rare.
@@ -179,37 +191,52 @@ struct Statistics {
     // Whether the loops for a bare norm will not do.
     bool is_active() const { return call.is_active() || needs_mask(); }
 
+    // The same of neighbouring pools.
+    template <class Some>
+    INLINE Lanes counts_of(int64_t pool, Some) {
+        if (!call.mask) return Lanes{} + all;
+        if (call.pool_n) return Lanes{} + counts[0];
+        Lanes found;
+        for (int i = 0; i < W; ++i) found[i] = counts[least(pool + i, pools - 1) / call.g];
+        return found;
+    }
+
     // Mean, m2 and rstd of pools from their sums about shifts. False where a pool's sums cannot be trusted: too little was
     // left of the squares.
     bool finish(int64_t begin, int64_t end, const RawSums& raw, int attempt) {
-        int64_t wrong = 0;
-        if (call.mask) {
-            for (int64_t p = begin; p < end; ++p) {
-                wrong += finish_one(p, raw.first[p - begin], raw.second[p - begin], raw.shift[p - begin], count(p), attempt);
-            }
-        } else {
-            for (int64_t p = begin; p < end; ++p) {
-                wrong += finish_one(p, raw.first[p - begin], raw.second[p - begin], raw.shift[p - begin], all, attempt);
-            }
-        }
-        return wrong == 0;
-    }
-    INLINE int64_t finish_one(int64_t p, double first, double second, double shift, double size, int attempt) {
-        const double share = size > 0 ? 1 / size : 1, step = call.centred ? first * share : 0;
-        const double deviations = second - first * step;
-        if (call.centred) mean[p] = shift + step;
-        m2[p] = deviations < 0 ? 0 : deviations;
-        rstd[p] = 1 / std::sqrt(m2[p] * share + call.eps);
-        return !is_good(deviations, second, attempt);
+        Indices wrong{};
+        sweep<W, true>(end - begin, [&](int64_t i, auto some, int) INLINE_LAMBDA {
+            const int64_t p = begin + i;
+            const Lanes first = load(raw.first + i, some), second = load(raw.second + i, some), size = counts_of(p, some);
+            const Lanes share = size > 0 ? 1 / size : Lanes{} + 1, step = call.centred ? first * share : Lanes{};
+            const Lanes deviations = second - first * step, kept = deviations < 0 ? Lanes{} : deviations;
+            if (call.centred) store(mean + p, load(raw.shift + i, some) + step, some);
+            store(m2 + p, kept, some);
+            store(rstd.get() + p, 1 / square_root(kept * share + call.eps), some);
+            wrong |= are_wrong(deviations, second, attempt);
+        });
+        return !has_any(wrong);
     }
     // The shift may be ten standard deviations off: that costs two of sixteen digits.
     INLINE bool is_good(double deviations, double squares, int attempt) const {
         return attempt == kMean || !call.centred || (kIsNarrow<T> && deviations >= 0.01 * squares);
     }
+    INLINE Indices are_wrong(Lanes deviations, Lanes squares, int attempt) const {
+        if (attempt == kMean || !call.centred) return Indices{};
+        return kIsNarrow<T> ? ~(deviations >= 0.01 * squares) : ~Indices{};
+    }
     void set_m2(int64_t pool, double deviations) {
         m2[pool] = deviations;
         const double size = count(pool);
         rstd[pool] = 1 / std::sqrt(deviations / (size > 0 ? size : 1) + call.eps);
+    }
+
+    // The same of neighbouring pools.
+    template <class Some>
+    INLINE void set_m2(int64_t pool, Lanes deviations, Some some) {
+        const Lanes size = counts_of(pool, some);
+        store(m2 + pool, deviations, some);
+        store(rstd.get() + pool, 1 / square_root(deviations / (size > 0 ? size : Lanes{} + 1) + call.eps), some);
     }
 
     // Moments of some pools by shift_of(pool) and sums_of(pool, shift): of all of them at once, then again and alone where
@@ -235,10 +262,10 @@ struct Statistics {
     // A given variance takes the place of m2.
     template <class Given>
     void copy_given() {
-        for (int64_t c = 0; c < pools; ++c) {
-            mean[c] = static_cast<const Given*>(call.given_mean)[c];
-            m2[c] = static_cast<const Given*>(call.given_var)[c];
-        }
+        sweep<W, true>(pools, [&](int64_t c, auto some, int) INLINE_LAMBDA {
+            store(mean + c, load(static_cast<const Given*>(call.given_mean) + c, some), some);
+            store(m2 + c, load(static_cast<const Given*>(call.given_var) + c, some), some);
+        });
     }
     // Fills rstd, and means and variances where these are given, from what a forward kept or what is given.
     void read() {
@@ -248,7 +275,9 @@ struct Statistics {
         if (call.mask && !call.has_given_statistics()) {
             for (int64_t p = 0; p < pools; ++p) set_m2(p, m2[p]);
         } else {
-            for (int64_t p = 0; p < pools; ++p) rstd[p] = 1 / std::sqrt(m2[p] * scale + call.eps);
+            sweep<W, true>(pools, [&](int64_t p, auto some, int) INLINE_LAMBDA {
+                store(rstd.get() + p, 1 / square_root(load(m2 + p, some) * scale + call.eps), some);
+            });
         }
     }
 
@@ -260,21 +289,22 @@ struct Statistics {
         double counted = 0;
         for (int64_t n = 0; n < samples; ++n) counted += count(n * call.g) > 0;
         if (counted == 0) return;
-        auto move = [&](void* running, int64_t c, double value) {
-            auto& old = static_cast<Parameter<T>*>(running)[c];
-            old = static_cast<Parameter<T>>(old * (1 - call.momentum) + value / counted * call.momentum);
+        const auto move = [&](void* running, int64_t c, Lanes value, auto some) INLINE_LAMBDA {
+            auto* old = static_cast<Parameter<T>*>(running) + c;
+            store(old, load(old, some) * (1 - call.momentum) + value / counted * call.momentum, some);
         };
-        for (int64_t c = 0; c < call.g; ++c) {
-            double means = 0, variances = 0;
+        sweep<W, true>(call.g, [&](int64_t c, auto some, int) INLINE_LAMBDA {
+            Lanes means{}, variances{};
             for (int64_t n = 0; n < samples; ++n) {
                 const int64_t p = n * call.g + c;
-                if (!(count(p) > 0)) continue;
-                means += mean[p];
-                variances += m2[p] / (count(p) > 1 ? count(p) - 1 : 1);
+                const double size = count(n * call.g);  // of all pools of a sample
+                if (!(size > 0)) continue;
+                means += load(mean + p, some);
+                variances += load(m2 + p, some) / (size > 1 ? size - 1 : 1);
             }
-            move(call.running_mean, c, means);
-            move(call.running_var, c, variances);
-        }
+            move(call.running_mean, c, means, some);
+            move(call.running_var, c, variances, some);
+        });
     }
 };
 
@@ -302,6 +332,17 @@ struct Slopes {
         c1 = centred ? rstd * (scaled.first / count) : 0;
         reach = rstd * (rstd * (scaled.second / count));
         c2 = rstd * reach;
+    }
+};
+// The same of neighbouring pools.
+struct ManySlopes {
+    Lanes c1{}, c2{}, reach{};
+    ManySlopes() = default;
+    INLINE ManySlopes(bool centred, Lanes first, Lanes second, Lanes rstd, Lanes count) {
+        const Lanes by_one = first / count, by_x = second / count;
+        c1 = centred ? (count > 0 ? rstd * by_one : Lanes{}) : Lanes{};
+        reach = count > 0 ? rstd * (rstd * by_x) : Lanes{};
+        c2 = count > 0 ? rstd * reach : Lanes{};
     }
 };
 
