@@ -12,7 +12,7 @@ nb::object take(PyObject* made) {
 
 Address find_address(const nb::object& made) {
     View view;
-    if (!read_tensor(made.ptr(), view)) throw std::runtime_error("kernels: torch made a tensor that is not plain memory");
+    if (!read_new_tensor(made.ptr(), view)) throw std::runtime_error("kernels: torch made a tensor that is not plain memory");
     return view.begin;
 }
 

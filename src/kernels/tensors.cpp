@@ -122,7 +122,7 @@ bool find_torch() {
     return found;
 }
 
-bool read_tensor(PyObject* tensor, View& view) {
+bool read_new_tensor(PyObject* tensor, View& view) {
     const PyTypeObject* type = Py_TYPE(tensor);
     if (!torch.read || (type != torch.tensor && type != torch.parameter)) return false;
     DlTensor found;
@@ -131,9 +131,13 @@ bool read_tensor(PyObject* tensor, View& view) {
         return false;
     }
     const int dtype = find_dtype(found);
-    if (found.device_type != kDlCpu || dtype < 0 || !found.data || ask(torch.is_neg, tensor) != 0) return false;
+    if (found.device_type != kDlCpu || dtype < 0 || !found.data) return false;
     view = {reinterpret_cast<Address>(found.data) + found.byte_offset, dtype, found.axes, found.sizes, found.strides};
     return true;
+}
+
+bool read_tensor(PyObject* tensor, View& view) {
+    return read_new_tensor(tensor, view) && ask(torch.is_neg, tensor) == 0;
 }
 
 bool holds(PyObject* tensor, const View& view, int64_t bytes) {

@@ -30,6 +30,9 @@ bool find_torch();
 // have, with memory, without a negative bit that is only noted. False for anything else; no error is left.
 bool read_tensor(PyObject* tensor, View& view);
 
+// The same of a tensor that was just made, whose sign cannot be only noted.
+bool read_new_tensor(PyObject* tensor, View& view);
+
 // Whether the storage holds so many bytes from the tensor's first element on; false if torch does not say.
 bool holds(PyObject* tensor, const View& view, int64_t bytes);
 

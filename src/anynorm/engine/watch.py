@@ -47,6 +47,8 @@ def is_plain(*tensors: Tensor | None) -> bool:
     """
     if is_watched():
         return False
+    if READS_TENSORS and compiled.describe(*tensors) is not None:  # else it is not sure of one of them
+        return True
     return all(
         t is None or ((type(t) is Tensor or type(t) is Parameter) and _dispatch_keys(t).raw_repr() in PLAIN_KEYS)
         for t in tensors
