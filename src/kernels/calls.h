@@ -1,5 +1,5 @@
-// Whole calls, from tensors to tensors. Each looks at every tensor where it touches it, and returns None where it is not sure of
-// one, with nothing written: engine/kernels.py then does the same in Python, or says what is wrong.
+// Whole calls, from tensors to tensors. Each looks at every tensor where it touches it, and returns None where it is not sure
+// of one, with nothing written: engine/kernels.py then does the same in Python, or says what is wrong.
 #pragma once
 
 #include <nanobind/nanobind.h>

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import random
 import sys
+import threading
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from torch.func import functionalize, grad, jvp, vmap
 
 import anynorm
 from anynorm.engine import kernels, watch
+from anynorm.pooling import find_pooling
 from kernel_cases import run_python
 
 pytestmark = pytest.mark.skipif(not kernels.READS_TENSORS, reason="this torch does not lend its tensors' memory")
@@ -199,3 +203,47 @@ anynorm.LayerNorm(4)(x).sum().backward()
 print(kernels.READS_TENSORS, bool(kernels.OFF), kernels.compiled.describe(x))
 """
     assert run_python(source) == "False False None"
+
+
+def make_strange() -> list[Any]:
+    """What may stand where a tensor should, some of it right in some places."""
+    short, freed = torch.ones(4), free(torch.ones(3, 4))
+    short.untyped_storage().resize_(8)
+    plain = [X, X.double(), X.half(), X.t(), X[:, :3], X[0], torch.ones(8)[::2], torch.ones(6).double(), torch.empty(0)]
+    odd = [X.to("meta"), X.to_sparse(), X.as_subclass(Subclass), torch.ones(1).expand(3, 4), short, freed]
+    return [None, 1, "x", (), object(), 1.5, -1.0, float("nan"), *plain, *odd]
+
+
+def test_nothing_that_is_given_ends_the_process():
+    """Wrong types and dead tensors, from two threads: an answer, None or an exception."""
+    strange = make_strange()
+    pooling = find_pooling("n c -> n", "c", True, 2)
+    plan = kernels.find_plan(X, pooling)
+    assert plan is not None
+    forward = {"x": X, "weight": X[0], "bias": X[1]} | dict.fromkeys(("residual", "mask", "mean", "var", "momentum"))
+    backward = forward | {"grad": X, "sizes": (3, 4), "strides": (4, 1), "mean": torch.ones(6).double()}
+    del backward["momentum"]
+    shared = {"memory_format": plan.memory_format, "eps": 1e-5, "threads": 1}
+    calls = [
+        (kernels.compiled.forward_tensors, forward, {"keep": True}),
+        (kernels.compiled.backward_tensors, backward, {"needs": (True,) * 4}),
+    ]
+    answers: list[set[str]] = [set(), set()]
+
+    def work(seed: int) -> None:
+        draw = random.Random(seed)
+        for _ in range(1000):
+            for (call, good, more), found in zip(calls, answers, strict=True):
+                given = good | {name: draw.choice(strange) for name in draw.sample(list(good), draw.randint(0, 2))}
+                try:
+                    result = call(plan.compiled, **given, **more, **shared, activation=draw.randint(-1, 5))
+                    found.add("None" if result is None else "an answer")
+                except (TypeError, ValueError) as error:
+                    found.add(type(error).__name__)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(found == {"None", "an answer", "TypeError", "ValueError"} for found in answers)
