@@ -3,9 +3,11 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include "calls.h"
 #include "dispatch.h"
 #include "memory.h"
 #include "plan.h"
+#include "tensors.h"
 #include "threads.h"
 
 namespace nb = nanobind;
@@ -66,6 +68,15 @@ NB_MODULE(_kernels, module) {
     module.def("backward", &backward, "plan"_a, nb::kw_only(), "threads"_a, "eps"_a, "activation"_a = 0, "grad"_a, "x"_a,
                "residual"_a = 0, "dx"_a = 0, "dresidual"_a = 0, "gamma"_a = 0, "beta"_a = 0, "mean"_a = 0, "m2"_a = 0,
                "var"_a = 0, "mask"_a = 0, "dgamma"_a = 0, "dbeta"_a = 0);
+    // The same from tensors to tensors, where this torch lends their memory: None where Python must look.
+    module.def("find_torch", &anynorm::find_torch);
+    module.def("describe", &anynorm::describe);
+    module.def("forward_tensors", &anynorm::forward_tensors, "plan"_a, "memory_format"_a, "x"_a, "weight"_a.none(),
+               "bias"_a.none(), "residual"_a.none(), "mask"_a.none(), "mean"_a.none(), "var"_a.none(), "momentum"_a.none(),
+               "eps"_a, "activation"_a, "threads"_a, "keep"_a);
+    module.def("backward_tensors", &anynorm::backward_tensors, "plan"_a, "memory_format"_a, "sizes"_a, "strides"_a, "grad"_a,
+               "x"_a, "weight"_a.none(), "bias"_a.none(), "residual"_a.none(), "mask"_a.none(), "mean"_a.none(),
+               "var"_a.none(), "eps"_a, "activation"_a, "threads"_a, "needs"_a);
     module.def("last_cache", &anynorm::last_cache);
     module.def("set_last_cache", &anynorm::set_last_cache);
     module.def("choose_instruction_set", &anynorm::choose_instruction_set);

@@ -43,6 +43,7 @@ def why_off() -> str:
 
 
 OFF = why_off()
+READS_TENSORS = not OFF and compiled.find_torch()  # else their addresses are found in Python
 
 
 def describe() -> dict[str, str]:
@@ -95,6 +96,43 @@ def forward(
         request: its source is `Batch` or `Given`.
         keep: whether the statistics are wanted, to stay as they are; else they may be None.
     """
+    source, eps, activation, mask, _, _ = request
+    is_given = type(source) is Given
+    if READS_TENSORS and not plan.pooling.ghosts:
+        found = compiled.forward_tensors(
+            plan.compiled,
+            memory_format=plan.memory_format,
+            x=x,
+            weight=weight,
+            bias=bias,
+            residual=residual,
+            mask=mask,
+            mean=source[0],
+            var=source[1],
+            momentum=None if is_given else source[2],
+            eps=eps,
+            activation=CHOICES[activation],
+            threads=torch.get_num_threads(),
+            keep=keep,
+        )
+        if found is not None:
+            if not is_given and source[0] is not None and source[1] is not None:
+                increment_version(source)
+            return found
+    return forward_by_addresses(x, weight, bias, residual, request, plan, keep=keep)
+
+
+def forward_by_addresses(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    request: Request,
+    plan: Plan,
+    *,
+    keep: bool = False,
+) -> tuple[Tensor, Statistics | None]:
+    """`forward` where Python must rearrange a tensor, find its address, or say what is wrong with it."""
     source, eps, activation, mask, _, _ = request
     gamma, beta = ready("weight", weight, plan), ready("bias", bias, plan)
     if residual is not None:
@@ -272,6 +310,36 @@ def backward(
     g: Tensor, saved: Saved, plan: Plan, eps: float, activation: str | None, needs: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, gamma, beta and the residual, see `plain.backward`; `needs` says which of the four are wanted."""
+    x, weight, bias, residual, mask, statistics = saved
+    if READS_TENSORS:
+        mean, var = statistics if isinstance(statistics, tuple) else (statistics, None)
+        found = compiled.backward_tensors(
+            plan.compiled,
+            memory_format=plan.memory_format,
+            sizes=plan.sizes,
+            strides=plan.strides,
+            grad=g,
+            x=x,
+            weight=weight,
+            bias=bias,
+            residual=residual,
+            mask=mask,
+            mean=mean,
+            var=var,
+            eps=eps,
+            activation=CHOICES[activation],
+            threads=torch.get_num_threads(),
+            needs=needs,
+        )
+        if found is not None:
+            return found
+    return backward_by_addresses(g, saved, plan, eps, activation, needs)
+
+
+def backward_by_addresses(
+    g: Tensor, saved: Saved, plan: Plan, eps: float, activation: str | None, needs: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """`backward` where Python must rearrange a tensor, find its address, or say what is wrong with it."""
     x, weight, bias, residual, mask, statistics = saved
     g, x = memory.arrange("gradient", g, plan), memory.arrange("input", x, plan)
     gamma, beta = ready("weight", weight, plan), ready("bias", bias, plan)

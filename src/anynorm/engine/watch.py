@@ -15,6 +15,7 @@ from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, _len_torch_dispatch_stack
 
 from ..sources import BATCH
+from .kernels import READS_TENSORS, compiled
 from .request import Request
 
 # Dispatch keys of an ordinary tensor on the CPU, outside and inside inference mode. All else has others: other devices
@@ -46,6 +47,8 @@ def is_plain(*tensors: Tensor | None) -> bool:
     """
     if is_watched():
         return False
+    if READS_TENSORS and compiled.describe(*tensors) is not None:  # else it is not sure of one of them
+        return True
     return all(
         t is None or ((type(t) is Tensor or type(t) is Parameter) and _dispatch_keys(t).raw_repr() in PLAIN_KEYS)
         for t in tensors
@@ -72,6 +75,10 @@ def find_key(
         kinds = (*map(type, sizes),) if type(sizes) is tuple else type(sizes)
         if type(sizes) not in HASHABLE:
             sizes = repr(sizes)
+    if READS_TENSORS:
+        found = compiled.describe(x, weight, bias, residual, mask, source[0], source[1])
+        if found is not None:  # else it is not sure of one of them
+            return function, type(source), eps, activation, sizes, kinds, found
     key: list[Any] = [function, type(source), eps, activation, sizes, kinds]
     tensors = (x, weight, bias) if residual is None and mask is None else (x, weight, bias, residual, mask, None)
     if source is not BATCH:

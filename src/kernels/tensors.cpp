@@ -1,0 +1,171 @@
+#include "tensors.h"
+
+#include <initializer_list>
+
+namespace anynorm {
+namespace {
+
+// As DLPack 1.x lays them out; see dlpack.h, "DLPackExchangeAPI".
+struct DlTensor {
+    void* data;
+    int32_t device_type, device_id;
+    int32_t axes;
+    uint8_t code, bits;
+    uint16_t lanes;
+    int64_t* sizes;
+    int64_t* strides;
+    uint64_t byte_offset;
+};
+struct DlExchange {
+    uint32_t major, minor;
+    void* previous;
+    void* allocate;
+    void* export_managed;
+    void* import_managed;
+    int (*read)(void* tensor, DlTensor* view);
+    void* current_stream;
+};
+constexpr int kDlCpu = 1, kDlFloat = 2, kDlBfloat = 4;
+
+// What is used of torch, kept for the life of the process.
+struct Torch {
+    int (*read)(void*, DlTensor*) = nullptr;
+    PyTypeObject *tensor, *parameter;
+    PyObject *is_neg, *untyped_storage, *nbytes, *storage_offset, *clone, *empty, *empty_like;
+    PyObject *float32, *float64, *cpu, *with_format, *with_dtype;
+} torch;
+
+// attribute(module, "nn", "Parameter") is module.nn.Parameter; null, with Python's error set, where one is missing.
+template <class... Names>
+PyObject* attribute(PyObject* of, Names... names) {
+    Py_XINCREF(of);
+    for (const char* name : {names...}) {
+        PyObject* found = of ? PyObject_GetAttrString(of, name) : nullptr;
+        Py_XDECREF(of);
+        of = found;
+    }
+    return of;
+}
+
+bool read_torch(PyObject* module) {
+    PyObject* capsule = attribute(module, "Tensor", "__dlpack_c_exchange_api__");
+    const char* name = "dlpack_exchange_api";
+    if (!capsule || !PyCapsule_IsValid(capsule, name)) return false;
+    const auto* exchange = static_cast<const DlExchange*>(PyCapsule_GetPointer(capsule, name));
+    if (exchange->major != 1 || !exchange->read) return false;
+    torch.tensor = reinterpret_cast<PyTypeObject*>(attribute(module, "Tensor"));
+    torch.parameter = reinterpret_cast<PyTypeObject*>(attribute(module, "nn", "Parameter"));
+    torch.is_neg = attribute(module, "Tensor", "is_neg");
+    torch.untyped_storage = attribute(module, "Tensor", "untyped_storage");
+    torch.nbytes = attribute(module, "UntypedStorage", "nbytes");
+    torch.storage_offset = attribute(module, "Tensor", "storage_offset");
+    torch.clone = attribute(module, "Tensor", "clone");
+    torch.empty = attribute(module, "empty");
+    torch.empty_like = attribute(module, "empty_like");
+    torch.float32 = attribute(module, "float32");
+    torch.float64 = attribute(module, "float64");
+    torch.cpu = PyObject_CallMethod(module, "device", "s", "cpu");
+    torch.with_format = Py_BuildValue("(s)", "memory_format");
+    torch.with_dtype = Py_BuildValue("(ss)", "dtype", "device");
+    if (PyErr_Occurred()) return false;
+    torch.read = exchange->read;
+    return true;
+}
+
+// The answer of one of torch's functions without arguments; -1 where it raised.
+int64_t ask(PyObject* function, PyObject* tensor) {
+    PyObject* found = PyObject_CallOneArg(function, tensor);
+    const int64_t answer = found ? PyLong_AsLongLong(found) : -1;  // bool is an int
+    Py_XDECREF(found);
+    if (answer == -1) PyErr_Clear();
+    return answer;
+}
+
+int find_dtype(const DlTensor& t) {
+    if (t.lanes != 1) return -1;
+    if (t.code == kDlBfloat) return t.bits == 16 ? kBFloat16 : -1;
+    if (t.code != kDlFloat) return -1;
+    return t.bits == 32 ? kFloat32 : t.bits == 64 ? kFloat64 : t.bits == 16 ? kFloat16 : -1;
+}
+
+}  // namespace
+
+int64_t View::count() const {
+    int64_t count = 1;
+    for (int i = 0; i < axes; ++i) count *= sizes[i];
+    return count;
+}
+
+bool View::is_contiguous() const {
+    int64_t step = 1;
+    for (int i = axes - 1; i >= 0; --i) {
+        if (sizes[i] != 1 && strides[i] != step) return false;
+        step *= sizes[i];
+    }
+    return true;
+}
+
+bool View::is_laid_out_as(const View& other) const {
+    if (dtype != other.dtype || axes != other.axes) return false;
+    for (int i = 0; i < axes; ++i) {
+        if (sizes[i] != other.sizes[i] || strides[i] != other.strides[i]) return false;
+    }
+    return true;
+}
+
+bool find_torch() {
+    if (torch.read) return true;
+    PyObject* module = PyImport_ImportModule("torch");
+    const bool found = module && read_torch(module);
+    Py_XDECREF(module);
+    PyErr_Clear();
+    return found;
+}
+
+bool read_new_tensor(PyObject* tensor, View& view) {
+    const PyTypeObject* type = Py_TYPE(tensor);
+    if (!torch.read || (type != torch.tensor && type != torch.parameter)) return false;
+    DlTensor found;
+    if (torch.read(tensor, &found)) {
+        PyErr_Clear();
+        return false;
+    }
+    const int dtype = find_dtype(found);
+    if (found.device_type != kDlCpu || dtype < 0 || !found.data) return false;
+    view = {reinterpret_cast<Address>(found.data) + found.byte_offset, dtype, found.axes, found.sizes, found.strides};
+    return true;
+}
+
+bool read_tensor(PyObject* tensor, View& view) {
+    return read_new_tensor(tensor, view) && ask(torch.is_neg, tensor) == 0;
+}
+
+bool holds(PyObject* tensor, const View& view, int64_t bytes) {
+    PyObject* storage = PyObject_CallOneArg(torch.untyped_storage, tensor);
+    if (!storage) {
+        PyErr_Clear();
+        return false;
+    }
+    const int64_t held = ask(torch.nbytes, storage);
+    Py_DECREF(storage);
+    const int64_t element = view.dtype == kFloat64 ? 8 : view.dtype == kFloat32 ? 4 : 2;
+    const int64_t offset = ask(torch.storage_offset, tensor);
+    return offset >= 0 && held - offset * element >= bytes;
+}
+
+PyObject* make_like(PyObject* tensor, PyObject* memory_format) {
+    PyObject* arguments[] = {tensor, memory_format};
+    return PyObject_Vectorcall(torch.empty_like, arguments, 1, torch.with_format);
+}
+
+PyObject* make_flat(int64_t size, bool is_double) {
+    PyObject* number = PyLong_FromLongLong(size);
+    PyObject* arguments[] = {number, is_double ? torch.float64 : torch.float32, torch.cpu};
+    PyObject* made = number ? PyObject_Vectorcall(torch.empty, arguments, 1, torch.with_dtype) : nullptr;
+    Py_XDECREF(number);
+    return made;
+}
+
+PyObject* copy(PyObject* tensor) { return PyObject_CallOneArg(torch.clone, tensor); }
+
+}  // namespace anynorm

@@ -1,0 +1,44 @@
+// torch's tensors, read and made from C++ without torch's headers: memory through DLPack's exchange API, which torch has since
+// 2.10, the rest through torch's own functions. All of it needs Python's lock.
+#pragma once
+
+#include <Python.h>
+
+#include <cstdint>
+
+#include "call.h"
+#include "plan.h"
+
+namespace anynorm {
+
+// A tensor's memory; sizes and strides are torch's own, for as long as nobody changes the tensor.
+struct View {
+    Address begin;
+    int dtype, axes;  // dtype as in Dtype
+    const int64_t* sizes;
+    const int64_t* strides;  // in elements
+
+    int64_t count() const;
+    bool is_contiguous() const;
+    bool is_laid_out_as(const View& other) const;
+};
+
+// Whether this torch lends its tensors' memory; to be asked once, before anything below.
+bool find_torch();
+
+// Reads a tensor that lies in the CPU's memory as it reads: exactly torch's Tensor or Parameter, of a dtype that the kernels
+// have, with memory, without a negative bit that is only noted. False for anything else; no error is left.
+bool read_tensor(PyObject* tensor, View& view);
+
+// The same of a tensor that was just made, whose sign cannot be only noted.
+bool read_new_tensor(PyObject* tensor, View& view);
+
+// Whether the storage holds so many bytes from the tensor's first element on; false if torch does not say.
+bool holds(PyObject* tensor, const View& view, int64_t bytes);
+
+// New tensors; null where torch raised.
+PyObject* make_like(PyObject* tensor, PyObject* memory_format);
+PyObject* make_flat(int64_t size, bool is_double);
+PyObject* copy(PyObject* tensor);
+
+}  // namespace anynorm
