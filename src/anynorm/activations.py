@@ -7,12 +7,10 @@ The table is the only list of the activations; modules, functions, kernels and s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
-import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,18 +21,17 @@ class Activation:
     """One activation.
 
     Attributes:
-        name: as in ``activation=``.
+        name: as in ``activation=``, and as torch.nn.functional calls it.
         function: differentiable, elementwise, in every floating dtype.
         module: torch's class for it.
-        settings: what that class's and that function's options must be to mean this activation.
-        spelling: what torch.nn.functional calls it; the name, where it is "".
+        settings: what that class's and that function's options must be to mean this activation; these are their
+            defaults.
     """
 
     name: str
     function: Callable[[Tensor], Tensor]
     module: type[nn.Module]
     settings: dict[str, Any] = field(default_factory=dict)
-    spelling: str = ""
 
 
 ACTIVATIONS: dict[str, Activation] = {
@@ -44,37 +41,9 @@ ACTIVATIONS: dict[str, Activation] = {
         Activation("leaky_relu", F.leaky_relu, nn.LeakyReLU, {"negative_slope": 0.01}),
         Activation("silu", F.silu, nn.SiLU),
         Activation("gelu", F.gelu, nn.GELU, {"approximate": "none"}),
-        Activation("relu6", F.relu6, nn.ReLU6),
-        Activation("hardswish", F.hardswish, nn.Hardswish),
-        Activation("elu", F.elu, nn.ELU, {"alpha": 1.0}),
-        Activation("tanh", torch.tanh, nn.Tanh),
-        Activation("sigmoid", torch.sigmoid, nn.Sigmoid),
-        Activation("mish", F.mish, nn.Mish),
-        Activation("gelu_tanh", partial(F.gelu, approximate="tanh"), nn.GELU, {"approximate": "tanh"}, "gelu"),
     )
 }
-DEFAULTS = {"negative_slope": 0.01, "approximate": "none", "alpha": 1.0}  # torch's, of the settings above
 IDENTITY = "identity"  # says aloud what None means
-
-
-def match_settings(activations: Iterable[Activation], given: dict[str, Any]) -> tuple[str, str]:
-    """Which of several activations, that have one function or class, is meant by the options given.
-
-    Returns:
-        Its name; or "", and why none is.
-    """
-    reason = ""
-    for activation in activations:
-        odd = {name: given[name] for name, value in activation.settings.items() if given.get(name, value) != value}
-        has_default = all(name in given or value == DEFAULTS[name] for name, value in activation.settings.items())
-        if not odd and has_default:
-            return activation.name, ""
-        for name, value in odd.items():
-            reason = (
-                reason
-                or f"{activation.name} is fused with {name}={activation.settings[name]!r} only, this has {value!r}"
-            )
-    return "", reason
 
 
 def list_activations() -> str:

@@ -1,4 +1,4 @@
-// What follows a norm: the activations of `activations.py`, and their derivatives, on a vector of floats or doubles.
+// What follows a norm: relu, leaky relu, silu, gelu (by erf), and their derivatives, on a vector of floats or doubles.
 #pragma once
 
 #include <limits>
@@ -44,22 +44,6 @@ INLINE V exponential(V v) {
     const auto power = __builtin_convertvector(n, typename M::Int) + M::kBias;
     const V found = sum * bits_of<V>(power << M::kMantissa);
     return v < M::kLeast ? V{} : (v > M::kMost ? V{} + std::numeric_limits<S>::infinity() : found);
-}
-
-// exp(v) - 1 for v <= 0 = 2^n * (exp(r) - 1) + (2^n - 1), which keeps the digits of a small v.
-template <class V>
-INLINE V exponential_minus_one(V v) {
-    using M = Math<V>;
-    using S = typename M::Scalar;
-    const V clamped = v < M::kLeast ? V{} + M::kLeast : v;
-    const V shifted = clamped * static_cast<S>(1.44269504088896340736) + M::kMagic;
-    const V n = shifted - M::kMagic;
-    const V r = (clamped - n * M::kLn2High) - n * M::kLn2Low;
-    V sum = V{} + 1;
-    for (int k = M::kTerms; k > 1; --k) sum = sum * r * static_cast<S>(1.0 / k) + 1;
-    const auto power = __builtin_convertvector(n, typename M::Int) + M::kBias;
-    const V scale = bits_of<V>(power << M::kMantissa);
-    return scale * (r * sum) + (scale - 1);
 }
 
 // (1 + 2x) * exp(x^2) * erfc(x) for x >= 0, a polynomial in q = (x - 3.75) / (x + 3.75), after Shepherd and Laframboise
@@ -126,92 +110,6 @@ __attribute__((noinline)) V gelu_derivative(V v) {
     return normal.distribution + v * normal.bell * static_cast<S>(0.39894228040143267794);
 }
 
-// relu6(v + 3) / 6
-template <class V>
-INLINE V hard_sigmoid(V v) {
-    using S = typename Math<V>::Scalar;
-    const V shifted = v + 3;
-    return (shifted < 0 ? V{} : (shifted > 6 ? V{} + 6 : shifted)) * static_cast<S>(1.0 / 6);
-}
-template <class V>
-__attribute__((noinline)) V elu(V v) {
-    return v > 0 ? v : exponential_minus_one(v > 0 ? V{} : v);
-}
-template <class V>
-__attribute__((noinline)) V elu_derivative(V v) {
-    return v > 0 ? V{} + 1 : exponential(v);
-}
-// tanh |v| = -e / (e + 2), e = exp(-2 |v|) - 1
-template <class V>
-__attribute__((noinline)) V hyperbolic_tangent(V v) {
-    const V e = exponential_minus_one((v < 0 ? v : -v) * 2);
-    const V size = -e / (e + 2);
-    return v < 0 ? -size : size;
-}
-// 1 - tanh(v)^2 = 4 e / (1 + e)^2, e = exp(-2 |v|): no digits are lost far out
-template <class V>
-__attribute__((noinline)) V hyperbolic_tangent_derivative(V v) {
-    const V e = exponential((v < 0 ? v : -v) * 2);
-    return 4 * e / ((1 + e) * (1 + e));
-}
-template <class V>
-__attribute__((noinline)) V logistic(V v) {
-    return sigmoid(v);
-}
-// s * (1 - s) = e / (1 + e)^2, e = exp(-|v|)
-template <class V>
-__attribute__((noinline)) V logistic_derivative(V v) {
-    const V e = exponential(v < 0 ? v : -v);
-    return e / ((1 + e) * (1 + e));
-}
-// mish(v) = v * tanh(log(1 + e)) = v * n / (n + 2), n = e * (e + 2), e = exp(v); beyond kFar the fraction is 1.
-template <class V>
-struct Mish {
-    static constexpr double kFar = 40;  // exp(40)^2 fits a float; 2 / exp(80) is less than half a unit of a double
-    V e, n;
-    INLINE explicit Mish(V v) : e(exponential(v > static_cast<typename Math<V>::Scalar>(kFar) ? V{} + kFar : v)), n(e * (e + 2)) {}
-};
-template <class V>
-__attribute__((noinline)) V mish(V v) {
-    const Mish<V> m(v);
-    return v * (m.n / (m.n + 2));
-}
-// w + v * sigmoid(v) * (1 - w^2), w = n / (n + 2), 1 - w^2 = 4 (n + 1) / (n + 2)^2
-template <class V>
-__attribute__((noinline)) V mish_derivative(V v) {
-    using S = typename Math<V>::Scalar;
-    const Mish<V> m(v);
-    // Where e is 0 or the fraction 1 the second term is 0, and an infinite v would make NaN of it.
-    const V near = v < -static_cast<S>(Mish<V>::kFar) ? V{} : (v > static_cast<S>(Mish<V>::kFar) ? V{} : v);
-    const V rest = 4 / (m.n + 2) * ((m.n + 1) / (m.n + 2));
-    return m.n / (m.n + 2) + near * (m.e / (1 + m.e)) * rest;
-}
-// gelu by tanh: v * s, s = sigmoid(t), t = 2 sqrt(2 / pi) * (v + 0.044715 v^3). Beyond kEdge s is 0 or 1.
-template <class V>
-struct TanhGate {
-    static constexpr double kEdge = 16;
-    V edge, s, spread;  // spread = s * (1 - s), which loses no digits where s is near 1
-    INLINE explicit TanhGate(V v) {
-        using S = typename Math<V>::Scalar;
-        edge = v < -static_cast<S>(kEdge) ? V{} - kEdge : (v > static_cast<S>(kEdge) ? V{} + kEdge : v);
-        const V t = edge * static_cast<S>(1.59576912160573071176) * (1 + static_cast<S>(0.044715) * edge * edge);
-        const V e = exponential(t < 0 ? t : -t);
-        s = (t < 0 ? e : V{} + 1) / (1 + e);
-        spread = e / ((1 + e) * (1 + e));
-    }
-};
-template <class V>
-__attribute__((noinline)) V gelu_tanh(V v) {
-    return v * TanhGate<V>(v).s;
-}
-template <class V>
-__attribute__((noinline)) V gelu_tanh_derivative(V v) {
-    using S = typename Math<V>::Scalar;
-    const TanhGate<V> gate(v);
-    const V slope = static_cast<S>(1.59576912160573071176) * (1 + static_cast<S>(0.134145) * gate.edge * gate.edge);
-    return gate.s + gate.edge * gate.spread * slope;
-}
-
 // A NaN stays one.
 template <class V>
 INLINE V activate(int activation, V v) {
@@ -221,19 +119,11 @@ INLINE V activate(int activation, V v) {
         case kLeakyRelu: return v < 0 ? v * static_cast<S>(kLeak) : v;
         case kSilu: return silu(v);
         case kGelu: return gelu(v);
-        case kRelu6: return v < 0 ? V{} : (v > 6 ? V{} + 6 : v);
-        case kHardswish: return v * hard_sigmoid(v);
-        case kElu: return elu(v);
-        case kTanh: return hyperbolic_tangent(v);
-        case kSigmoid: return logistic(v);
-        case kMish: return mish(v);
-        case kGeluTanh: return gelu_tanh(v);
         default: return v;
     }
 }
 
-// g times the derivative. Where it is 0 for relu and its like 0 is chosen, not multiplied: as in torch, also for an
-// infinite g.
+// g times the derivative. Relu's is chosen, not multiplied: as in torch, 0 times an infinite g is 0.
 template <class V>
 INLINE V activate_backward(int activation, V g, V v) {
     using S = typename Math<V>::Scalar;
@@ -242,14 +132,6 @@ INLINE V activate_backward(int activation, V g, V v) {
         case kLeakyRelu: return v > 0 ? g : g * static_cast<S>(kLeak);
         case kSilu: return g * silu_derivative(v);
         case kGelu: return g * gelu_derivative(v);
-        case kRelu6: return v <= 0 ? V{} : (v >= 6 ? V{} : g);
-        case kHardswish:
-            return v < -3 ? V{} : (v > 3 ? g : g * (v * static_cast<S>(1.0 / 3) + static_cast<S>(0.5)));
-        case kElu: return g * elu_derivative(v);
-        case kTanh: return g * hyperbolic_tangent_derivative(v);
-        case kSigmoid: return g * logistic_derivative(v);
-        case kMish: return g * mish_derivative(v);
-        case kGeluTanh: return g * gelu_tanh_derivative(v);
         default: return g;
     }
 }

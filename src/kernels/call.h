@@ -8,10 +8,7 @@ namespace anynorm {
 enum Dtype : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
 // Where statistics come from: x itself, or one mean and one variance per g, as constants.
 enum StatisticsFrom : int { kFromInput = 0, kGivenAsParameters = 1, kGivenAsDouble = 2 };
-enum Activation : int {
-    kIdentity, kRelu, kLeakyRelu, kSilu, kGelu, kRelu6, kHardswish, kElu, kTanh, kSigmoid, kMish, kGeluTanh,
-};
-constexpr int kActivations = kGeluTanh + 1;
+enum Activation : int { kIdentity = 0, kRelu = 1, kLeakyRelu = 2, kSilu = 3, kGelu = 4 };
 
 // Memory is [n][g][k][s], or [n][s][g][k] where `channels_last`. A pool is one (n, g); one g where `pool_n`.
 // gamma and beta vary over channels c = (g, k). Parameters are float, or double where x is double.

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 import anynorm
-from anynorm.activations import ACTIVATIONS
 from anynorm.engine import kernels, plain, walks
 from anynorm.engine.request import Request
 from anynorm.pooling import Pooling
@@ -135,7 +134,7 @@ def test_tensors_that_only_note_their_sign_or_zeros():
     assert (norm(zeros) == norm.bias).all()
 
 
-ACTIVATED = (*ACTIVATIONS, None)
+ACTIVATED = ("relu", "leaky_relu", "silu", "gelu", None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)

@@ -155,14 +155,6 @@ def value_of(activation: str | None, z: Array) -> Array:
         return z * sigmoid(z)
     if activation == "gelu":
         return z * share(z)
-    if activation == "relu6":
-        return np.clip(z, 0, 6)
-    if activation == "elu":
-        return np.where(z > 0, z, np.expm1(np.minimum(z, 0)))
-    if activation == "tanh":
-        return np.tanh(z)
-    if activation == "sigmoid":
-        return sigmoid(z)
     return z
 
 
@@ -175,14 +167,6 @@ def slope_of(activation: str | None, z: Array) -> Array:
     if activation == "gelu":
         near = np.clip(z, -40, 40)
         return share(z) + near * np.exp(-near * near / 2) / sqrt(2 * pi)
-    if activation == "relu6":
-        return np.where((z > 0) & (z < 6), 1.0, 0.0)
-    if activation == "elu":
-        return np.where(z > 0, 1.0, np.exp(np.minimum(z, 0)))
-    if activation == "tanh":
-        return 4 * sigmoid(2 * z) * sigmoid(-2 * z)
-    if activation == "sigmoid":
-        return sigmoid(z) * sigmoid(-z)
     return np.ones_like(z)
 
 

@@ -112,7 +112,7 @@ def patch(module: nn.Module) -> nn.Module:
 
 
 SHARED, SHARED_NORM = nn.ReLU(), nn.BatchNorm1d(6)
-ONLY = "only relu, leaky_relu, silu, gelu, relu6, hardswish, elu, tanh, sigmoid, mish and gelu_tanh can be fused"
+ONLY = "only relu, leaky_relu, silu and gelu can be fused"
 
 
 class Net(nn.Module):

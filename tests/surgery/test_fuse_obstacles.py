@@ -81,10 +81,10 @@ STAY = {
     "a number is added": (lambda n, x: F.relu(n.norm(x) + 1), "what is added is no other tensor"),
     "added to itself": (lambda n, x: F.relu((y := n.norm(x)) + y), "what is added is no other tensor"),
     "a multiple is added": (lambda n, x: F.relu(torch.add(n.norm(x), x, alpha=2)), "the sum has further arguments"),
-    "another alpha": (lambda n, x: F.elu(n.norm(x) + x, 0.5), "this has 0.5"),
+    "gelu by tanh": (lambda n, x: F.gelu(n.norm(x) + x, approximate="tanh"), "this has 'tanh'"),
     "another slope": (lambda n, x: F.leaky_relu(n.norm(x) + x, 0.3), "negative_slope=0.01 only, this has 0.3"),
     "hardtanh": (lambda n, x: F.hardtanh(n.norm(x) + x), f"not fused with hardtanh: {ONLY}"),
-    "softplus": (lambda n, x: F.softplus(n.norm(x)), f"not fused with softplus: {ONLY}"),
+    "tanh": (lambda n, x: n.norm(x).tanh(), f"not fused with tanh: {ONLY}"),
 }
 
 

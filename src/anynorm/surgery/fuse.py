@@ -17,11 +17,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import fx
 
-from ..activations import ACTIVATIONS, list_activations, match_settings
+from ..activations import ACTIVATIONS, list_activations
 from ..modules.norm import Norm
 from .in_place import IN_PLACE
 from .report import FUSED, Entry, Report, describe
-from .sequential import count_places, find_module_obstacle, make_unfused_entry, read_activation
+from .sequential import check_settings, count_places, find_module_obstacle, make_unfused_entry, read_activation
 from .trace import is_hooked
 
 # Function or method, and what adds where shapes or dtypes differ.
@@ -118,14 +118,10 @@ def read_node(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[str, str]:
         return read_activation(modules[str(node.target)])
     if node.op not in ("call_function", "call_method"):
         return "", ""
-    known = [
-        activation
-        for activation in ACTIVATIONS.values()
-        if node.target in find_spellings(activation.spelling or activation.name)
-    ]
-    if known:
-        names = (*known[0].settings, "inplace")
-        return match_settings(known, {**dict(zip(names, node.args[1:], strict=False)), **node.kwargs})
+    for name, activation in ACTIVATIONS.items():
+        if node.target in find_spellings(name):
+            names = (*activation.settings, "inplace")
+            return check_settings(name, {**dict(zip(names, node.args[1:], strict=False)), **node.kwargs})
     if name_call(node).rstrip("_") in {name.lower() for name in nn.modules.activation.__all__}:
         return "", f"only {list_activations()} can be fused"
     return "", ""

@@ -10,11 +10,12 @@ from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch.nn as nn
 from torch import fx
 
-from ..activations import ACTIVATIONS, list_activations, match_settings
+from ..activations import ACTIVATIONS, list_activations
 from ..modules.fused import Fused
 from .report import FUSED, PAIRS, UNDO_FIRST, Entry, Report, describe, is_ours
 from .rewrite import GraphForward
@@ -115,14 +116,22 @@ def make_unfused_entry(name: str, norm: nn.Module, successor: str, reason: str) 
 def read_activation(module: nn.Module) -> tuple[str, str]:
     """The activation's name; or why this activation cannot be fused; or neither, where it is none."""
     kind = type(module)
-    known = [activation for activation in ACTIVATIONS.values() if isinstance(module, activation.module)]
-    if known and kind is known[0].module:
-        return match_settings(known, vars(module))
-    if known:
-        return "", f"a subclass of {describe(known[0].module)} may have code of its own"
+    for activation in ACTIVATIONS.values():
+        if kind is activation.module:
+            return check_settings(activation.name, vars(module))
+        if isinstance(module, activation.module):
+            return "", f"a subclass of {describe(activation.module)} may have code of its own"
     if kind.__module__ == nn.ReLU.__module__ and kind is not nn.MultiheadAttention:
         return "", f"only {list_activations()} can be fused"
     return "", ""
+
+
+def check_settings(name: str, given: dict[str, Any]) -> tuple[str, str]:
+    """The activation's name, or why it cannot be fused with the settings given."""
+    for setting, value in ACTIVATIONS[name].settings.items():
+        if given.get(setting, value) != value:
+            return "", f"{name} is fused with {setting}={value!r} only, this has {given[setting]!r}"
+    return name, ""
 
 
 def find_module_obstacle(name: str, module: nn.Module, counts: Counter[int]) -> str:
@@ -197,8 +206,7 @@ def take_apart(model: nn.Module, place: Place) -> None:
     assert identity is not None
     activation = vars(identity).get(ACTIVATION_ATTRIBUTE)
     if activation is None and place.activation in ACTIVATIONS:
-        known = ACTIVATIONS[place.activation]
-        activation = known.module(**known.settings)
+        activation = ACTIVATIONS[place.activation].module()
     theirs = {ours: theirs for theirs, ours in PAIRS.items()}
     del norm.activation
     vars(norm).pop("label", None)
