@@ -280,6 +280,19 @@ def test_other_devices_get_torchs_operation_unless_exact(monkeypatch):
         assert not EXACT.get()
 
 
+@pytest.mark.parametrize("on", [False, True])
+def test_a_compiled_graph_off_the_cpu_knows_exact(on):
+    """torch's compiler cannot trace a context variable; the graph keeps what held when it was traced."""
+    graphs = []
+    norm = anynorm.GroupNorm(3, 6, device="meta")
+    torch._dynamo.reset()
+    compiled = torch.compile(norm, backend=lambda graph, _: graphs.append(graph) or graph.forward, fullgraph=True)
+    with anynorm.exact(on):
+        assert compiled(torch.empty(2, 6, 3, device="meta")).shape == (2, 6, 3)
+    (graph,) = graphs
+    assert any("group_norm" in str(node.target) for node in graph.graph.nodes) is not on
+
+
 # Each clause of the fast path's allow-list, with what it keeps away.
 
 

@@ -36,7 +36,8 @@ class exact:
 
     On the CPU results are always exact. Elsewhere torch's own operation is called where it has one, because a norm
     written in torch operations is several times slower there; ``exact(True)`` forces the library's own formula. It
-    holds from the call on, in this thread and asynchronous task; as a context manager until the end of the block.
+    holds from the call on, in this thread and asynchronous task; as a context manager until the end of the block. A
+    compiled graph keeps what held when it was traced.
 
     Args:
         on: True forces the formula, False (the default at start) prefers torch's operation.
@@ -58,11 +59,20 @@ class exact:
         EXACT.set(self.before)
 
 
+def is_exact() -> bool:
+    """Whether the formula is forced, here and now."""
+    return EXACT.get()
+
+
+# What torch.compiler.assume_constant_result does, without loading the compiler: it cannot trace a context variable.
+is_exact._dynamo_marked_constant = True  # type: ignore[attr-defined] # torch's mark, of no type
+
+
 def prefers_torch(x: Tensor) -> bool:
     """Whether torch's own operation should serve: in exported graphs, which other tools read, and off the CPU."""
     if torch.compiler.is_exporting() or torch.jit.is_tracing():
         return True
-    return x.device.type != "cpu" and not EXACT.get()
+    return x.device.type != "cpu" and not is_exact()
 
 
 # What was checked before, by all that the checks look at, and the plan that serves it.
