@@ -195,7 +195,7 @@ def increment_version(source: Any) -> None:
 
 
 def make_statistics(plan: Plan) -> Tensor:
-    """Room for the means and then the m2 of all pools; of an uncentred norm for the m2 alone."""
+    """Memory for the means and then the m2 of all pools; of an uncentred norm for the m2 alone."""
     return torch.empty(plan.pools * (2 if plan.centred else 1), dtype=torch.float64, device=CPU)
 
 

@@ -299,5 +299,5 @@ def backward(
                     wide_g -= part(sums.pool, block) / count
                 wide_g -= xhat.mul_(part(sums.pool_xhat, block) / count)
             wide_g *= part(rstd, block)
-            pooling.open(out)[block].copy_(wide_g)  # type: ignore[arg-type]
+            pooling.open(out)[block].copy_(wide_g)  # type: ignore[arg-type] # it is there where dx is wanted
     return out, sums.gamma, sums.beta

@@ -13,7 +13,7 @@ from ..pooling import Pooling
 from .plain import suggest_memory_format
 
 try:
-    from .. import _kernels as compiled  # type: ignore[attr-defined]
+    from .. import _kernels as compiled  # type: ignore[attr-defined] # compiled, without stubs
 except ImportError:
     compiled = None
 

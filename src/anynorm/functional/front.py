@@ -198,4 +198,4 @@ def find_source(
     """What torch's arguments say of where statistics come from; what does not fit is refused by the checks."""
     if from_batch:
         return Batch(running_mean, running_var, momentum)
-    return Given(running_mean, running_var)  # type: ignore[arg-type] # checked
+    return Given(running_mean, running_var)  # type: ignore[arg-type] # None is refused by the checks

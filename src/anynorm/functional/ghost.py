@@ -206,7 +206,7 @@ def cut(shape: Any, ghost_size: int, mask: Tensor | None = None) -> tuple[int, i
     """How many full ghosts there are, and the samples of a last one of another size; `mask` as `find_mask` makes it."""
     full, rest = shape[0] // ghost_size, shape[0] % ghost_size  # no divmod: torch.export's sizes have none
     is_known = mask is not None and watch.has_memory(mask)
-    values = int(mask[full * ghost_size :].sum()) if is_known else rest * prod(shape[2:])  # type: ignore[index]
+    values = int(mask[full * ghost_size :].sum()) if is_known else rest * prod(shape[2:])  # type: ignore[index] # a known mask is there
     if full and rest and values == 1:  # It joins the ghost before.
         full, rest = full - 1, ghost_size + 1
     return (1, 0) if full == 0 else (full, rest)

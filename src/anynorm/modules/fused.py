@@ -44,10 +44,10 @@ class Fused(Norm):
             return
         cls.plain = plain
         if hasattr(plain, "_axes"):
-            cls._axes = plain._axes  # type: ignore[attr-defined] # of those that check the input's
+            cls._axes = plain._axes  # type: ignore[attr-defined] # hasattr has just found it
         known = inspect.signature(plain)
         last = inspect.Parameter("activation", inspect.Parameter.KEYWORD_ONLY, default="relu")
-        cls.__signature__ = known.replace(parameters=[*known.parameters.values(), last])  # type: ignore[attr-defined]
+        cls.__signature__ = known.replace(parameters=[*known.parameters.values(), last])  # type: ignore[attr-defined] # for people and for `inspect`
 
     def __init__(self, *arguments: Any, activation: str | None = "relu", **options: Any) -> None:
         super().__init__(*arguments, **options)

@@ -43,7 +43,7 @@ class _InstanceNorm(_Running):
         """Where statistics come from, and whether running averages move."""
         mean, var = self.running_mean, self.running_var
         if not self.training and self.track_running_stats:
-            return Given(mean, var), False  # type: ignore[arg-type] # checked
+            return Given(mean, var), False  # type: ignore[arg-type] # None is refused by the checks
         if mean is None or not is_counted(self):
             return BATCH, False
         return Batch(mean, var, 0.0 if self.momentum is None else self.momentum), True

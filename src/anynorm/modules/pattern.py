@@ -159,7 +159,7 @@ class AnyNorm(Norm):
             if chosen and isinstance(size := sizes[chosen[0]], tuple):
                 shape.extend(size)
             elif chosen:
-                shape.append(prod(sizes[name] for name in chosen))  # type: ignore[misc]
+                shape.append(prod(sizes[name] for name in chosen))  # type: ignore[misc] # none of these is a tuple
         return tuple(shape)
 
     def reset_parameters(self) -> None:

@@ -7,7 +7,7 @@ no instance of their own class.
 from __future__ import annotations
 
 from numbers import Integral
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn as nn
@@ -22,9 +22,28 @@ def register_affine(module: nn.Module, shape: tuple[int, ...], weight: bool, bia
         module.register_parameter(name, Parameter(torch.empty(shape, **options)) if wanted else None)
 
 
-class BatchNormState(nn.Module):
+class TorchState(nn.Module):
+    """What the states here share: they reset and print themselves by the methods of torch's class.
+
+    Attributes:
+        theirs: that class, whose methods read attributes only.
+    """
+
+    theirs: ClassVar[Any]
+
+    def reset_parameters(self) -> None:
+        """Gamma 1, beta 0, and running statistics, where there are any, as at the start."""
+        self.theirs.reset_parameters(self)
+
+    def extra_repr(self) -> str:
+        """The constructor's arguments."""
+        return self.theirs.extra_repr(self)
+
+
+class BatchNormState(TorchState):
     """The state of `torch.nn.BatchNorm1d/2d/3d`."""
 
+    theirs = _NormBase
     _version = _NormBase._version
     running_mean: Tensor | None
     running_var: Tensor | None
@@ -54,17 +73,9 @@ class BatchNormState(nn.Module):
             self.register_buffer(name, buffer)
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        """Gamma 1, beta 0, and running statistics as at the start."""
-        _NormBase.reset_parameters(self)  # type: ignore[arg-type] # it reads attributes only
-
     def reset_running_stats(self) -> None:
         """Mean 0, variance 1, no batch counted."""
-        _NormBase.reset_running_stats(self)  # type: ignore[arg-type] # as above
-
-    def extra_repr(self) -> str:
-        """The constructor's arguments."""
-        return _NormBase.extra_repr(self)  # type: ignore[arg-type] # as above
+        _NormBase.reset_running_stats(self)  # type: ignore[arg-type] # it reads attributes only
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
@@ -113,8 +124,10 @@ class InstanceNormState(BatchNormState):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
 
-class GroupNormState(nn.Module):
+class GroupNormState(TorchState):
     """The state of `torch.nn.GroupNorm`."""
+
+    theirs = nn.GroupNorm
 
     def __init__(
         self,
@@ -134,17 +147,11 @@ class GroupNormState(nn.Module):
         register_affine(self, (num_channels,), affine, affine and bias, device=device, dtype=dtype)
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        """Gamma 1, beta 0."""
-        nn.GroupNorm.reset_parameters(self)  # type: ignore[arg-type] # it reads attributes only
 
-    def extra_repr(self) -> str:
-        """The constructor's arguments."""
-        return nn.GroupNorm.extra_repr(self)  # type: ignore[arg-type] # as above
-
-
-class LayerNormState(nn.Module):
+class LayerNormState(TorchState):
     """The state of `torch.nn.LayerNorm`."""
+
+    theirs = nn.LayerNorm
 
     def __init__(
         self,
@@ -162,17 +169,11 @@ class LayerNormState(nn.Module):
         register_affine(self, self.normalized_shape, *wanted, device=device, dtype=dtype)
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        """Gamma 1, beta 0."""
-        nn.LayerNorm.reset_parameters(self)  # type: ignore[arg-type] # it reads attributes only
 
-    def extra_repr(self) -> str:
-        """The constructor's arguments."""
-        return nn.LayerNorm.extra_repr(self)  # type: ignore[arg-type] # as above
-
-
-class RMSNormState(nn.Module):
+class RMSNormState(TorchState):
     """The state of `torch.nn.RMSNorm`."""
+
+    theirs = nn.RMSNorm
 
     def __init__(
         self,
@@ -188,14 +189,6 @@ class RMSNormState(nn.Module):
         weight = torch.empty(self.normalized_shape, device=device, dtype=dtype) if elementwise_affine else None
         self.register_parameter("weight", None if weight is None else Parameter(weight))
         self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Gamma 1."""
-        nn.RMSNorm.reset_parameters(self)  # type: ignore[arg-type] # it reads attributes only
-
-    def extra_repr(self) -> str:
-        """The constructor's arguments."""
-        return nn.RMSNorm.extra_repr(self)  # type: ignore[arg-type] # as above
 
 
 def as_shape(normalized_shape: Any) -> tuple[int, ...]:

@@ -143,7 +143,7 @@ class ImportHook(MetaPathFinder):
                 register(module)
 
             # On this one loader object, which importlib made for this import alone.
-            spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+            spec.loader.exec_module = execute_and_register  # type: ignore[method-assign] # of this one spec
         return spec
 
 

@@ -248,10 +248,10 @@ def fuse_chain(chain: Chain, activation: str, graph: fx.Graph, modules: dict[str
     norm, target = modules[str(chain.norm.target)], str(chain.norm.target)
     kind, became = type(norm), FUSED[type(norm)]
     norm.__class__ = became
-    norm.activation = activation  # type: ignore[assignment]
+    norm.activation = activation  # type: ignore[assignment] # fused classes have it
     call = chain.norm
     if chain.sum is not None:
-        norm.add = SUMS[chain.sum.target]  # type: ignore[assignment]
+        norm.add = SUMS[chain.sum.target]  # type: ignore[assignment] # fused classes have it
         (x,) = (*chain.norm.args, *chain.norm.kwargs.values())
         with graph.inserting_before(chain.sum):
             call = graph.call_module(target, (x, chain.residual))

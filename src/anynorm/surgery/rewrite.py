@@ -29,7 +29,7 @@ class GraphForward:
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # A class made at run time cannot be found again by name; a GraphModule knows how its graph is kept.
-        graph = fx.GraphModule(self, self.graph)  # type: ignore[arg-type]
+        graph = fx.GraphModule(self, self.graph)  # type: ignore[arg-type] # annotated as the class of its graph, an fx.Graph
         return restore, (self.original_class, self.refused, graph), self.__getstate__()
 
 

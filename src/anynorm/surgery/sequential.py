@@ -166,7 +166,7 @@ def fuse_place(model: nn.Module, place: Place) -> None:
     # Into __dict__, past nn.Module: the activation must not appear among the modules of the model.
     identity.__dict__[ACTIVATION_ATTRIBUTE] = activation
     norm.__class__ = FUSED[type(norm)]
-    norm.activation = place.activation  # type: ignore[assignment]
+    norm.activation = place.activation  # type: ignore[assignment] # its class was just exchanged
     sequential._modules[place.second] = identity
 
 
@@ -210,6 +210,6 @@ def take_apart(model: nn.Module, place: Place) -> None:
     theirs = {ours: theirs for theirs, ours in PAIRS.items()}
     del norm.activation
     vars(norm).pop("label", None)
-    norm.__class__ = theirs[norm.plain]  # type: ignore[assignment]
+    norm.__class__ = theirs[norm.plain]  # type: ignore[assignment] # its class was just exchanged
     if activation is not None:
         sequential._modules[place.second] = activation.train(identity.training)

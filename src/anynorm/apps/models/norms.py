@@ -43,7 +43,7 @@ def find_norm_pooling(norm: nn.Module, kind: str, x: Tensor) -> Pooling:
     scheme = FAMILY[kind]
     sizes: Sizes = ()
     if kind == "group":
-        sizes = (("g", int(norm.num_groups)),)  # type: ignore[arg-type]
+        sizes = (("g", int(norm.num_groups)),)  # type: ignore[arg-type] # torch annotates every attribute as Tensor | Module
     elif kind in ("layer", "rms"):
-        sizes = (("d", tuple(norm.normalized_shape)),)  # type: ignore[arg-type]
+        sizes = (("d", tuple(norm.normalized_shape)),)  # type: ignore[arg-type] # torch annotates every attribute as Tensor | Module
     return find_pooling(scheme.pattern, scheme.affine, scheme.centred, x.dim(), sizes)

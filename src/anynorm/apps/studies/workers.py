@@ -114,7 +114,7 @@ class Workers:
         busy = {worker.connection: worker for worker in self.all if worker.run is not None}
         ended = []
         for connection in wait(list(busy), timeout):
-            worker = busy[connection]  # type: ignore[index]
+            worker = busy[connection]  # type: ignore[index] # wait returns what it was given
             ended.append(worker.finish())
             if worker.dead:
                 self.replace(worker)
