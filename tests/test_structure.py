@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import anynorm
-from anynorm.engine import kernels
+from anynorm.engine import addresses, kernels
 
 PACKAGE = Path(anynorm.__file__).parent
 MOST_FRAMES = 5
@@ -47,7 +47,8 @@ def find_way(norm: torch.nn.Module, x: torch.Tensor, monkeypatch: pytest.MonkeyP
     norm(x)  # The checks of a first call come between.
     compiled, name = kernels.compiled, "forward_tensors" if kernels.READS_TENSORS else "forward"
     with monkeypatch.context() as patch:
-        patch.setattr(kernels, "compiled", SimpleNamespace(**{name: forward}))
+        for module in (kernels, addresses):
+            patch.setattr(module, "compiled", SimpleNamespace(**{name: forward}))
         norm(x)
     (way,) = ways
     return way

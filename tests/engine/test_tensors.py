@@ -17,6 +17,7 @@ from torch.func import functionalize, grad, jvp, vmap
 
 import anynorm
 from anynorm.engine import kernels, watch
+from anynorm.engine.memory import CPU
 from anynorm.pooling import find_pooling
 from kernel_cases import run_python
 
@@ -156,14 +157,13 @@ def test_both_ways_agree_to_the_bit_and_neither_calls_the_other(kind, dtype, mon
     masks = [None] if kind in ("layer", "rms") else [None, torch.rand(4, 5, generator=generator) > 0.3]
     for mask in masks:
         found = []
-        for reads, other in ((True, "forward_by_addresses"), (False, "")):
+        for reads in (True, False):
             norm, leaf = KINDS[kind]().to(torch.float64 if dtype == torch.float64 else torch.float32), x.clone()
             with monkeypatch.context() as patch:
                 for module in (kernels, watch):
                     patch.setattr(module, "READS_TENSORS", reads)
-                if other:
-                    patch.setattr(kernels, other, None)
-                    patch.setattr(kernels, "backward_by_addresses", None)
+                if reads:
+                    patch.setattr(kernels, "addresses", None)
                 options = {} if mask is None else {"mask": mask}
                 y = norm(leaf.requires_grad_(), **options)
                 gradients = torch.autograd.grad(y, [leaf, *norm.parameters()], g)
@@ -179,7 +179,7 @@ def test_nothing_leaks():
     """References of tensors that a call has looked at or refused are as they were."""
     norm, x, cut = anynorm.LayerNorm(4), X.clone(), torch.ones(8)[:4]
     cut.untyped_storage().resize_(4)
-    objects = [x, norm.weight, norm.bias, cut, torch.float64, torch.contiguous_format, kernels.CPU]
+    objects = [x, norm.weight, norm.bias, cut, torch.float64, torch.contiguous_format, CPU]
     norm(x)
     before = [sys.getrefcount(t) for t in objects]
     with torch.no_grad():

@@ -8,26 +8,30 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..activations import ACTIVATIONS, IDENTITY
-from ..errors import check_no_overlap
 from ..pooling import Pooling
-from ..sources import Given, move_running
+from ..sources import Given
 from ..statistics import Moments
-from . import memory
-from .memory import CPU, find_address, ready
+from . import addresses
+from .addresses import (
+    CHOICES,
+    Saved,
+    Statistics,
+    find_addresses,
+    find_mask_address,
+    increment_version,
+    make_statistics,
+    open_statistics,
+)
+from .memory import find_address
 from .plain import find_memory_format
 from .request import Request
 from .walks import Plan, compiled, make_plan
 
-CHOICES = {IDENTITY: 0} | {name: code for code, name in enumerate((None, *ACTIVATIONS))}  # as enum Activation counts
 PLANS_KEPT = 4096  # for each pooling
-
-Statistics = Tensor | tuple[Tensor, Tensor]  # all pools' mean and m2 in one, or a given mean and variance
 
 
 def why_off() -> str:
@@ -60,10 +64,6 @@ def describe() -> dict[str, str]:
 def arrange(x: Tensor) -> Tensor:
     """x itself where its result is laid out alike, else a contiguous copy: cheaper than walks in torch operations."""
     return x if x.is_contiguous() else x.contiguous(memory_format=find_memory_format(x))
-
-
-def address(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
 
 
 def find_plan(x: Tensor, pooling: Pooling, statistics: int = 0, masked: bool = False) -> Plan | None:
@@ -119,141 +119,7 @@ def forward(
             if not is_given and source[0] is not None and source[1] is not None:
                 increment_version(source)
             return found
-    return forward_by_addresses(x, weight, bias, residual, request, plan, keep=keep)
-
-
-def forward_by_addresses(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    request: Request,
-    plan: Plan,
-    *,
-    keep: bool = False,
-) -> tuple[Tensor, Statistics | None]:
-    """`forward` where Python must rearrange a tensor, find its address, or say what is wrong with it."""
-    source, eps, activation, mask, _, _ = request
-    gamma, beta = ready("weight", weight, plan), ready("bias", bias, plan)
-    if residual is not None:
-        residual = memory.arrange("residual", residual, plan)
-    statistics: Statistics | None = None
-    moves, moved, momentum = False, (0, 0), 0.0
-    if type(source) is Given:
-        statistics = ready_statistics(source, plan)
-        if keep:  # What is kept for backward must not change when the buffers do.
-            known_mean, known_var = statistics
-            statistics = (
-                known_mean.clone() if known_mean is source.mean else known_mean,
-                known_var.clone() if known_var is source.var else known_var,
-            )
-    else:
-        running_mean, running_var, new_weight = source
-        moves = running_mean is not None and running_var is not None
-        if moves and not plan.pooling.ghosts and can_move(plan, running_mean, running_var, new_weight):
-            size, momentum = plan.parameter_bytes, new_weight
-            moved = (
-                find_address("running_mean", running_mean, size),
-                find_address("running_var", running_var, size),
-            )
-        if keep or (moves and not moved[0]):
-            statistics = make_statistics(plan)
-    mean, m2, var = (0, 0, 0) if statistics is None else find_addresses(statistics, plan)
-    start = find_address("input", x, plan.bytes)
-    y = torch.empty_like(x, memory_format=plan.memory_format)
-    compiled.forward(
-        plan.compiled,
-        threads=torch.get_num_threads(),
-        eps=eps,
-        activation=CHOICES[activation],
-        x=start,
-        residual=0 if residual is None else find_address("residual", residual, plan.bytes),
-        y=y.data_ptr(),
-        gamma=0 if gamma is None else find_address("weight", gamma, plan.parameter_bytes),
-        beta=0 if beta is None else find_address("bias", beta, plan.parameter_bytes),
-        mean=mean,
-        m2=m2,
-        var=var,
-        mask=0 if mask is None else find_mask_address(mask, plan),
-        running_mean=moved[0],
-        running_var=moved[1],
-        momentum=momentum,
-    )
-    if moved[0]:
-        increment_version(source)
-    elif moves:
-        assert isinstance(statistics, Tensor)
-        check_no_overlap("norm", x, running_mean, running_var)
-        move_running(source, open_statistics(statistics, plan, mask), plan.pooling)
-    return y, statistics
-
-
-def increment_version(source: Any) -> None:
-    """Let autograd hear of buffers that were written through their addresses."""
-    if not source.running_mean.is_inference():
-        torch._C._increment_version(source[:2])
-
-
-def make_statistics(plan: Plan) -> Tensor:
-    """Memory for the means and then the m2 of all pools; of an uncentred norm for the m2 alone."""
-    return torch.empty(plan.pools * (2 if plan.centred else 1), dtype=torch.float64, device=CPU)
-
-
-def find_addresses(statistics: Statistics | None, plan: Plan) -> tuple[int, int, int]:
-    """Where mean, m2 and a given variance are, 0 for what is not there."""
-    if statistics is None:
-        return 0, 0, 0
-    if isinstance(statistics, tuple):
-        size = plan.pools * plan.statistics_dtype.itemsize
-        return find_address("mean", statistics[0], size), 0, find_address("variance", statistics[1], size)
-    start = find_address("statistics", statistics, 8 * plan.pools * (2 if plan.centred else 1))
-    return (start, start + 8 * plan.pools, 0) if plan.centred else (0, start, 0)
-
-
-def open_statistics(statistics: Tensor, plan: Plan, mask: Tensor | None = None) -> Moments:
-    """What the kernels left as statistics."""
-    count: int | Tensor = plan.count if mask is None else find_count(mask, plan)
-    if not plan.centred:
-        return Moments(count, None, statistics.view(plan.shape))
-    mean, m2 = statistics.view(2, *plan.shape).unbind()
-    return Moments(count, mean, m2)
-
-
-def find_mask_address(mask: Tensor | None, plan: Plan) -> int:
-    """Where the mask is: one float for each of n and s, in this order, as a contiguous mask has them."""
-    if mask is None:
-        return 0
-    n, s = plan.layout.n, plan.layout.s
-    if mask.numel() != n * s or not mask.is_contiguous() or mask.dtype is not torch.float32:
-        raise RuntimeError(f"kernels: a mask must be {n * s} contiguous floats; got {mask.numel()} of {mask.dtype}")
-    return find_address("mask", mask, 4 * n * s)
-
-
-def find_count(mask: Tensor, plan: Plan) -> Tensor:
-    """Elements of each pool that count, as they broadcast over its mean."""
-    n, _, k, s, _, pool_n, *_ = plan.layout
-    if pool_n:
-        return mask.sum(dtype=torch.float64)
-    count = mask.view(n, s).sum(1, dtype=torch.float64) * k
-    return count.view([size if axis == 0 else 1 for axis, size in enumerate(plan.shape)])
-
-
-def ready_statistics(given: Given, plan: Plan) -> tuple[Tensor, Tensor]:
-    """A given mean and variance as the kernels read them: wide where the plan is for wide ones, else as parameters."""
-    mean, var = given
-    if plan.statistics_dtype is not plan.parameter:
-        how = plan.statistics_dtype, plan.pools
-        return memory.recover("mean", mean, *how), memory.recover("variance", var, *how)
-    return ready("running_mean", mean, plan, plan.pools), ready("running_var", var, plan, plan.pools)
-
-
-def recover_statistics(kept: Statistics, plan: Plan) -> Statistics:
-    """What came back from forward, which hooks on saved tensors may have laid out anew."""
-    if isinstance(kept, tuple):
-        mean, var = kept
-        how = plan.statistics_dtype, plan.pools
-        return memory.recover("mean", mean, *how), memory.recover("variance", var, *how)
-    return memory.recover("statistics", kept, torch.float64, plan.pools * (2 if plan.centred else 1))
+    return addresses.forward(x, weight, bias, residual, request, plan, keep=keep)
 
 
 def find_moments(x: Tensor, pooling: Pooling, mask: Tensor | None = None) -> Moments | None:
@@ -278,32 +144,6 @@ def find_statistics(x: Tensor, plan: Plan, mask: Tensor | None = None) -> Tensor
         m2=m2,
     )
     return statistics
-
-
-def can_move(plan: Plan, mean: Tensor, var: Tensor, momentum: float | Tensor) -> bool:
-    """Whether the kernels can move running averages: in memory, as wide as parameters are, by a plain number."""
-    dtype = plan.parameter
-    return (
-        plan.layout.k == 1
-        and type(momentum) is float
-        and momentum >= 0
-        and mean.dtype is dtype
-        and var.dtype is dtype
-        and mean.is_contiguous()
-        and var.is_contiguous()
-        and mean.numel() == var.numel() == plan.channels
-    )
-
-
-class Saved(NamedTuple):
-    """What forward leaves for backward; beta and the residual where an activation follows, else None."""
-
-    x: Tensor
-    weight: Tensor | None
-    bias: Tensor | None
-    residual: Tensor | None
-    mask: Tensor | None
-    statistics: Statistics
 
 
 def backward(
@@ -333,43 +173,4 @@ def backward(
         )
         if found is not None:
             return found
-    return backward_by_addresses(g, saved, plan, eps, activation, needs)
-
-
-def backward_by_addresses(
-    g: Tensor, saved: Saved, plan: Plan, eps: float, activation: str | None, needs: Sequence[bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """`backward` where Python must rearrange a tensor, find its address, or say what is wrong with it."""
-    x, weight, bias, residual, mask, statistics = saved
-    g, x = memory.arrange("gradient", g, plan), memory.arrange("input", x, plan)
-    gamma, beta = ready("weight", weight, plan), ready("bias", bias, plan)
-    if residual is not None:
-        residual = memory.arrange("residual", residual, plan)
-    statistics = recover_statistics(statistics, plan)
-    mean, m2, var = find_addresses(statistics, plan)
-    mask = mask if mask is None else mask.contiguous()
-    read = find_address("gradient", g, plan.bytes), find_address("input", x, plan.bytes)
-    dx = torch.empty_like(x, memory_format=plan.memory_format) if needs[0] else None
-    dgamma = torch.empty(plan.channels, dtype=plan.parameter, device=CPU) if needs[1] else None
-    dbeta = torch.empty(plan.channels, dtype=plan.parameter, device=CPU) if needs[2] else None
-    dresidual = torch.empty_like(x, memory_format=plan.memory_format) if needs[3] else None
-    compiled.backward(
-        plan.compiled,
-        threads=torch.get_num_threads(),
-        eps=eps,
-        activation=CHOICES[activation],
-        grad=read[0],
-        x=read[1],
-        residual=find_address("residual", residual, plan.bytes),
-        dx=address(dx),
-        dresidual=address(dresidual),
-        gamma=find_address("weight", gamma, plan.parameter_bytes),
-        beta=find_address("bias", beta, plan.parameter_bytes),
-        mean=mean,
-        m2=m2,
-        var=var,
-        mask=find_mask_address(mask, plan),
-        dgamma=address(dgamma),
-        dbeta=address(dbeta),
-    )
-    return dx, dgamma, dbeta, dresidual
+    return addresses.backward(g, saved, plan, eps, activation, needs)

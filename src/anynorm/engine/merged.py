@@ -18,7 +18,7 @@ from torch._C._functorch import is_legacy_batchedtensor
 from ..pooling import Pooling
 from ..sources import Given, Merged, move_running
 from ..statistics import Moments
-from . import kernels, memory, plain
+from . import addresses, kernels, memory, plain
 from .gradients import keep, like
 from .merge import backward_uncompiled
 from .request import Request
@@ -92,7 +92,7 @@ class NormalizeMerged(torch.autograd.Function):
         memory.check_like("weight", weight, ctx.weight_like)
         memory.check_like("bias", bias, ctx.bias_like)
         x, dtype = memory.arrange("input", x, plan), plan.dtype
-        mean, var = kernels.recover_statistics((mean, var), plan)
+        mean, var = addresses.recover_statistics((mean, var), plan)
         if residual is not None:
             residual = memory.arrange("residual", residual, plan)
         if dtype in (torch.bfloat16, torch.float16):  # What is added twice is rounded once.
