@@ -2,7 +2,7 @@
 // as long as some ten elements.
 #pragma once
 
-#include "walk.h"
+#include "statistics.h"
 
 namespace anynorm::ANYNORM_TARGET {
 

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "tables.h"
-#include "walk.h"
+#include "statistics.h"
 
 namespace anynorm::ANYNORM_TARGET {
 

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "tiles.h"
-#include "walk.h"
+#include "statistics.h"
 
 namespace anynorm::ANYNORM_TARGET {
 

@@ -4,7 +4,7 @@
 // another. Few large pools are cut into segments, to keep many threads busy.
 #pragma once
 
-#include "walk.h"
+#include "statistics.h"
 
 namespace anynorm::ANYNORM_TARGET {
 
