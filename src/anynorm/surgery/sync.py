@@ -53,7 +53,7 @@ def sync(model: nn.Module, undo: bool = False, process_group: Any = None) -> Rep
         if not isinstance(module, BASES):
             continue
         if isinstance(module, _Synchronized) and not undo:
-            tell_name(module, name)
+            set_label(module, name)
             if process_group is not None and module.process_group is not process_group:
                 swaps[name] = type(module)
                 report.changed.append(Entry(name, describe(type(module)), became=describe(type(module))))
@@ -89,8 +89,8 @@ def find_change(module: Any, undo: bool) -> tuple[type[nn.Module] | None, str]:
     return SYNCHRONIZED[kind], ""
 
 
-def tell_name(module: Any, name: str) -> None:
-    """For messages of this rank, and of others that wait for it."""
+def set_label(module: Any, name: str) -> None:
+    """Give a layer the name that messages of this rank, and of others that wait for it, call it by."""
     module.label = name
     register_label(name)
 
@@ -107,7 +107,7 @@ def change(module: Any, name: str, kind: type[nn.Module], undo: bool, process_gr
     else:
         if not isinstance(module, _Synchronized):
             module.before = type(module)
-        tell_name(module, name)
+        set_label(module, name)
         if process_group is not None or not hasattr(module, "process_group"):
             module.process_group = process_group
     module.__class__ = kind

@@ -1,4 +1,4 @@
-"""Which norms are recalibrated, what do they hear, and how is all they were put back?
+"""Which norms are recalibrated, what is recorded of their inputs, and how is all they were put back?
 
 A pre-hook takes the moments of what reaches a norm. The norms are the only modules whose mode is touched: they
 normalize by their batch (training mode), or by averages that are put in (evaluation mode).
@@ -80,7 +80,7 @@ def find_reason(module: nn.Module, trust: tuple[type, ...]) -> str | None:
     return "a subclass with a forward of its own may not normalize its input as it comes; name it in trust="
 
 
-class Listener:
+class MomentRecorder:
     """Takes the moments of everything that reaches the norms.
 
     Args:
@@ -89,8 +89,8 @@ class Listener:
 
     Attributes:
         averages: the running means, by name.
-        tallies: what was heard, by name; `begin` clears them.
-        follows: put what was heard so far into the running averages at every call.
+        tallies: what was recorded, by name; `begin` clears them.
+        follows: put what was recorded so far into the running averages at every call.
     """
 
     def __init__(self, norms: dict[str, Any], by_batch: bool) -> None:
@@ -98,26 +98,26 @@ class Listener:
         self.averages = {name: norm.running_mean for name, norm in norms.items()}
         self.follows = False
         self.tallies: dict[str, Tally] = {}
-        self._heard: dict[str, Moments] = {}  # in the present batch
+        self._in_batch: dict[str, Moments] = {}  # in the present batch
         self._handles: list[Any] = []
 
     def begin(self, follows: bool) -> None:
         """A new pass."""
         self.tallies = {name: Tally() for name in self.norms}
-        self._heard, self.follows = {}, follows
+        self._in_batch, self.follows = {}, follows
 
     def attach(self) -> None:
-        """Put the norms into their mode and hear what comes."""
+        """Put the norms into their mode and record what comes."""
         for name, norm in self.norms.items():
             norm.training = self.by_batch
-            self._handles.append(norm.register_forward_pre_hook(partial(self.hear, name), with_kwargs=True))
+            self._handles.append(norm.register_forward_pre_hook(partial(self.record, name), with_kwargs=True))
 
     def detach(self) -> None:
-        """Hear no more."""
+        """Record no more."""
         while self._handles:
             self._handles.pop().remove()
 
-    def hear(self, name: str, norm: Any, args: Any, kwargs: Any) -> None:
+    def record(self, name: str, norm: Any, args: Any, kwargs: Any) -> None:
         """One call of a norm; several in a batch are pooled."""
         moments = find_input_moments(self.averages[name].numel(), *find_input(norm, args, kwargs))
         if moments is None:
@@ -135,19 +135,19 @@ class Listener:
                 f"{name or 'the model'} ({type(norm).__name__}); use a larger batch, drop a last batch of one with "
                 "DataLoader(drop_last=True), or earlier='population'; nothing was changed"
             )
-        known = self._heard.get(name)
-        self._heard[name] = moments if known is None else known.merge(moments)
+        known = self._in_batch.get(name)
+        self._in_batch[name] = moments if known is None else known.merge(moments)
         if self.follows:
-            before, total = self.tallies[name].total, self._heard[name]
+            before, total = self.tallies[name].total, self._in_batch[name]
             total = total if before is None else before.merge(total)
             assert total.mean is not None
             put(norm, total.mean, total.m2 / max(int(total.count) - 1, 1))
 
     def end_batch(self) -> None:
         """All calls of a batch are one entry: they are about the same samples."""
-        for name, moments in self._heard.items():
+        for name, moments in self._in_batch.items():
             self.tallies[name].add(moments)
-        self._heard = {}
+        self._in_batch = {}
 
 
 class Apart:

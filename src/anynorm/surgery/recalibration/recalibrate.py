@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ..report import Entry, describe
 from .data import Feed, unwrap, wants_progress
-from .norms import NOT_CALLED, Listener, find_norms, keeping, part_ranks, put
-from .report import Recalibration, find_distance, find_error, tell_move
+from .norms import NOT_CALLED, MomentRecorder, find_norms, keeping, part_ranks, put
+from .report import Recalibration, find_distance, find_error, make_moved_entry
 from .statistics import Peers, Population, merge_groups
 
 EARLIER = ("batch", "population")
@@ -88,22 +88,22 @@ def recalibrate(
     """
     peers = Peers(process_group)
     with ExitStack() as stack:
-        with peers.telling():
+        with peers.sharing_failure():
             check_arguments(model, loader, earlier, batches, rtol)
             inside = unwrap(model)
             norms, left = find_norms(inside, trust)
             check_usable(norms, left, loader, earlier)
             feed = Feed(inside, loader, forward_fn, wants_progress(progress, peers.rank))
-            listener = Listener(norms, by_batch=earlier == "batch")
+            recorder = MomentRecorder(norms, by_batch=earlier == "batch")
             stack.enter_context(feed.progress)
             stack.enter_context(keeping(inside))
-            stack.callback(listener.detach)
-            listener.attach()
+            stack.callback(recorder.detach)
+            recorder.attach()
             part_ranks(inside)
-        estimate = find_populations(feed, listener, peers, batches, rtol)
+        estimate = find_populations(feed, recorder, peers, batches, rtol)
     found = estimate.found
     left += [Entry(name, describe(type(norm)), reason=NOT_CALLED) for name, norm in norms.items() if name not in found]
-    moved = [tell_move(name, norms[name], population) for name, population in found.items()]
+    moved = [make_moved_entry(name, norms[name], population) for name, population in found.items()]
     write(norms, found)
     return Recalibration(moved, left, earlier, estimate.batches, estimate.passes, estimate.unsettled)
 
@@ -118,22 +118,24 @@ class Estimate:
     unsettled: float
 
 
-def find_populations(feed: Feed, listener: Listener, peers: Peers, limit: int | None, rtol: float | None) -> Estimate:
+def find_populations(
+    feed: Feed, recorder: MomentRecorder, peers: Peers, limit: int | None, rtol: float | None
+) -> Estimate:
     """One pass, or passes until nothing moves.
 
     Pass k gives norms with k - 1 others before them their final statistics, for those before them had theirs. The
     passes are all over the same number of batches.
     """
-    norms, known, unsettled, taken = listener.norms, dict[str, Population](), inf, 0
-    most = 1 if listener.by_batch else len(norms) + 1
+    norms, known, unsettled, taken = recorder.norms, dict[str, Population](), inf, 0
+    most = 1 if recorder.by_batch else len(norms) + 1
     for number in range(1, most + 1):
-        with peers.telling():
-            listener.begin(follows=not listener.by_batch and number == 1)
-            before, taken = taken, run_pass(feed, listener, peers, f"pass {number}", limit, rtol)
+        with peers.sharing_failure():
+            recorder.begin(follows=not recorder.by_batch and number == 1)
+            before, taken = taken, run_pass(feed, recorder, peers, f"pass {number}", limit, rtol)
             check_taken(number, before, taken)
-        found = peers.merge(listener.tallies)
-        check_found(found, listener, taken)
-        if listener.by_batch:
+        found = peers.merge(recorder.tallies)
+        check_found(found, recorder, taken)
+        if recorder.by_batch:
             return Estimate(found, taken, 1, 0.0)
         unsettled = max(find_distance(known.get(name), new, norms[name].eps) for name, new in found.items())
         known, limit, rtol = found, taken, None
@@ -149,22 +151,24 @@ def find_populations(feed: Feed, listener: Listener, peers: Peers, limit: int | 
     return Estimate(known, taken, most, unsettled)
 
 
-def run_pass(feed: Feed, listener: Listener, peers: Peers, title: str, limit: int | None, rtol: float | None) -> int:
+def run_pass(
+    feed: Feed, recorder: MomentRecorder, peers: Peers, title: str, limit: int | None, rtol: float | None
+) -> int:
     """Feed batches up to the loader's end, the limit or the precision asked for; how many it were."""
     taken, look = 0, LEAST
     with feed.apart():
         for taken in feed.run(title, limit):
-            listener.end_batch()
+            recorder.end_batch()
             if rtol is not None and taken >= look:
-                if max(find_errors(listener), default=0.0) <= rtol * sqrt(peers.world):
+                if max(find_errors(recorder), default=0.0) <= rtol * sqrt(peers.world):
                     break
                 look = ceil(1.25 * taken)
     return taken
 
 
-def find_errors(listener: Listener) -> Iterator[float]:
-    """Each layer's, of what this rank has heard."""
-    for tally in listener.tallies.values():
+def find_errors(recorder: MomentRecorder) -> Iterator[float]:
+    """Each layer's, of what this rank has recorded."""
+    for tally in recorder.tallies.values():
         found = merge_groups(tally.groups, tally.batches)
         if found is not None:
             yield find_error(found)
@@ -233,7 +237,7 @@ def check_taken(number: int, before: int, taken: int) -> None:
         )
 
 
-def check_found(found: dict[str, Population], listener: Listener, taken: int) -> None:
+def check_found(found: dict[str, Population], recorder: MomentRecorder, taken: int) -> None:
     """Whether this can be stored; all ranks find the same."""
     if not found:
         raise ValueError(
@@ -241,13 +245,13 @@ def check_found(found: dict[str, Population], listener: Listener, taken: int) ->
             "the loader empty, or an iterator that is exhausted? nothing was changed"
         )
     for name, population in found.items():
-        named = f"{name or 'the model'} ({type(listener.norms[name]).__name__})"
+        named = f"{name or 'the model'} ({type(recorder.norms[name]).__name__})"
         if population.count == 1:
             raise ValueError(
                 f"recalibrate: statistics need more than 1 value per channel; got 1 in {named}; give more data; "
                 "nothing was changed"
             )
-        dtype = listener.averages[name].dtype
+        dtype = recorder.averages[name].dtype
         if not all(t.to(dtype).isfinite().all() for t in (population.mean, population.var)):
             raise FloatingPointError(
                 f"recalibrate: statistics must be finite in the buffers' dtype; got values beyond {dtype} in {named}; "

@@ -61,7 +61,7 @@ def find_distance(old: Population | None, new: Population, eps: float) -> float:
     return max(float(shift.abs().max()), float((ratio - 1).abs().max()))
 
 
-def tell_move(name: str, norm: Any, new: Population) -> Moved:
+def make_moved_entry(name: str, norm: Any, new: Population) -> Moved:
     """Return a norm's entry of the report; to be called before the norm is changed."""
     shift, ratio = find_move((norm.running_mean, norm.running_var), (new.mean, new.var), norm.eps)
     return Moved(name, describe(type(norm)), new.count, new.batches, shift, ratio, new.mean_error, new.var_error)

@@ -125,9 +125,9 @@ class Peers:
 
     def merge(self, tallies: dict[str, Tally]) -> dict[str, Population]:
         """What all ranks have seen, in the order of ranks, so that every rank finds the same bits."""
-        mine = {name: (tally.batches, tally.groups) for name, tally in tallies.items()}
-        everyone = self.exchange(None, mine)
-        odd = [rank for rank, theirs in enumerate(everyone) if list(theirs) != list(mine)]
+        own = {name: (tally.batches, tally.groups) for name, tally in tallies.items()}
+        everyone = self.exchange(None, own)
+        odd = [rank for rank, theirs in enumerate(everyone) if list(theirs) != list(own)]
         if odd:
             raise SyncError(
                 f"recalibrate: all ranks must have the same batch norms; got others on {say_ranks(odd)}; "
@@ -143,7 +143,7 @@ class Peers:
         return merged
 
     @contextmanager
-    def telling(self) -> Iterator[None]:
+    def sharing_failure(self) -> Iterator[None]:
         """Tell the others, who wait at the end of the pass, what is raised here."""
         try:
             yield
