@@ -174,3 +174,10 @@ def assert_close(got: torch.Tensor, true: np.ndarray, factor: float, what: str, 
     assert error.size == 0 or (error <= allowed).all(), (
         f"{what}: {error[worst]:.3g} at {worst}, allowed {allowed[worst]:.3g}, true value {true[worst]:.3g}"
     )
+
+
+def assert_same(ours: list[torch.Tensor], theirs: list[torch.Tensor], tolerance: float = 3e-6) -> None:
+    """Numbers without axes are sums of hundreds of terms that nearly cancel, and get ten times the tolerance."""
+    for mine, its in zip(ours, theirs, strict=True):
+        scale = (1 if mine.dim() else 10) * max(1.0, float(its.detach().abs().max()))
+        torch.testing.assert_close(mine, its, rtol=tolerance, atol=tolerance * scale)
