@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_leaves
 
 
 def save_randomness() -> list[Any]:
@@ -26,6 +27,14 @@ def restore_randomness(states: list[Any]) -> None:
     torch.set_rng_state(states[2])
     if len(states) > 3:
         torch.cuda.set_rng_state_all(states[3])
+
+
+def has_drawn(states: list[Any]) -> bool:
+    """Whether a generator has drawn since `save_randomness` returned these states."""
+    now = save_randomness()
+    # Python's own state is a plain tuple; the others hold arrays and tensors, which do not compare as one.
+    others = zip(tree_leaves(now[1:]), tree_leaves(states[1:]), strict=False)
+    return now[0] != states[0] or not all(np.array_equal(a, b) for a, b in others)
 
 
 @contextmanager

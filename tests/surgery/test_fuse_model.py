@@ -96,7 +96,7 @@ def test_nothing_is_changed_where_anything_raises(monkeypatch):
         (surgery, "copy_sharing"),
         (surgery, "plan_fusion"),
         (surgery, "report_fused"),
-        (trace, "find_random_state"),
+        (trace, "save_randomness"),
     ):
         with monkeypatch.context() as patched:
             patched.setattr(module, name, refuse)

@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from ..modules.counting import count_whole_batch
+from ..randomness import restore_randomness, save_randomness
 from .checks import check_model
 from .lockstep import lockstep
 from .passes import MicroBatches, estimate, sweep
-from .replay import SavedBuffers, SavedGradients, restore_randomness, save_randomness
+from .replay import SavedBuffers, SavedGradients
 
 MODES: dict[str, Callable[[MicroBatches], None]] = {"sweep": sweep, "lockstep": lockstep, "estimate": estimate}
 

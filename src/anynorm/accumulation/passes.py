@@ -23,6 +23,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from ..randomness import restore_randomness, save_randomness
 from ..sources import overriding
 from .calls import ForwardPass, NormCall
 from .checks import make_inner_gradient_error
@@ -34,7 +35,7 @@ from .exchanges import (
     SumsCollector,
     WholeBatchExchange,
 )
-from .replay import SavedBuffers, restore_randomness, save_randomness
+from .replay import SavedBuffers
 
 Loss = Callable[[nn.Module, Any], Any]
 

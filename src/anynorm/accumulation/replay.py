@@ -1,4 +1,4 @@
-"""What a micro-batch must find again when it is run once more: random numbers, buffers, gradients."""
+"""What a micro-batch must find again when it is run once more, beside random numbers: buffers and gradients."""
 
 from __future__ import annotations
 
@@ -7,9 +7,6 @@ from collections.abc import Iterable
 import torch
 import torch.nn as nn
 from torch import Tensor
-
-from ..randomness import restore_randomness as restore_randomness
-from ..randomness import save_randomness as save_randomness
 
 
 class SavedBuffers:

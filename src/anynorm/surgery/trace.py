@@ -9,13 +9,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-import random
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn as nn
 from torch import Tensor, fx
@@ -23,6 +21,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import tree_leaves
 
 from ..modules.norm import Norm
+from ..randomness import has_drawn, restore_randomness, save_randomness
 from .in_place import IN_PLACE
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
@@ -81,7 +80,7 @@ class Traces:
 
 def trace(model: nn.Module) -> Traces:
     """Record a model in both modes, on copies: nothing that its `forward` does to itself reaches the model."""
-    random_state = find_random_state()
+    random_states = save_randomness()
     # A branch on the mode shows as two graphs that differ; so does one on the other modes, which change along with it.
     traces = Traces(reason=find_model_obstacle(model))
     for training in (True, False):
@@ -94,8 +93,8 @@ def trace(model: nn.Module) -> Traces:
             traces.graphs.append(graph)
         traces.reason = traces.reason or reason
     # Whatever was drawn is given back: tracing leaves no trace in what the user draws next.
-    if find_random_state() != random_state:
-        set_random_state(*random_state)
+    if has_drawn(random_states):
+        restore_randomness(random_states)
         traces.reason = traces.reason or "its forward draws random numbers, which a graph would freeze"
     if len({str(graph) for graph in traces.graphs}) == 2:
         traces.reason = traces.reason or "its forward differs between training and evaluation, or under autocast"
@@ -193,16 +192,3 @@ def changed_modes(changed: bool) -> Iterator[None]:
     finally:
         for device, enabled in zip(DEVICES, before, strict=True):
             torch.set_autocast_enabled(device, enabled)
-
-
-def find_random_state() -> tuple[Any, Any, Any]:
-    """The states of Python's, NumPy's and torch's generators, in a form that compares."""
-    numpy: Any = np.random.get_state()  # noqa: NPY002
-    return random.getstate(), (numpy[0], numpy[1].tolist(), *numpy[2:]), torch.get_rng_state().tolist()
-
-
-def set_random_state(python: Any, numpy: Any, torchs: Any) -> None:
-    """Put the three generators back."""
-    random.setstate(python)
-    np.random.set_state(numpy)  # noqa: NPY002
-    torch.set_rng_state(torch.tensor(torchs, dtype=torch.uint8, device="cpu"))
