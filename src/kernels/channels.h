@@ -94,6 +94,7 @@ struct Coefficients {
     Lines<Compute> lines{tables.get(), tables.get() + size, tables.get() + 2 * size};
     Lines<Compute> slopes{tables.get() + 3 * size, tables.get() + 4 * size, tables.get() + 5 * size};
     double *c1 = of_pools.get(), *c2 = c1 + (end - begin), *reach = c2 + (end - begin);
+    Indices unfit{};  // any lane, where one of the tables' channels fits no float
 
     Coefficients(Statistics<T>& statistics, int64_t begin, int64_t end, int64_t channels)
         : statistics(statistics), begin(begin), end(end), channels(channels) {
@@ -102,7 +103,9 @@ struct Coefficients {
             const Lanes rstd = load_or_repeat(statistics.rstd.get() + pool, channels > 1, some);
             const Lanes a = rstd * gammas_of<T>(call, channel, false, some), b = betas_of<T>(call, channel, false, some);
             lines.put(entry, mean, a, b, some);
-            store(fits.get() + entry, bits_of<Lanes>(fit_float<T>(mean, a, b)), some);
+            const Indices fit = fit_float<T>(mean, a, b);
+            store(fits.get() + entry, bits_of<Lanes>(fit), some);
+            unfit |= ~fit;
         });
     }
 
@@ -122,11 +125,11 @@ struct Coefficients {
         return bits_of<int64_t>(const_cast<Coefficients*>(this)->fits[entry]) != 0;
     }
 
+    // Whether the tables serve all their channels.
+    bool serve_all() const { return !kIsNarrow<T> || !has_any(unfit); }
     // Makes one choice for all channels.
     void fit_all_or_none() {
-        bool fit = true;
-        for (int64_t i = 0; i < size; ++i) fit = fit && fits_float_at(i);
-        if (!fit) clear(fits.get(), 0, size);
+        if (!serve_all()) clear(fits.get(), 0, size);
     }
 
     // From the sums of g and g * (x - mean), which begin with this table's first channel. Given statistics are constants.
@@ -150,6 +153,7 @@ struct Coefficients {
                                 are_within_float(load_or_repeat(reach + pool - begin, is_one, some));
             if constexpr (kIsNarrow<T>) {
                 store(fits.get() + entry, bits_of<Lanes>(bits_of<Indices>(load(fits.get() + entry, some)) & fit), some);
+                unfit |= ~fit;
             }
         });
     }

@@ -197,4 +197,19 @@ INLINE void sweep(int64_t length, Body body) {
     if (i < length) body(i, Part{length - i}, 3);
 }
 
+// The same where each element is written by itself: a vector at the end takes some of the one before once more, which costs
+// less than a part.
+template <int Width, bool Long = false, class Body>
+INLINE void sweep_results(int64_t length, Body body) {
+    if (length < Width) {
+        if (length > 0) body(int64_t{0}, Part{length});
+        return;
+    }
+    int64_t i = 0;
+    for (; !Long && i + 4 * Width <= length; i += 4 * Width) {
+        for (int u = 0; u < 4; ++u) body(i + u * Width, Full{});
+    }
+    for (; i < length; i += Width) body(i + Width <= length ? i : length - Width, Full{});
+}
+
 }  // namespace anynorm::ANYNORM_TARGET

@@ -65,6 +65,18 @@ struct Pools {
             for (int64_t p = begin; p < end; p += size) body(p, least(end, p + size));
         });
     }
+    // body(first pool, where in memory, how many pools) over runs that follow one another, of one sample each time, where a pool
+    // has a run in each sample.
+    template <class Body>
+    void each_row_of_pools(Body body) const {
+        parallel_for(call, call.n * pools, call.s, [&](int64_t begin, int64_t end) {
+            for (int64_t i = begin; i < end;) {
+                const int64_t pool = i % pools, count = least(end - i, pools - pool);
+                body(pool, i * call.s, count);
+                i += count;
+            }
+        });
+    }
     // body(pool, run, from, runs) in the order of memory, where a pool has a run in each sample.
     template <class Body>
     void each_piece(Body body) const {

@@ -139,15 +139,32 @@ struct Rows : Pools {
     }
     template <class Compute>
     INLINE void apply_line(Line<Compute> line, int64_t pool, int64_t run, int64_t from, int64_t at, const Runs& all) const {
+        const auto line_of = [&](int64_t) INLINE_LAMBDA { return line; };
         if constexpr (kHasPlain<Compute, T>) {
             if (!call.is_active()) {
-                run_apply<Compute, false>(x + at, out + at, all, line, [](int64_t) { return Epilogue<T>{}; }, call.bypasses_caches);
+                run_apply<Compute, false>(x + at, out + at, all, line_of, [](int64_t) { return Epilogue<T>{}; }, call.bypasses_caches);
                 return clear_holes(out, pool, run, at, from, all);
             }
         }
-        run_apply<Compute, true>(x + at, out + at, all, line, [&](int64_t r) {
+        run_apply<Compute, true>(x + at, out + at, all, line_of, [&](int64_t r) {
             return epilogue(pool, run + r, at + r * all.stride, from);
         }, call.bypasses_caches);
+    }
+    // Whether runs of neighbouring channels are taken in one loop: short ones would cost more to begin than to walk.
+    bool has_neighbours(const Coefficients<T>& of) const { return !call.mask && call.s <= kSegment && of.serve_all(); }
+    // The runs of `count` channels that follow one another, from a place in the tables and one in memory on.
+    void apply_neighbours(const Coefficients<T>& of, int64_t entry, int64_t at, int64_t count) const {
+        using Compute = typename Coefficients<T>::Compute;
+        const Runs all{count, call.s, call.s};
+        const auto line_of = [&](int64_t r) INLINE_LAMBDA { return of.lines.at(entry + r); };
+        if constexpr (kHasPlain<Compute, T>) {
+            if (!call.is_active()) {
+                return run_apply<Compute, false>(x + at, out + at, all, line_of, [](int64_t) { return Epilogue<T>{}; },
+                                                 call.bypasses_caches);
+            }
+        }
+        run_apply<Compute, true>(x + at, out + at, all, line_of, [&](int64_t r) { return epilogue(0, 0, at + r * call.s, 0); },
+                                 call.bypasses_caches);
     }
 
     void forward() {
@@ -166,6 +183,7 @@ struct Rows : Pools {
             find_whole(begin, end);
             if (!out) return;
             const Coefficients<T> of(statistics, begin, end, channels);
+            if (!by_sample && has_neighbours(of)) return apply_neighbours(of, 0, start(begin), (end - begin) * channels);
             for (int64_t p = begin; p < end; ++p) {
                 each_run(p, [&](int64_t j, int64_t from, const Runs& all) { apply(of, p, j, from, all); });
             }
@@ -178,6 +196,9 @@ struct Rows : Pools {
         statistics.read();
         Coefficients<T> of(statistics, 0, pools, 1);
         of.fit_all_or_none();
+        if (has_neighbours(of)) {
+            return each_row_of_pools([&](int64_t p, int64_t at, int64_t count) { apply_neighbours(of, p, at, count); });
+        }
         each_piece([&](int64_t p, int64_t j, int64_t from, const Runs& all) { apply(of, p, j, from, all); });
     }
 
@@ -245,17 +266,34 @@ struct Rows : Pools {
                 return clear_holes(out, pool, run, at, from, all);
             }
             const Line<Compute> slope = slope_of<Compute>(of, pool, run);
+            const auto line_of = [&](int64_t) INLINE_LAMBDA { return line; };
+            const auto slopes_of = [&](int64_t) INLINE_LAMBDA { return slope; };
             if constexpr (kHasPlain<Compute, T>) {
                 if (!call.is_active()) {
-                    run_dx<Compute, false>(grad + at, x + at, out + at, all, line, slope, [](int64_t) { return Epilogue<T>{}; },
+                    run_dx<Compute, false>(grad + at, x + at, out + at, all, line_of, slopes_of, [](int64_t) { return Epilogue<T>{}; },
                                            call.bypasses_caches);
                     return clear_holes(out, pool, run, at, from, all);
                 }
             }
-            run_dx<Compute, true>(grad + at, x + at, out + at, all, line, slope, [&](int64_t r) {
+            run_dx<Compute, true>(grad + at, x + at, out + at, all, line_of, slopes_of, [&](int64_t r) {
                 return epilogue(pool, run + r, at + r * all.stride, from);
             }, call.bypasses_caches, call.has_given_statistics());
         });
+    }
+    // As `apply_neighbours`, of dx.
+    void write_dx_of_neighbours(const Coefficients<T>& of, int64_t at, int64_t count) const {
+        using Compute = typename Coefficients<T>::Compute;
+        const Runs all{count, call.s, call.s};
+        const auto line_of = [&](int64_t r) INLINE_LAMBDA { return of.lines.at(r); };
+        const auto slopes_of = [&](int64_t r) INLINE_LAMBDA { return of.slopes.at(r); };
+        if constexpr (kHasPlain<Compute, T>) {
+            if (!call.is_active()) {
+                return run_dx<Compute, false>(grad + at, x + at, out + at, all, line_of, slopes_of,
+                                              [](int64_t) { return Epilogue<T>{}; }, call.bypasses_caches);
+            }
+        }
+        run_dx<Compute, true>(grad + at, x + at, out + at, all, line_of, slopes_of,
+                              [&](int64_t r) { return epilogue(0, 0, at + r * call.s, 0); }, call.bypasses_caches);
     }
 
     template <class Compute>
@@ -286,6 +324,7 @@ struct Rows : Pools {
             }
             if (!out) return;
             of.find_slopes(sums.first + begin * channels, sums.second + begin * channels);
+            if (!by_sample && has_neighbours(of)) return write_dx_of_neighbours(of, start(begin), (end - begin) * channels);
             for (int64_t p = begin; p < end; ++p) {
                 each_run(p, [&](int64_t j, int64_t from, const Runs& all) { write_dx(of, p, j, from, all); });
             }

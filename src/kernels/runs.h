@@ -83,14 +83,16 @@ double run_squares(const T* x, int64_t length) {
     return sums.total().second;
 }
 
-// y[i] = epilogue((x[i] - high) * scale + shift), for all runs; epilogue_of(run) says what follows
-template <class Compute, bool Active, class T, class EpilogueOf>
-void run_apply(const T* x, T* y, const Runs& runs, Line<Compute> line, EpilogueOf epilogue_of, bool bypasses_caches) {
+// y[i] = epilogue((x[i] - high) * scale + shift), for all runs; line_of(run) has the coefficients, epilogue_of(run) says what
+// follows
+template <class Compute, bool Active, class T, class LineOf, class EpilogueOf>
+void run_apply(const T* x, T* y, const Runs& runs, LineOf line_of, EpilogueOf epilogue_of, bool bypasses_caches) {
     using V = VectorOf<Compute>;
     for (int64_t r = 0; r < runs.count; ++r, x += runs.stride, y += runs.stride) {
+        const Line<Compute> line = line_of(r);
         const Epilogue<T> epilogue = epilogue_of(r);
         const int64_t size = runs.size(r);
-        sweep<kWidth<Compute>, Active>(size, [&](int64_t i, auto some, int) INLINE_LAMBDA {
+        sweep_results<kWidth<Compute>, Active>(size, [&](int64_t i, auto some) INLINE_LAMBDA {
             V v = (load_as<Compute>(x + i, some) - line.high) * line.scale + line.shift;
             if constexpr (Active) v = epilogue.template forward<V, Compute>(v, i, some);
             store_result(y + i, v, some, bypasses_caches);
@@ -131,15 +133,16 @@ Sums run_grad_sums(const T* g, const T* x, const Runs& runs, double mean, Line<C
 // dx[i] = g[i] * line.scale - ((x[i] - high) * slope + constant), 0 where a position does not count, for all runs; g
 // before the activation, found once more rather than read rounded. Given statistics have no slopes: an infinite x would
 // make NaN of a slope of 0.
-template <class Compute, bool Active, class T, class EpilogueOf>
-void run_dx(const T* g, const T* x, T* dx, const Runs& runs, Line<Compute> line, Line<Compute> slopes, EpilogueOf epilogue_of,
+template <class Compute, bool Active, class T, class LineOf, class SlopesOf, class EpilogueOf>
+void run_dx(const T* g, const T* x, T* dx, const Runs& runs, LineOf line_of, SlopesOf slopes_of, EpilogueOf epilogue_of,
             bool bypasses_caches, bool has_given_statistics = false) {
     using V = VectorOf<Compute>;
     for (int64_t r = 0; r < runs.count; ++r, g += runs.stride, x += runs.stride, dx += runs.stride) {
+        const Line<Compute> line = line_of(r), slopes = slopes_of(r);
         Epilogue<T> epilogue = epilogue_of(r);
         epilogue.gradient = nullptr;
         const int64_t size = runs.size(r);
-        sweep<kWidth<Compute>, Active>(size, [&](int64_t i, auto some, int) INLINE_LAMBDA {
+        sweep_results<kWidth<Compute>, Active>(size, [&](int64_t i, auto some) INLINE_LAMBDA {
             const V centred = load_as<Compute>(x + i, some) - line.high;
             V before = load_as<Compute>(g + i, some);
             if constexpr (Active) before = epilogue.template backward<V, Compute>(before, centred * line.scale + line.shift, i, some);
@@ -161,7 +164,7 @@ void run_scale(const T* g, T* dx, const Runs& runs, double a, bool bypasses_cach
     const Compute scale = static_cast<Compute>(a);
     for (int64_t r = 0; r < runs.count; ++r, g += runs.stride, dx += runs.stride) {
         const int64_t size = runs.size(r);
-        sweep<kWidth<Compute>>(size, [&](int64_t i, auto some, int) INLINE_LAMBDA {
+        sweep_results<kWidth<Compute>>(size, [&](int64_t i, auto some) INLINE_LAMBDA {
             store_result(dx + i, load_as<Compute>(g + i, some) * scale, some, bypasses_caches);
         });
         clear(dx, size, runs.length);

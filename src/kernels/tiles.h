@@ -36,8 +36,14 @@ INLINE void sweep_columns(int64_t width, Body body) {
 }
 
 INLINE bool is_long_and_far(const Tile& tile) { return tile.width > kWide && !tile.is_near; }
-// How far ahead long and far rows are asked for, else 0: no processor foresees where the next few begin.
-INLINE int64_t prefetch_distance(const Tile& tile) { return is_long_and_far(tile) ? kFarSumRows * tile.stride : 0; }
+// What is summed next of a row, asked for ahead, since no processor foresees where: the rows behind the next few where rows
+// are long and far, else the next columns.
+template <class T>
+INLINE void prefetch_next(const T* from, const Tile& tile, int64_t columns) {
+    if (is_long_and_far(tile)) return __builtin_prefetch(from + kFarSumRows * tile.stride);
+    constexpr int64_t line = 64 / sizeof(T);
+    for (int64_t i = columns; i < 2 * columns; i += line) __builtin_prefetch(from + i);
+}
 
 // Two sums a column over a tile: prepare(column, Full or Part, vectors as a constant) loads what columns have in common,
 // add(that, row, column, Full or Part, vectors, sums, more sums) adds one row's. Sums stay in registers for kSumRows rows, or
@@ -81,10 +87,9 @@ INLINE auto loader(const Compute* table) {
 // first[i] += sum over rows of x[r][i] - shift[i], second[i] += sum over rows of (x[r][i] - shift[i])^2
 template <class T>
 void column_moments(const T* x, const Tile& tile, const double* shift, double* first, double* second) {
-    const int64_t ahead = prefetch_distance(tile);
     const auto add = [&](const auto& about, int64_t r, int64_t i, auto some, auto vectors, auto* sum, auto* squares) INLINE_LAMBDA {
         const T* from = x + tile.find_row(r) * tile.stride + i;
-        if (ahead) __builtin_prefetch(from + ahead);
+        prefetch_next(from, tile, vectors * W);
         for (int u = 0; u < vectors; ++u) {
             const Lanes d = load(from + u * W, some) - about.v[u];
             sum[u] += d;
@@ -123,10 +128,10 @@ template <class Compute, bool Long = false, class Body>
 INLINE void sweep_tile(const Tile& tile, Body body) {
     int64_t r = 0;
     for (; !Long && (tile.width <= kWide || tile.is_near) && r + kApplyRows <= tile.rows; r += kApplyRows) {
-        sweep<kWidth<Compute>>(tile.width, [&](int64_t i, auto some, int) INLINE_LAMBDA { body(r, i, some, kApplyRows); });
+        sweep_results<kWidth<Compute>>(tile.width, [&](int64_t i, auto some) INLINE_LAMBDA { body(r, i, some, kApplyRows); });
     }
     for (; r < tile.rows; ++r) {
-        sweep<kWidth<Compute>, Long>(tile.width, [&](int64_t i, auto some, int) INLINE_LAMBDA { body(r, i, some, 1); });
+        sweep_results<kWidth<Compute>, Long>(tile.width, [&](int64_t i, auto some) INLINE_LAMBDA { body(r, i, some, 1); });
     }
 }
 
@@ -153,13 +158,10 @@ void column_grad_sums(const T* g, const T* x, const Tile& tile, const double* me
                       const TileEpilogue<T>& epilogue, double* first, double* second) {
     using V = VectorOf<Compute>;
     constexpr int width = kWidth<Compute>, parts = kParts<Compute>;
-    const int64_t ahead = prefetch_distance(tile);
     const auto add = [&](const auto& about, int64_t r, int64_t i, auto some, auto vectors, auto* sum, auto* products) INLINE_LAMBDA {
         const int64_t row = tile.find_row(r);
-        if (ahead) {
-            __builtin_prefetch(x + row * tile.stride + i + ahead);
-            __builtin_prefetch(g + row * tile.stride + i + ahead);
-        }
+        prefetch_next(x + row * tile.stride + i, tile, vectors * width);
+        prefetch_next(g + row * tile.stride + i, tile, vectors * width);
         for (int u = 0; u < vectors; ++u) {
             const int64_t column = i + u * width, at = row * tile.stride + column;
             V v = load_as<Compute>(g + at, some);
