@@ -12,7 +12,6 @@ import torch.nn as nn
 from torch import Tensor
 
 from ..activations import finish
-from ..engine.plain import blank
 from ..engine.protocol import look_at
 from ..engine.request import Request
 from ..errors import check_axes
@@ -20,6 +19,7 @@ from ..functional.batch import BATCH_NORM, BATCH_OF_ONE, BatchFront
 from ..padding.masks import find_mask, has_real
 from ..padding.ragged import close_rows, is_ragged, open_residual, open_rows
 from ..sources import BATCH, Batch, Exchange, Given, Joined, Merged, Source, find_momentum, find_override
+from ..statistics import blank
 from .counting import NonFiniteGuard, is_counted, mark_counted
 from .norm import Norm, read_entry
 from .recomputation import read_or_replay
