@@ -91,10 +91,10 @@ def same_numbers_every_time():
     torch._dynamo.reset()
 
 
-@pytest.fixture(params=["kernels", "blocks"])
+@pytest.fixture(params=["kernels", "formula"])
 def path(request, monkeypatch):
-    """With the kernels, and by blocks of torch operations where there are none."""
-    if request.param == "blocks":
+    """With the kernels, and in torch operations where there are none."""
+    if request.param == "formula":
         monkeypatch.setattr(kernels, "find_plan", lambda *_, **options: None)
     elif kernels.OFF:
         pytest.skip("the kernels are off")

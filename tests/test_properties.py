@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import anynorm
 from anynorm import reference
 from anynorm.pooling import find_pooling
-from anynorm.statistics import Moments, find_moments
+from anynorm.statistics import Moments, centre, find_moments
 from specimens import assert_close, wide
 
 F = anynorm.functional
@@ -99,12 +99,12 @@ def test_merge_is_the_moments_of_all(counts, mean, centred, random):
     generator = torch.Generator().manual_seed(0)
     parts = [torch.randn(count, 3, generator=generator, dtype=torch.float64) + mean for count in counts]
     assume(sum(counts) > 0)
-    found = [find_moments(part, pooling, True) if len(part) else empty(centred) for part in parts]
+    found = [find_moments(centre(part, pooling)) if len(part) else empty(centred) for part in parts]
     random.shuffle(found)
     total = found[0]
     for more in found[1:]:
         total = total.merge(more)
-    whole = find_moments(torch.cat(parts), pooling, True)
+    whole = find_moments(centre(torch.cat(parts), pooling))
     assert total.count == whole.count
     torch.testing.assert_close(total.m2, whole.m2, rtol=1e-9, atol=1e-9)
     if centred:

@@ -1,16 +1,14 @@
-"""`Moments`, the one value that statistics travel in, and `GradSums`, its twin for the backward pass."""
+"""`Moments`, the one value that statistics travel in, and how they are found in torch operations."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .pooling import Pooling
-
-Block = tuple[slice, ...]  # one slice for every axis of the view; () is the whole
 
 
 @dataclass
@@ -40,19 +38,6 @@ class Moments:
         """A copy that later changes of the tensors do not reach."""
         return Moments(self.count, None if self.mean is None else self.mean.clone(), self.m2.clone())
 
-    @classmethod
-    def empty(cls, view: Tensor, pooling: Pooling, dtype: torch.dtype) -> Moments:
-        """Room for the moments of a whole tensor, filled by `put`."""
-        shape = [1 if axis in pooling.pooled else size for axis, size in enumerate(view.shape)]
-        mean, m2 = (torch.empty(shape, dtype=dtype, device=view.device) for _ in range(2))
-        return cls(pooling.count(view), mean if pooling.centred else None, m2)
-
-    def put(self, moments: Moments, block: Block) -> None:
-        """Store the moments of the pools that a block belongs to."""
-        part(self.m2, block).copy_(moments.m2)
-        if self.mean is not None and moments.mean is not None:
-            part(self.mean, block).copy_(moments.mean)
-
     def merge(self, other: Moments) -> Moments:
         """The moments of both sets together (Chan, Golub and LeVeque 1979); a count of 0 is the identity."""
         if not self.count or not other.count:
@@ -70,97 +55,109 @@ def at_least_one(count: Any) -> Any:
     return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
 
 
-@dataclass
-class GradSums:
-    """What backward sums, of g and of g * xhat, over all blocks.
-
-    `beta` and `gamma` over everything that shares a gamma: these are the gradients of beta and gamma. `pool` and
-    `pool_xhat`, times gamma, over everything that shares a mean; None where the statistics were given and nothing
-    flows through them.
-    """
-
-    beta: Tensor
-    gamma: Tensor
-    pool: Tensor | None
-    pool_xhat: Tensor | None
-
-    @classmethod
-    def zeros(cls, view: Tensor, pooling: Pooling, rstd: Tensor, is_given: bool) -> GradSums:
-        """Sums of nothing, shaped to broadcast over the view."""
-        shape = [size if axis in pooling.affine else 1 for axis, size in enumerate(view.shape)]
-        beta, gamma = (torch.zeros(shape, dtype=rstd.dtype, device=rstd.device) for _ in range(2))
-        pool, pool_xhat = (None if is_given else torch.zeros_like(rstd) for _ in range(2))
-        return cls(beta, gamma, pool, pool_xhat)
-
-    def add(self, g: Tensor, product: Tensor, gamma: Tensor | None, block: Block, pooling: Pooling) -> None:
-        """Add a block's g and product g * xhat. Axes that both kinds of sum run over are summed once for both."""
-        shares_gamma = tuple(axis for axis in range(g.dim()) if axis not in pooling.affine)
-        common = tuple(axis for axis in shares_gamma if axis in pooling.pooled)
-        rest_gamma = tuple(axis for axis in shares_gamma if axis not in common)
-        rest_pool = tuple(axis for axis in pooling.pooled if axis not in common)
-        for value, own, pool in ((g, self.beta, self.pool), (product, self.gamma, self.pool_xhat)):
-            value = sum_over(value, common)
-            part(own, block).add_(sum_over(value, rest_gamma))
-            if pool is None:
-                continue
-            scaled = value if gamma is None else value * part(gamma, block)
-            part(pool, block).add_(sum_over(scaled, rest_pool))
-
-
-@overload
-def part(t: Tensor, block: Block) -> Tensor: ...
-@overload
-def part(t: None, block: Block) -> None: ...
-@overload
-def part(t: Tensor | None, block: Block) -> Tensor | None: ...
-def part(t: Tensor | None, block: Block) -> Tensor | None:
-    """The share of a block in a tensor that broadcasts over the view."""
-    if t is None or not block:
-        return t
-    return t[tuple(slice(None) if size == 1 else cut for size, cut in zip(t.shape, block, strict=True))]
-
-
 def find_wide_dtype(x: Tensor) -> torch.dtype:
-    """The dtype statistics are computed in: float64, where the device has it.
+    """The dtype of what there is one of for each pool: float64, where the device has it.
 
-    In float64 the squares of 1e37 do not overflow, the mean of a constant is the constant, and a mean of 1e6 standard
-    deviations costs no digit of a float32.
+    In float64 the variance of values of 1e37 does not overflow, and a mean of 1e6 standard deviations is a float64.
     """
     return torch.float32 if x.device.type == "mps" else torch.float64
 
 
-def find_moments(wide: Tensor, pooling: Pooling, refine: bool, counted: Tensor | None = None) -> Moments:
-    """Two passes over an opened tensor, already in the dtype for statistics; differentiable.
+class Centred(NamedTuple):
+    """An opened tensor about the mean of its pools, in the precision it came in.
+
+    x * unit = centred + shift + rest, with `unit` a power of two. Shift and rest are the mean in two parts: at a mean
+    of 1e6 standard deviations the first alone would cost all digits of a float32.
+
+    Attributes:
+        scaled: x * unit.
+        shift, rest: None for an uncentred norm.
+        counted: which positions count; at the others `scaled` and `centred` are 0.
+        number: how many elements of each pool count.
+    """
+
+    scaled: Tensor
+    centred: Tensor
+    shift: Tensor | None
+    rest: Tensor | None
+    unit: Tensor | float
+    pooling: Pooling
+    counted: Tensor | None
+    number: int | Tensor
+
+    def move(self, mean: Tensor) -> Centred:
+        """The same about another mean."""
+        mean = mean * self.unit
+        shift = mean.detach().to(self.scaled.dtype)
+        rest = (mean - shift).to(self.scaled.dtype)
+        return self._replace(centred=blank(self.scaled - shift - rest, self.counted), shift=shift, rest=rest)
+
+
+def centre(view: Tensor, pooling: Pooling, counted: Tensor | None = None) -> Centred:
+    """Take the mean from an opened tensor of float32 or float64, twice: the second takes what the first sum rounded.
+
+    So does backward, which takes the mean from the gradient by the same two sums.
+
+    No wider copy is made, for on an accelerator that would cost several times the norm. torch's sums are taken in
+    cascades. The mean is never beyond the values, so that of a constant is that constant.
 
     Args:
-        refine: x itself has that dtype, so the first sum rounds: take back what it lost, in a pass of its own.
-        counted: bool, which positions count; `wide` is 0 at the others.
+        counted: bool, which positions count; `view` is 0 at the others.
     """
+    count: int | Tensor = pooling.count(view)
     if counted is not None:
-        return find_counted_moments(wide, pooling, refine, counted)
-    count = pooling.count(wide)
+        count = count_positions(counted, view, pooling, find_wide_dtype(view))
+    least, most, unit = find_range(view.detach(), pooling)
+    scaled = view * unit
     if not pooling.centred:
-        return Moments(count, None, wide.square().sum(pooling.pooled, keepdim=True))
-    mean = wide.mean(pooling.pooled, keepdim=True)
-    if refine:
-        mean = mean + (wide - mean).mean(pooling.pooled, keepdim=True)
-    return Moments(count, mean, (wide - mean).square().sum(pooling.pooled, keepdim=True))
+        return Centred(scaled, scaled, None, None, unit, pooling, counted, count)
+    divisor = at_least_one(count.to(view.dtype) if isinstance(count, Tensor) else count)
+    shift = sum_in_turn(scaled, pooling.pooled) / divisor
+    within = torch.minimum(torch.maximum(shift.detach(), least * unit), most * unit)
+    shift = shift + (within - shift.detach())
+    moved = blank(scaled - shift, counted)
+    rest = sum_in_turn(moved, pooling.pooled) / divisor
+    return Centred(scaled, blank(moved - rest, counted), shift, rest, unit, pooling, counted, count)
 
 
-def find_counted_moments(wide: Tensor, pooling: Pooling, refine: bool, counted: Tensor) -> Moments:
-    """The same over positions that count; 0 for pools of which none does."""
-    each = [size if axis in pooling.pooled else -1 for axis, size in enumerate(wide.shape)]
-    count = counted.expand(each).sum(pooling.pooled, keepdim=True).to(wide.dtype)
-    if not pooling.centred:
-        return Moments(count, None, wide.square().sum(pooling.pooled, keepdim=True))
-    count_or_one = at_least_one(count)
-    # Divided, not times a reciprocal: the mean of a constant is that constant.
-    mean = wide.sum(pooling.pooled, keepdim=True) / count_or_one
-    if refine:
-        mean = mean + torch.where(counted, wide - mean, 0).sum(pooling.pooled, keepdim=True) / count_or_one
-    return Moments(count, mean, torch.where(counted, wide - mean, 0).square().sum(pooling.pooled, keepdim=True))
+# Between these squares and sums of squares are ordinary floats, and so are those of deviations of one rounding.
+SMALL, LARGE = 2.0**-36, 2.0**50
 
 
-def sum_over(x: Tensor, axes: tuple[int, ...]) -> Tensor:
-    """Sum keeping the axes; over no axes, x itself (torch would sum over all)."""
-    return x.sum(axes, keepdim=True) if axes else x
+def find_range(view: Tensor, pooling: Pooling) -> tuple[Tensor, Tensor, Tensor]:
+    """The least and largest value of each pool, and a power of two that brings them where squares are floats."""
+    if not view.numel():
+        zeros = view.sum(pooling.pooled, keepdim=True)
+        return zeros, zeros, zeros + 1
+    least, most = view.amin(pooling.pooled, keepdim=True), view.amax(pooling.pooled, keepdim=True)
+    size = torch.maximum(-least, most)
+    unit = torch.where(size > LARGE, 2.0**-80, torch.where(size < SMALL, 2.0**80, 1.0)).to(view.dtype)
+    return least, most, unit
+
+
+def find_moments(found: Centred) -> Moments:
+    """The moments that `centre` found, wide where the device has it; differentiable."""
+    wide, pooled = find_wide_dtype(found.centred), found.pooling.pooled
+    unit = found.unit.to(wide) if isinstance(found.unit, Tensor) else found.unit
+    m2 = sum_in_turn(found.centred.square(), pooled).to(wide) / unit / unit
+    if found.shift is None or found.rest is None:
+        return Moments(found.number, None, m2)
+    return Moments(found.number, (found.shift.to(wide) + found.rest.to(wide)) / unit, m2)
+
+
+def sum_in_turn(t: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """Sum keeping the axes, over one after the other: torch cascades along one axis, and not across several."""
+    for axis in reversed(axes):
+        t = t.sum(axis, keepdim=True)
+    return t
+
+
+def blank(t: Tensor, counted: Tensor | None) -> Tensor:
+    """0 where nothing counts."""
+    return t if counted is None else torch.where(counted, t, 0)
+
+
+def count_positions(counted: Tensor, view: Tensor, pooling: Pooling, dtype: torch.dtype) -> Tensor:
+    """How many elements of each pool count, as they broadcast over its mean."""
+    each = [size if axis in pooling.pooled else -1 for axis, size in enumerate(view.shape)]
+    return counted.expand(each).sum(pooling.pooled, keepdim=True).to(dtype)

@@ -5,6 +5,7 @@
 
 #include "calls.h"
 #include "dispatch.h"
+#include "masks.h"
 #include "memory.h"
 #include "plan.h"
 #include "tensors.h"
@@ -77,6 +78,9 @@ NB_MODULE(_kernels, module) {
     module.def("backward_tensors", &anynorm::backward_tensors, "plan"_a, "memory_format"_a, "sizes"_a, "strides"_a, "grad"_a,
                "x"_a, "weight"_a.none(), "bias"_a.none(), "residual"_a.none(), "mask"_a.none(), "mean"_a.none(),
                "var"_a.none(), "eps"_a, "activation"_a, "threads"_a, "needs"_a);
+    module.def("open_mask", &anynorm::open_mask, "x"_a, "mask"_a, "first"_a, "channels"_a);
+    module.def("open_lengths", &anynorm::open_lengths, "x"_a, "lengths"_a, "first"_a, "channels"_a);
+    module.def("has_real", &anynorm::has_real, "counted"_a);
     module.def("last_cache", &anynorm::last_cache);
     module.def("set_last_cache", &anynorm::set_last_cache);
     module.def("choose_instruction_set", &anynorm::choose_instruction_set);

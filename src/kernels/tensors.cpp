@@ -25,13 +25,13 @@ struct DlExchange {
     int (*read)(void* tensor, DlTensor* view);
     void* current_stream;
 };
-constexpr int kDlCpu = 1, kDlFloat = 2, kDlBfloat = 4;
+constexpr int kDlCpu = 1, kDlInt = 0, kDlFloat = 2, kDlBfloat = 4, kDlBool = 6;
 
 // What is used of torch, kept for the life of the process.
 struct Torch {
     int (*read)(void*, DlTensor*) = nullptr;
     PyTypeObject *tensor, *parameter;
-    PyObject *is_neg, *untyped_storage, *nbytes, *storage_offset, *clone, *empty, *empty_like;
+    PyObject *is_neg, *untyped_storage, *nbytes, *storage_offset, *clone, *view, *empty, *empty_like;
     PyObject *float32, *float64, *cpu, *with_format, *with_dtype;
 } torch;
 
@@ -60,6 +60,7 @@ bool read_torch(PyObject* module) {
     torch.nbytes = attribute(module, "UntypedStorage", "nbytes");
     torch.storage_offset = attribute(module, "Tensor", "storage_offset");
     torch.clone = attribute(module, "Tensor", "clone");
+    torch.view = attribute(module, "Tensor", "view");
     torch.empty = attribute(module, "empty");
     torch.empty_like = attribute(module, "empty_like");
     torch.float32 = attribute(module, "float32");
@@ -84,8 +85,38 @@ int64_t ask(PyObject* function, PyObject* tensor) {
 int find_dtype(const DlTensor& t) {
     if (t.lanes != 1) return -1;
     if (t.code == kDlBfloat) return t.bits == 16 ? kBFloat16 : -1;
+    if (t.code == kDlBool) return t.bits == 8 ? kBool : -1;
+    if (t.code == kDlInt) return t.bits == 64 ? kInt64 : -1;
     if (t.code != kDlFloat) return -1;
     return t.bits == 32 ? kFloat32 : t.bits == 64 ? kFloat64 : t.bits == 16 ? kFloat16 : -1;
+}
+
+int64_t element_size(int dtype) {
+    return dtype == kBool ? 1 : dtype == kFloat64 || dtype == kInt64 ? 8 : dtype == kFloat32 ? 4 : 2;
+}
+
+bool read_any(PyObject* tensor, View& view) {
+    const PyTypeObject* type = Py_TYPE(tensor);
+    if (!torch.read || (type != torch.tensor && type != torch.parameter)) return false;
+    DlTensor found;
+    if (torch.read(tensor, &found)) {
+        PyErr_Clear();
+        return false;
+    }
+    const int dtype = find_dtype(found);
+    if (found.device_type != kDlCpu || dtype < 0 || !found.data) return false;
+    view = {reinterpret_cast<Address>(found.data) + found.byte_offset, dtype, found.axes, found.sizes, found.strides};
+    return true;
+}
+
+PyObject* write_sizes(const int64_t* sizes, int axes) {
+    PyObject* written = PyTuple_New(axes);
+    for (int i = 0; written && i < axes; ++i) {
+        PyObject* size = PyLong_FromLongLong(sizes[i]);
+        if (size) PyTuple_SET_ITEM(written, i, size);
+        else Py_CLEAR(written);
+    }
+    return written;
 }
 
 }  // namespace
@@ -95,6 +126,8 @@ int64_t View::count() const {
     for (int i = 0; i < axes; ++i) count *= sizes[i];
     return count;
 }
+
+int64_t View::bytes() const { return count() * element_size(dtype); }
 
 bool View::is_contiguous() const {
     int64_t step = 1;
@@ -122,22 +155,14 @@ bool find_torch() {
     return found;
 }
 
-bool read_new_tensor(PyObject* tensor, View& view) {
-    const PyTypeObject* type = Py_TYPE(tensor);
-    if (!torch.read || (type != torch.tensor && type != torch.parameter)) return false;
-    DlTensor found;
-    if (torch.read(tensor, &found)) {
-        PyErr_Clear();
-        return false;
-    }
-    const int dtype = find_dtype(found);
-    if (found.device_type != kDlCpu || dtype < 0 || !found.data) return false;
-    view = {reinterpret_cast<Address>(found.data) + found.byte_offset, dtype, found.axes, found.sizes, found.strides};
-    return true;
-}
+bool read_new_tensor(PyObject* tensor, View& view) { return read_any(tensor, view) && view.dtype < kBool; }
 
 bool read_tensor(PyObject* tensor, View& view) {
     return read_new_tensor(tensor, view) && ask(torch.is_neg, tensor) == 0;
+}
+
+bool read_mask_tensor(PyObject* tensor, View& view) {
+    return read_any(tensor, view) && (view.dtype >= kBool || ask(torch.is_neg, tensor) == 0);
 }
 
 bool holds(PyObject* tensor, const View& view, int64_t bytes) {
@@ -148,9 +173,8 @@ bool holds(PyObject* tensor, const View& view, int64_t bytes) {
     }
     const int64_t held = ask(torch.nbytes, storage);
     Py_DECREF(storage);
-    const int64_t element = view.dtype == kFloat64 ? 8 : view.dtype == kFloat32 ? 4 : 2;
     const int64_t offset = ask(torch.storage_offset, tensor);
-    return offset >= 0 && held - offset * element >= bytes;
+    return offset >= 0 && held - offset * element_size(view.dtype) >= bytes;
 }
 
 PyObject* make_like(PyObject* tensor, PyObject* memory_format) {
@@ -163,6 +187,22 @@ PyObject* make_flat(int64_t size, bool is_double) {
     PyObject* arguments[] = {number, is_double ? torch.float64 : torch.float32, torch.cpu};
     PyObject* made = number ? PyObject_Vectorcall(torch.empty, arguments, 1, torch.with_dtype) : nullptr;
     Py_XDECREF(number);
+    return made;
+}
+
+PyObject* make_sized(const int64_t* sizes, int axes) {
+    PyObject* written = write_sizes(sizes, axes);
+    PyObject* arguments[] = {written, torch.float32, torch.cpu};
+    PyObject* made = written ? PyObject_Vectorcall(torch.empty, arguments, 1, torch.with_dtype) : nullptr;
+    Py_XDECREF(written);
+    return made;
+}
+
+PyObject* view_as(PyObject* tensor, const int64_t* sizes, int axes) {
+    PyObject* written = write_sizes(sizes, axes);
+    PyObject* arguments[] = {tensor, written};
+    PyObject* made = written ? PyObject_Vectorcall(torch.view, arguments, 2, nullptr) : nullptr;
+    Py_XDECREF(written);
     return made;
 }
 

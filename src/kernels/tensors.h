@@ -11,14 +11,18 @@
 
 namespace anynorm {
 
+// What masks and lengths may be beside floats; only `read_mask_tensor` gives them.
+enum MaskDtype : int { kBool = 16, kInt64 = 17 };
+
 // A tensor's memory; sizes and strides are torch's own, for as long as nobody changes the tensor.
 struct View {
     Address begin;
-    int dtype, axes;  // dtype as in Dtype
+    int dtype, axes;  // dtype as in Dtype or MaskDtype
     const int64_t* sizes;
     const int64_t* strides;  // in elements
 
     int64_t count() const;
+    int64_t bytes() const;  // of its elements, without holes
     bool is_contiguous() const;
     bool is_laid_out_as(const View& other) const;
 };
@@ -33,12 +37,17 @@ bool read_tensor(PyObject* tensor, View& view);
 // The same of a tensor that was just made, whose sign cannot be only noted.
 bool read_new_tensor(PyObject* tensor, View& view);
 
+// The same of a tensor that may also be of bools or of whole numbers of 64 bits.
+bool read_mask_tensor(PyObject* tensor, View& view);
+
 // Whether the storage holds so many bytes from the tensor's first element on; false if torch does not say.
 bool holds(PyObject* tensor, const View& view, int64_t bytes);
 
 // New tensors; null where torch raised.
 PyObject* make_like(PyObject* tensor, PyObject* memory_format);
 PyObject* make_flat(int64_t size, bool is_double);
+PyObject* make_sized(const int64_t* sizes, int axes);  // float32
+PyObject* view_as(PyObject* tensor, const int64_t* sizes, int axes);
 PyObject* copy(PyObject* tensor);
 
 }  // namespace anynorm

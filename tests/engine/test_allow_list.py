@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import anynorm
-from anynorm.engine import plain, watch
+from anynorm.engine import kernels, watch
 from specimens import assert_same
 
 X = torch.randn(5, 6, 4, 3, generator=torch.Generator().manual_seed(0))
@@ -60,7 +60,7 @@ def test_fast_path_leaves_other_devices_and_layouts():
 
 
 def test_fast_path_leaves_transforms_and_duals(monkeypatch):
-    monkeypatch.setattr(plain, "forward", None)
+    monkeypatch.setattr(kernels, "forward", None)
     assert vmap(anynorm.LayerNorm(3))(X).shape == X.shape
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(X, torch.ones_like(X))

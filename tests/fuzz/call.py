@@ -88,7 +88,7 @@ class Watch(TorchDispatchMode):
 
 @contextmanager
 def along(path: str) -> Iterator[None]:
-    """Have the kernels serve, or plain's blocks as without compiled kernels, or the formula in torch's operations."""
+    """Have the kernels serve, as an operation where a mode watches, or the formula as without compiled kernels."""
     from anynorm.engine import kernels, paths
 
     if path == "kernels":

@@ -1,4 +1,4 @@
-"""How gradients flow through what the kernels and the plain path's blocks compute."""
+"""How gradients flow through what the kernels compute."""
 
 from __future__ import annotations
 
@@ -9,29 +9,13 @@ from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
 
 from ..pooling import Pooling
-from ..sources import BATCH, Given, move_running, read_given
-from ..statistics import Moments
+from ..sources import BATCH, Given
 from . import kernels, memory, plain
 from .kernels import Saved
 from .merge import backward_uncompiled
 from .request import Request
 from .walks import Plan
 from .watch import is_plain
-
-
-def forward_by_blocks(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, request: Request, pooling: Pooling
-) -> tuple[Tensor, Moments]:
-    """In torch operations, block by block, for what no kernel walks."""
-    source, eps, *_ = request
-    for name, t in (("input", x), ("weight", weight), ("bias", bias), *zip(source._fields[:2], source[:2])):
-        memory.check_storage(name, t)
-    if type(source) is Given:  # What is kept for backward must not change when the buffers do.
-        known = read_given(source, pooling, pooling.open(x)).clone()
-        return plain.forward_given(x, weight, bias, eps, known, pooling), known
-    y, moments = plain.forward(x, weight, bias, eps, pooling)
-    move_running(source, moments, pooling)
-    return y, moments
 
 
 class Normalize(torch.autograd.Function):
@@ -79,38 +63,6 @@ class Normalize(torch.autograd.Function):
 
 # What Normalize.apply does once it has found that no transform is active, which `find_key` and `is_plain` know.
 apply = super(torch.autograd.Function, Normalize).apply
-
-
-class NormalizeByBlocks(torch.autograd.Function):
-    """In torch operations, block by block. Keeps x and the statistics and nothing else."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Any, bias: Any, request: Request, pooling: Pooling) -> Tensor:
-        y, moments = forward_by_blocks(x, weight, bias, request, pooling)
-        ctx.save_for_backward(keep(x), weight, moments.mean, moments.m2)
-        ctx.how = pooling, request.eps, type(request.source) is Given, moments.count
-        ctx.bias_like = memory.find_like(bias)
-        ctx.likes = tuple(memory.find_like(t) for t in (x, weight, moments.mean, moments.m2))
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-        if torch.compiler.is_compiling():
-            return backward_uncompiled(NormalizeByBlocks, ctx, g)
-        x, weight, mean, m2 = ctx.saved_tensors
-        pooling, eps, is_given, count = ctx.how
-        for name, t, known in zip(("input", "weight", "mean", "variance"), ctx.saved_tensors, ctx.likes, strict=True):
-            memory.check_like(name, t, known)
-            memory.check_storage(name, t)
-        if torch.is_grad_enabled() or not is_plain(g) or is_legacy_batchedtensor(g):
-            request = Request(Given(mean, m2) if is_given else BATCH, eps)
-            return *backward_differentiable(ctx, g, (x, weight, None), request, pooling), None, None
-        moments = Moments(count, mean, m2)
-        needs = ctx.needs_input_grad[:3]
-        dx, dgamma, dbeta = plain.backward(g, x, weight, moments, eps, pooling, is_given=is_given, needs=needs)
-        dweight = like(dgamma, weight.shape, weight.dtype) if needs[1] and dgamma is not None else None
-        dbias = like(dbeta, *ctx.bias_like) if needs[2] and dbeta is not None else None
-        return dx, dweight, dbias, None, None
 
 
 def keep(t: Any) -> Any:

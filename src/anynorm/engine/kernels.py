@@ -149,7 +149,13 @@ def find_statistics(x: Tensor, plan: Plan, mask: Tensor | None = None) -> Tensor
 def backward(
     g: Tensor, saved: Saved, plan: Plan, eps: float, activation: str | None, needs: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, gamma, beta and the residual, see `plain.backward`; `needs` says which of the four are wanted."""
+    """Gradients of x, gamma, beta and the residual; `needs` says which of the four are wanted.
+
+    xhat   = (x - mean) * rstd
+    dbeta  = sum g,  dgamma = sum g * xhat                        over everything that shares a gamma
+    dx     = rstd * (gamma * g - mean(gamma * g) - xhat * mean(gamma * g * xhat))      means over the pool
+    dx     = rstd * gamma * g                                                          where statistics were given
+    """
     x, weight, bias, residual, mask, statistics = saved
     if READS_TENSORS:
         mean, var = statistics if isinstance(statistics, tuple) else (statistics, None)

@@ -18,14 +18,14 @@ from torch.library import Library, register_autograd, register_fake
 
 from ..pooling import Pooling, remember
 from ..sources import BATCH
-from ..statistics import Moments
+from ..statistics import Moments, count_positions
 from . import kernels, plain
 from .gradients import backward_differentiable
 from .request import Request
 from .walks import CODES
 
 LIBRARY = Library("anynorm", "FRAGMENT")
-AFTER = "Tensor? weight, Tensor? bias, Tensor? residual, str pooling, float eps, str activation"
+AFTER = "Tensor? weight, Tensor? bias, Tensor? residual, Tensor? mask, str pooling, float eps, str activation"
 LIBRARY.define(f"forward(Tensor x, {AFTER}) -> (Tensor, Tensor)")
 LIBRARY.define(
     f"backward(Tensor g, Tensor x, Tensor statistics, {AFTER}, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)"
@@ -62,21 +62,25 @@ def normalize(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, request: Request, pooling: Pooling
 ) -> tuple[Tensor, Moments]:
     """One operation in a compiler's graph, and the moments it found."""
+    mask = request.mask
     how = write_pooling(pooling), request.eps, request.activation or ""
-    y, statistics = torch.ops.anynorm.forward(x, weight, bias, residual, *how)
+    y, statistics = torch.ops.anynorm.forward(x, weight, bias, residual, mask, *how)
     view = pooling.open(x)
     shape = [1 if axis in pooling.pooled else size for axis, size in enumerate(view.shape)]
-    count = pooling.count(view)
+    count: Any = pooling.count(view)
+    if mask is not None:
+        count = count_positions(pooling.open_mask(mask) > 0, view, pooling, torch.float64)
     if not pooling.centred:
         return y, Moments(count, None, statistics.view(shape))
     return y, Moments(count, statistics[0].view(shape), statistics[1].view(shape))
 
 
-def forward_cpu(x: Tensor, weight: Any, bias: Any, residual: Any, *how: Any) -> tuple[Tensor, Tensor]:
+def forward_cpu(x: Tensor, weight: Any, bias: Any, residual: Any, mask: Any, *how: Any) -> tuple[Tensor, Tensor]:
     text, eps, activation = how
-    pooling, request = read_pooling(text), Request(BATCH, eps, activation or None)
+    mask = mask if mask is None else mask.contiguous()
+    pooling, request = read_pooling(text), Request(BATCH, eps, activation or None, mask)
     x = kernels.arrange(x)
-    plan = kernels.find_plan(x, pooling)
+    plan = kernels.find_plan(x, pooling, masked=mask is not None)
     if plan is not None:
         y, statistics = kernels.forward(x, weight, bias, residual, request, plan, keep=True)
         assert isinstance(statistics, Tensor)
@@ -87,21 +91,22 @@ def forward_cpu(x: Tensor, weight: Any, bias: Any, residual: Any, *how: Any) -> 
 
 
 def backward_cpu(
-    g: Tensor, x: Tensor, statistics: Tensor, weight: Any, bias: Any, residual: Any, *how: Any
+    g: Tensor, x: Tensor, statistics: Tensor, weight: Any, bias: Any, residual: Any, mask: Any, *how: Any
 ) -> tuple[Tensor, ...]:
     text, eps, activation, needs = how
+    mask = mask if mask is None else mask.contiguous()
     pooling = read_pooling(text)
     x = kernels.arrange(x)
-    plan = kernels.find_plan(x, pooling)
+    plan = kernels.find_plan(x, pooling, masked=mask is not None)
     inputs = (x, weight, bias, residual)
     found: tuple[Tensor | None, ...]
     if plan is not None:
-        saved = kernels.Saved(x, weight, bias, residual, None, statistics)
+        saved = kernels.Saved(x, weight, bias, residual, mask, statistics)
         found = kernels.backward(g, saved, plan, eps, activation or None, needs)
     else:
         outer = SimpleNamespace(bias_like=None, needs_input_grad=needs)
         leaves = tuple(t if t is None else t.detach().requires_grad_() for t in inputs)
-        found = backward_differentiable(outer, g, leaves, Request(BATCH, eps, activation or None), pooling)
+        found = backward_differentiable(outer, g, leaves, Request(BATCH, eps, activation or None, mask), pooling)
     return tuple(
         x.new_empty(0) if f is None else f.reshape(t.shape).to(t.dtype) for f, t in zip(found, inputs, strict=True)
     )
@@ -116,7 +121,7 @@ def empty_output(x: Tensor) -> Tensor:
 
 
 @register_fake("anynorm::forward")
-def _(x: Tensor, weight: Any, bias: Any, residual: Any, *how: Any) -> Any:
+def _(x: Tensor, weight: Any, bias: Any, residual: Any, mask: Any, *how: Any) -> Any:
     pooling = read_pooling(how[0])
     rows = 2 if pooling.centred else 1
     return empty_output(x), x.new_empty((rows, count_pools(x, pooling)), dtype=torch.float64)
@@ -133,30 +138,28 @@ def _(g: Tensor, x: Tensor, _: Any, weight: Any, bias: Any, residual: Any, *rest
 
 
 def keep(ctx: Any, inputs: Any, output: Any) -> None:
-    x, weight, bias, residual, *how = inputs
-    ctx.save_for_backward(x, weight, bias, residual, output[1])
+    ctx.save_for_backward(*inputs[:5], output[1])
+    ctx.how = inputs[5:]
     ctx.mark_non_differentiable(output[1])
-    ctx.how = how
 
 
 def differentiate(ctx: Any, g: Tensor, _: Any) -> tuple[Any, ...]:
-    x, weight, bias, residual, statistics = ctx.saved_tensors
+    x, weight, bias, residual, mask, statistics = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:4])
     text, eps, activation = ctx.how
+    nothing = (None,) * (1 + len(ctx.how))
     if not torch.compiler.is_compiling() and (
         torch.is_grad_enabled()
         or is_legacy_batchedtensor(g)
         # Inside an operation autograd records nothing, so a formula cannot be differentiated there.
-        or kernels.find_plan(kernels.arrange(x), read_pooling(text)) is None
+        or kernels.find_plan(kernels.arrange(x), read_pooling(text), masked=mask is not None) is None
     ):
-        outer, request = (
-            SimpleNamespace(bias_like=None, needs_input_grad=needs),
-            Request(BATCH, eps, activation or None),
-        )
+        outer = SimpleNamespace(bias_like=None, needs_input_grad=needs)
+        request = Request(BATCH, eps, activation or None, mask)
         inputs = (x, weight, bias, residual)
-        return *backward_differentiable(outer, g, inputs, request, read_pooling(text)), None, None, None
-    found = torch.ops.anynorm.backward(g, x, statistics, weight, bias, residual, *ctx.how, needs)
-    return (*(f if need else None for f, need in zip(found, needs, strict=True)), None, None, None)
+        return *backward_differentiable(outer, g, inputs, request, read_pooling(text)), *nothing
+    found = torch.ops.anynorm.backward(g, x, statistics, weight, bias, residual, mask, *ctx.how, needs)
+    return (*(f if need else None for f, need in zip(found, needs, strict=True)), *nothing)
 
 
 register_autograd("anynorm::forward", differentiate, setup_context=keep, lib=LIBRARY)

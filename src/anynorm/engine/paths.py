@@ -2,7 +2,7 @@
 
 Three paths, in order of preference:
 
-- block by block on the CPU, for plain eager tensors (`watch.is_plain`): compiled, or `plain` where there is no kernel;
+- the kernels, for plain eager tensors on the CPU (`watch.is_plain`);
 - torch's own operation, on other devices and in exported graphs, where torch has it (`prefers_torch`);
 - `plain.compose`, the formula in differentiable operations, for everything else.
 """
@@ -22,8 +22,8 @@ from .. import statistics
 from ..pooling import Pooling
 from ..sources import Given, Merged, move_running
 from ..statistics import Moments
-from . import kernels, library, merged, plain, protocol, transforms
-from .gradients import NormalizeByBlocks, apply, forward_by_blocks
+from . import kernels, library, memory, merged, plain, protocol, transforms
+from .gradients import apply
 from .request import Request
 from .walks import Plan
 from .watch import is_observed, is_plain
@@ -120,7 +120,7 @@ def normalize(
     Returns:
         y with the shape and dtype of x, channels_last where x is.
     """
-    source, _, activation, mask, *_ = request
+    source, _, _, mask, *_ = request
     if type(source) is Merged:
         return merged.normalize(x, weight, bias, residual, request, pooling)
     if not is_plain(x, weight, bias, residual, mask, *source[:2]):
@@ -130,21 +130,18 @@ def normalize(
     key = key if arranged is x else None
     x, is_given = arranged, int(type(source) is Given)
     plan = kernels.find_plan(x, pooling, is_given, mask is not None)
-    is_bare = activation is None and residual is None and mask is None
-    if plan is None and not is_bare and not x.is_contiguous():  # A copy costs less than the formula in float64.
+    if plan is None and not x.is_contiguous():  # A copy costs less than the formula in torch operations.
         flat = x.contiguous()
         plan = kernels.find_plan(flat, pooling, is_given, mask is not None)
         if plan is not None:
             return plain.lay_out(run(flat, weight, bias, residual, request, plan), plain.find_memory_format(x))
-    if plan is not None:
-        if key is not None:
-            remember(key, plan)
-        return run(x, weight, bias, residual, request, plan)
-    if not is_bare or x.numel() == 0:
+    if plan is None:
+        for name, t in (("input", x), ("weight", weight), ("bias", bias), *zip(source._fields[:2], source[:2])):
+            memory.check_storage(name, t)
         return compose(x, weight, bias, residual, request, pooling)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
-        return NormalizeByBlocks.apply(x, weight, bias, request, pooling)
-    return forward_by_blocks(x, weight, bias, request, pooling)[0]
+    if key is not None:
+        remember(key, plan)
+    return run(x, weight, bias, residual, request, plan)
 
 
 def run(
@@ -172,8 +169,8 @@ def find_moments(x: Tensor, pooling: Pooling, mask: Tensor | None = None) -> Mom
         found = kernels.find_moments(x, pooling, mask)
         if found is not None:
             return found
-    wide, counted = plain.widen(x, pooling, mask)
-    return statistics.find_moments(wide, pooling, wide.dtype == x.dtype, counted)
+    view, counted = plain.open_counted(x, pooling, mask)
+    return statistics.find_moments(statistics.centre(view, pooling, counted))
 
 
 def compose(
@@ -183,16 +180,16 @@ def compose(
     source, _, _, mask, *_ = request
     # Exported graphs are read by other tools, and must not depend on sizes.
     in_graph = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-    if type(source) is not Given and mask is None:
-        if (in_graph and library.serves(x)) or (is_observed(x, weight, bias, residual) and not kernels.OFF):
+    if type(source) is not Given:
+        if (in_graph and library.serves(x)) or (is_observed(x, weight, bias, residual, mask) and not kernels.OFF):
             y, moments = library.normalize(x, weight, bias, residual, request, pooling)
             if x.numel():
                 move_running(source, moments, pooling)
             return y
-        if source.running_mean is None and transforms.serves(x):
+        if source.running_mean is None and mask is None and transforms.serves(x):
             return transforms.normalize(x, weight, bias, residual, request, pooling)
-    if x.dtype is torch.float64 and torch.is_grad_enabled() and not in_graph and x.is_inference():
-        x = x.clone()  # A narrower one is made wide, which is a copy.
+    if torch.is_grad_enabled() and not in_graph and x.is_inference():
+        x = x.clone()
     y, moments = plain.compose(x, weight, bias, residual, request, pooling)
     if get_dynamic_layer_stack_depth() == 0:  # inside vmap a tensor cannot tell its layout
         y = plain.lay_out(y, plain.find_memory_format(x))

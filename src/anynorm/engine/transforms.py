@@ -23,7 +23,6 @@ from ..activations import finish
 from ..affine import scale_shift, spread
 from ..pooling import Pooling, remember
 from ..sources import BATCH
-from ..statistics import find_moments, find_wide_dtype
 from . import kernels, plain
 from .request import Request
 from .walks import CODES
@@ -90,7 +89,7 @@ class Standardize(torch.autograd.Function):
         x = kernels.arrange(x)
         plan = kernels.find_plan(x, pooling)
         if plan is None:
-            return plain.forward(x, None, None, eps, pooling)[0], x.new_empty(0)
+            return plain.compose(x, None, None, None, Request(BATCH, eps), pooling)[0], x.new_empty(0)
         y, statistics = kernels.forward(x, None, None, None, Request(BATCH, eps), plan, keep=True)
         assert isinstance(statistics, Tensor)
         return y, statistics
@@ -125,9 +124,8 @@ class Project(torch.autograd.Function):
             saved = kernels.Saved(x, None, None, None, None, statistics)
             dx = kernels.backward(g, saved, plan, eps, None, needs)[0]
         else:
-            wide = pooling.open(x).to(find_wide_dtype(x))
-            moments = find_moments(wide, pooling, wide.dtype == x.dtype)
-            dx = plain.backward(g, x, None, moments, eps, pooling, is_given=False, needs=needs)[0]
+            pull = torch.func.vjp(lambda x: plain.compose(x, None, None, None, Request(BATCH, eps), pooling)[0], x)[1]
+            (dx,) = pull(g)
         assert dx is not None
         return dx
 

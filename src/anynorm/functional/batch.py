@@ -36,6 +36,9 @@ class BatchFront(Front):
         mean, var, *momentum = request.source
         return batch_norm, (x, mean, var, weight, bias, not is_given(request), *(momentum or [0.1]), request.eps)
 
+    def is_enough(self, count: int, request: Request) -> bool:
+        return count != 1 or type(request.source) is not Batch
+
     def read_mask(self, x: Any, request: Request) -> Request:
         request = super().read_mask(x, request)
         # Other parts may have more.

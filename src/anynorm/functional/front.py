@@ -19,7 +19,7 @@ from ..engine.request import Request
 from ..errors import check_floating
 from ..family import FAMILY, Scheme
 from ..padding import ragged
-from ..padding.masks import find_mask
+from ..padding.masks import find_mask, open_mask
 from ..pooling import Pooling
 from ..sources import Batch, Given, Source
 
@@ -52,10 +52,15 @@ class Front:
         """
         _, _, activation, mask, lengths, _ = request
         if mask is not None or lengths is not None:
-            found = self.hand_over(x, weight, bias, residual, request)
-            if found is not None:
-                return found
-            request = self.read_mask(x, request)
+            opened = None
+            if watch.is_plain(x, weight, bias, residual, *request.source[:2]):
+                opened = self.open_mask(x, request)
+            if opened is None:
+                found = self.hand_over(x, weight, bias, residual, request)
+                if found is not None:
+                    return found
+                opened = self.read_mask(x, request)
+            request = opened
         if activation is not None:
             request = request._replace(activation=check_activation(self.function, activation))
         key = watch.find_key(self.function, x, weight, bias, residual, request)
@@ -123,6 +128,23 @@ class Front:
         function, arguments = self.write_call(x, weight, bias, request)
         options = {"activation": activation, "residual": residual, "mask": mask, "lengths": lengths}
         return protocol.hand_over(function, arguments, options)
+
+    def open_mask(self, x: Any, request: Request) -> Request | None:
+        """What `read_mask` does, at once, for plain memory; None where something may not be as it should."""
+        source, eps, activation, mask, lengths, sizes = request
+        channels = self.find_channels(request)
+        found = None if channels is None else open_mask(x, channels, mask, lengths)
+        if found is None or not self.is_enough(found[1], request):
+            return None
+        return Request(source, eps, activation, found[0], None, sizes)
+
+    def find_channels(self, request: Request) -> tuple[int, int] | None:
+        """The first axis that a mask has not, and how many such axes there are; None to have `read_mask` look."""
+        return 1, 1
+
+    def is_enough(self, count: int, request: Request) -> bool:
+        """Whether so many real positions make statistics."""
+        return True
 
     def read_mask(self, x: Any, request: Request) -> Request:
         """The request with its mask as the engine takes it."""

@@ -19,6 +19,9 @@ from .front import Front
 class FeaturesFront(Front):
     """What the norms over the last axes share; `sizes` is the shape of these."""
 
+    def find_channels(self, request: Request) -> tuple[int, int] | None:
+        return (-len(request.sizes), len(request.sizes)) if type(request.sizes) is tuple else None
+
     def read_mask(self, x: Any, request: Request) -> Request:
         mask = find_feature_mask(self.function, x, request.sizes, request.mask, request.lengths)
         return request._replace(mask=mask, lengths=None)

@@ -12,15 +12,15 @@ import torch.nn as nn
 from torch import Tensor
 
 from ..activations import finish
-from ..engine.plain import blank
 from ..engine.protocol import look_at
 from ..engine.request import Request
 from ..errors import check_axes
 from ..functional.batch import BATCH_NORM, BATCH_OF_ONE, BatchFront
-from ..padding.masks import find_mask
+from ..padding.masks import find_mask, has_real
 from ..padding.ragged import close_rows, is_ragged, open_residual, open_rows
 from ..sources import BATCH, Batch, Exchange, Given, Joined, Merged, Source, find_momentum, find_override
-from .counting import NonFiniteGuard, count_batch, is_counted, mark_counted
+from ..statistics import blank
+from .counting import NonFiniteGuard, is_counted, mark_counted
 from .norm import Norm, read_entry
 from .recomputation import read_or_replay
 
@@ -119,8 +119,11 @@ class _BatchNorm(_Running):
         return None
 
     def _count(self, input: Any, mask: Any, lengths: Any) -> Any:
-        """How many batches this one counts for: none where nothing is real."""
-        return 1 if mask is None and lengths is None else count_batch(mask, lengths)
+        """How many batches this one counts for: 1, or 0 where nothing is real."""
+        if mask is None and lengths is None:
+            return 1
+        real = has_real(mask, lengths)
+        return real if isinstance(real, Tensor) else int(real)  # A bool is added more slowly.
 
     def _is_single(self, input: Any, is_jagged: bool, mask: Tensor | None, lengths: Any) -> bool:
         """Whether a channel has a single value."""

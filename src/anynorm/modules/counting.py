@@ -71,12 +71,6 @@ def mark_counted(layer: nn.Module) -> None:
         counted.add(layer)
 
 
-def count_batch(mask: Tensor | None, lengths: Any) -> Any:
-    """How many batches a masked one counts for: 1 where anything is real, else 0; a tensor, so that nothing waits."""
-    counted = lengths if mask is None else mask
-    return (counted if isinstance(counted, Tensor) else torch.as_tensor(counted, device="cpu")).ne(0).any()
-
-
 class NonFiniteGuard:
     """Keeps running averages, to go back where a batch makes them NaN or Inf (pytorch#90342).
 

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.fx import Proxy
 
 from ..activations import IDENTITY, check_activation, finish
-from ..engine.plain import blank
 from ..padding.context import may_be_masked
 from ..padding.masks import find_mask
+from ..statistics import blank
 from . import batch, ghost, group, instance, layer, renorm, rms, sync
 from .norm import Norm, check_hooks, drop_none, record_call
 from .torch_state import BatchNormState, GroupNormState, InstanceNormState, LayerNormState, RMSNormState

@@ -12,7 +12,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ..engine.watch import has_memory
+from ..engine.kernels import READS_TENSORS, compiled
+from ..engine.watch import has_memory, is_watched
 from ..errors import check_normalized_shape
 from .ragged import is_ragged
 
@@ -51,6 +52,31 @@ def find_mask(
         mask = mask.expand(wanted)
     # The kernels read one float for each position, one after the other; where the mask is that already this is a view.
     return mask.reshape([1 if axis in channels else size for axis, size in enumerate(x.shape)]).contiguous()
+
+
+def open_mask(x: Tensor, channels: tuple[int, int], mask: Any, lengths: Any) -> tuple[Tensor, int] | None:
+    """What `find_mask` finds, and how many positions are real, by the compiled module.
+
+    Args:
+        x: plain memory.
+        channels: the first axis that a mask has not, counted from the front or the back, and how many such axes follow.
+
+    Returns:
+        None for what it does not know, or what does not fit: `find_mask` reads it or says what is wrong.
+    """
+    if not READS_TENSORS or (mask is not None and lengths is not None):
+        return None
+    return compiled.open_mask(x, mask, *channels) if lengths is None else compiled.open_lengths(x, lengths, *channels)
+
+
+def has_real(mask: Tensor | None, lengths: Any) -> Any:
+    """Whether any position is real; a tensor where the answer would have to be waited for."""
+    counted = lengths if mask is None else mask
+    if READS_TENSORS and not is_watched():
+        found = compiled.has_real(counted)
+        if found is not None:
+            return found
+    return (counted if isinstance(counted, Tensor) else torch.as_tensor(counted, device="cpu")).ne(0).any()
 
 
 def check_mask(function: str, mask: Tensor, wanted: tuple[int, ...], x: Tensor) -> None:
