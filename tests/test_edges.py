@@ -12,7 +12,7 @@ from torch.func import jvp, vmap
 
 import anynorm
 from anynorm import accumulate, functional
-from anynorm.activations import ACTIVATIONS
+from fused_specimens import TORCHS, apply_torch
 
 INF, NAN = float("inf"), float("nan")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -25,17 +25,18 @@ TAILS = [-INF, -3.4e38, -1e37, -1e30, -1e4, -104, -89, -60, 60, 89, 1e4, 1e30, 1
 @pytest.mark.parametrize("as_residual", [False, True], ids=["", "residual"])
 @pytest.mark.parametrize("shape", [(-1, 1), (1, 1, -1)], ids=["columns", "rows"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", TORCHS)
 def test_far_tails_are_torchs(activation, dtype, shape, as_residual):
     """*Equals torch* wherever a value is: exp ends at 88, and what is times 1e38 must have ended at 0 exactly."""
-    values = TAILS + ([-1e300, 1e300, -709.5, 709.5] if dtype == torch.float64 else [])
+    far = 1e100 if activation == "gelu_tanh" else 1e300  # torch makes NaN of a square that overflows
+    values = TAILS + ([-far, far, -709.5, 709.5] if dtype == torch.float64 else [])
     x = torch.tensor(values, dtype=dtype).view(shape)
     norm = anynorm.BatchNormAct1d(1, activation=activation, eps=1e-20, dtype=dtype).eval()  # the identity here
     if as_residual:
         x = x[x.abs() < 3e38].view(shape)  # Inf + Inf is another question
     leaf, wide = x.clone().requires_grad_(), x.double().requires_grad_()
     y = norm(torch.zeros_like(x), residual=leaf) if as_residual else norm(leaf)
-    z = getattr(F, activation)(wide)
+    z = apply_torch(activation, wide)
     assert_alike(y, z)
     assert_alike(torch.autograd.grad(y.sum(), leaf)[0], torch.autograd.grad(z.sum(), wide)[0])
 
@@ -50,7 +51,7 @@ def assert_alike(got: Tensor, want: Tensor) -> None:
 @pytest.mark.parametrize("layout", ["rows", "columns", "last"])
 @pytest.mark.parametrize("form", [None, "prefix", "holes"])
 @pytest.mark.parametrize("with_residual", [False, True], ids=["", "residual"])
-@pytest.mark.parametrize("activation", [*ACTIVATIONS, None])
+@pytest.mark.parametrize("activation", [*TORCHS, None])
 def test_infinite_inputs_in_evaluation(activation, with_residual, form, layout):
     """*Equals torch*: the gradient is finite where torch's norm, then its activation, has a finite one."""
     torch.manual_seed(0)
@@ -77,7 +78,7 @@ def test_infinite_inputs_in_evaluation(activation, with_residual, form, layout):
     )
     z = F.batch_norm(theirs[0], mean, var, gamma, beta)
     z = z + theirs[1] if with_residual else z
-    z = z if activation is None else getattr(F, activation)(z)
+    z = apply_torch(activation, z)
     inputs = 2 if with_residual else 1
     got = torch.autograd.grad(y, leaves[:inputs], g)
     want = torch.autograd.grad(z, theirs[:inputs], g)

@@ -13,10 +13,11 @@ from torch import Tensor
 import anynorm
 from anynorm import functional
 from anynorm.engine import paths
+from fused_specimens import TORCHS
 
 X, RESIDUAL, G = (torch.randn(6, 4, 7, generator=torch.Generator().manual_seed(seed)) for seed in range(3))
 MASK = torch.rand(6, 7, generator=torch.Generator().manual_seed(3)) > 0.2
-ACTIVATIONS = (None, "identity", "relu", "leaky_relu", "silu", "gelu")
+ACTIVATIONS = (None, "identity", *TORCHS)
 
 
 def with_averages(function: Callable[..., Tensor], **more: Any) -> Callable[..., Tensor]:
@@ -79,7 +80,7 @@ def test_first_second_and_third_call_agree_to_the_bit(name):
 
 
 REFUSED = {
-    "activation": lambda: functional.layer_norm(X, (7,), activation="tanh"),
+    "activation": lambda: functional.layer_norm(X, (7,), activation="softplus"),
     "activation of a type": lambda: functional.group_norm(X, 2, activation=[1]),  # type: ignore[arg-type]
     "eps": lambda: functional.batch_norm(X, None, None, training=True, eps=-1.0),
     "no eps": lambda: functional.layer_norm(X, (7,), eps=None),  # type: ignore[arg-type]

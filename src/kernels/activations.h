@@ -1,50 +1,10 @@
-// What follows a norm: relu, leaky relu, silu, gelu (by erf), and their derivatives, on a vector of floats or doubles.
+// What follows a norm: the activations of `activations.py`, and their derivatives, on a vector of floats or doubles.
 #pragma once
 
-#include <limits>
-
 #include "call.h"
-#include "lanes.h"
+#include "exponential.h"
 
 namespace anynorm::ANYNORM_TARGET {
-
-constexpr double kLeak = 0.01;  // slope of leaky relu below 0, torch's default
-
-template <class V>
-struct Math;
-template <>
-struct Math<Singles> {
-    using Int = SingleIndices;
-    using Scalar = float;
-    static constexpr float kLeast = -87, kMost = 88, kMagic = 12582912;  // 1.5 * 2^23: adding it rounds to whole numbers
-    static constexpr float kLn2High = 0.693145751953125f, kLn2Low = 1.42860677e-6f;
-    static constexpr int kMantissa = 23, kBias = 127, kTerms = 7, kErfcTerms = 13;
-};
-template <>
-struct Math<Lanes> {
-    using Int = Indices;
-    using Scalar = double;
-    static constexpr double kLeast = -708, kMost = 709, kMagic = 6755399441055744;  // 1.5 * 2^52
-    static constexpr double kLn2High = 0.693147180369123816490, kLn2Low = 1.90821492927058770002e-10;
-    static constexpr int kMantissa = 52, kBias = 1023, kTerms = 13, kErfcTerms = 25;
-};
-
-// exp(v) = 2^n * exp(r), n whole and |r| <= ln(2) / 2, by the Taylor series of exp(r). Beyond kLeast and kMost it is 0 and
-// infinity exactly, so that no factor of 1e38 behind it makes a value of what is none.
-template <class V>
-INLINE V exponential(V v) {
-    using M = Math<V>;
-    using S = typename M::Scalar;
-    const V clamped = v < M::kLeast ? V{} + M::kLeast : (v > M::kMost ? V{} + M::kMost : v);
-    const V shifted = clamped * static_cast<S>(1.44269504088896340736) + M::kMagic;
-    const V n = shifted - M::kMagic;
-    const V r = (clamped - n * M::kLn2High) - n * M::kLn2Low;
-    V sum = V{} + 1;
-    for (int k = M::kTerms; k > 0; --k) sum = sum * r * static_cast<S>(1.0 / k) + 1;
-    const auto power = __builtin_convertvector(n, typename M::Int) + M::kBias;
-    const V found = sum * bits_of<V>(power << M::kMantissa);
-    return v < M::kLeast ? V{} : (v > M::kMost ? V{} + std::numeric_limits<S>::infinity() : found);
-}
 
 // (1 + 2x) * exp(x^2) * erfc(x) for x >= 0, a polynomial in q = (x - 3.75) / (x + 3.75), after Shepherd and Laframboise
 // 1981; fitted at 64 Chebyshev nodes: off by 5e-9 with 13 terms and 5e-18 with 25.
@@ -88,6 +48,16 @@ template <class V>
 INLINE V sigmoid(V v) {
     return 1 / (1 + exponential(-v));
 }
+// s = sigmoid(v) and s * (1 - s), which loses no digits where s is near 1
+template <class V>
+struct Sigmoid {
+    V s, spread;
+    INLINE explicit Sigmoid(V v) {
+        const V e = exponential(v < 0 ? v : -v);
+        s = (v < 0 ? e : V{} + 1) / (1 + e);
+        spread = e / ((1 + e) * (1 + e));
+    }
+};
 
 // What takes many instructions is written once, not in every loop.
 template <class V>
@@ -100,8 +70,8 @@ __attribute__((noinline)) V gelu(V v) {
 }
 template <class V>
 __attribute__((noinline)) V silu_derivative(V v) {
-    const V s = sigmoid(v);
-    return s * (1 + v * (1 - s));
+    const Sigmoid<V> gate(v);
+    return gate.s + v * gate.spread;
 }
 template <class V>
 __attribute__((noinline)) V gelu_derivative(V v) {
@@ -110,28 +80,133 @@ __attribute__((noinline)) V gelu_derivative(V v) {
     return normal.distribution + v * normal.bell * static_cast<S>(0.39894228040143267794);
 }
 
+// relu6(v + 3) / 6
+template <class V>
+INLINE V hard_sigmoid(V v) {
+    using S = typename Math<V>::Scalar;
+    const V shifted = v + 3;
+    return (shifted < 0 ? V{} : (shifted > 6 ? V{} + 6 : shifted)) * static_cast<S>(1.0 / 6);
+}
+template <class V>
+__attribute__((noinline)) V elu(V v, V alpha) {
+    return v > 0 ? v : alpha * exponential_minus_one(v > 0 ? V{} : v);
+}
+template <class V>
+__attribute__((noinline)) V elu_derivative(V v, V alpha) {
+    return v > 0 ? V{} + 1 : alpha * exponential(v);
+}
+// tanh |v| = -e / (e + 2), e = exp(-2 |v|) - 1
+template <class V>
+__attribute__((noinline)) V hyperbolic_tangent(V v) {
+    const V e = exponential_minus_one((v < 0 ? v : -v) * 2);
+    const V size = -e / (e + 2);
+    return v < 0 ? -size : size;
+}
+// 1 - tanh(v)^2 = 4 e / (1 + e)^2, e = exp(-2 |v|): no digits are lost far out
+template <class V>
+__attribute__((noinline)) V hyperbolic_tangent_derivative(V v) {
+    const V e = exponential((v < 0 ? v : -v) * 2);
+    return 4 * e / ((1 + e) * (1 + e));
+}
+template <class V>
+__attribute__((noinline)) V logistic(V v) {
+    return sigmoid(v);
+}
+template <class V>
+__attribute__((noinline)) V logistic_derivative(V v) {
+    return Sigmoid<V>(v).spread;
+}
+// mish(v) = v * tanh(log(1 + e)) = v * n / (n + 2), n = e * (e + 2), e = exp(v); beyond kFar the fraction is 1.
+template <class V>
+struct Mish {
+    static constexpr double kFar = 40;  // exp(40)^2 fits a float; 2 / exp(80) is less than half a unit of a double
+    V e, n;
+    INLINE explicit Mish(V v) {
+        using S = typename Math<V>::Scalar;
+        e = exponential(v > static_cast<S>(kFar) ? V{} + kFar : v);
+        n = e * (e + 2);
+    }
+};
+template <class V>
+__attribute__((noinline)) V mish(V v) {
+    const Mish<V> m(v);
+    return v * (m.n / (m.n + 2));
+}
+// w + v * sigmoid(v) * (1 - w^2), w = n / (n + 2), 1 - w^2 = 4 (n + 1) / (n + 2)^2
+template <class V>
+__attribute__((noinline)) V mish_derivative(V v) {
+    using S = typename Math<V>::Scalar;
+    const Mish<V> m(v);
+    // Beyond, the second term is 0, which n does not know; v - v is NaN for an infinite v, as torch's is.
+    const V near = v > static_cast<S>(Mish<V>::kFar) ? v - v : v;
+    const V rest = 4 / (m.n + 2) * ((m.n + 1) / (m.n + 2));
+    return m.n / (m.n + 2) + near * (m.e / (1 + m.e)) * rest;
+}
+// gelu by tanh: v * sigmoid(t), t = 2 sqrt(2 / pi) * (v + 0.044715 v^3). From kEdge on sigmoid(t) is 0 or 1, in double too.
+constexpr double kEdge = 24, kTanhScale = 1.59576912160573071176;
+template <class V>
+INLINE V clamp(V v) {
+    using S = typename Math<V>::Scalar;
+    return v < -static_cast<S>(kEdge) ? V{} - kEdge : (v > static_cast<S>(kEdge) ? V{} + kEdge : v);
+}
+template <class V>
+INLINE V find_argument(V v) {
+    using S = typename Math<V>::Scalar;
+    return v * static_cast<S>(kTanhScale) * (1 + static_cast<S>(0.044715) * v * v);
+}
+template <class V>
+__attribute__((noinline)) V gelu_tanh(V v) {
+    return v * sigmoid(find_argument(clamp(v)));
+}
+template <class V>
+__attribute__((noinline)) V gelu_tanh_derivative(V v) {
+    using S = typename Math<V>::Scalar;
+    const V edge = clamp(v);
+    const Sigmoid<V> gate(find_argument(edge));
+    const V slope = static_cast<S>(kTanhScale) * (1 + static_cast<S>(0.134145) * edge * edge);
+    return gate.s + edge * gate.spread * slope + (v - v);  // NaN for an infinite v, as torch's is
+}
+
 // A NaN stays one.
 template <class V>
-INLINE V activate(int activation, V v) {
+INLINE V activate(Activation activation, V v) {
     using S = typename Math<V>::Scalar;
-    switch (activation) {
+    const V alpha = V{} + static_cast<S>(activation.alpha);
+    switch (activation.code) {
         case kRelu: return v < 0 ? V{} : v;
-        case kLeakyRelu: return v < 0 ? v * static_cast<S>(kLeak) : v;
+        case kLeakyRelu: return v < 0 ? v * alpha : v;
         case kSilu: return silu(v);
         case kGelu: return gelu(v);
+        case kRelu6: return v < 0 ? V{} : (v > 6 ? V{} + 6 : v);
+        case kHardswish: return v * hard_sigmoid(v);
+        case kElu: return elu(v, alpha);
+        case kTanh: return hyperbolic_tangent(v);
+        case kSigmoid: return logistic(v);
+        case kMish: return mish(v);
+        case kGeluTanh: return gelu_tanh(v);
         default: return v;
     }
 }
 
-// g times the derivative. Relu's is chosen, not multiplied: as in torch, 0 times an infinite g is 0.
+// g times the derivative. Where it is 0 for relu and its like 0 is chosen, not multiplied: as in torch, also for an
+// infinite g.
 template <class V>
-INLINE V activate_backward(int activation, V g, V v) {
+INLINE V activate_backward(Activation activation, V g, V v) {
     using S = typename Math<V>::Scalar;
-    switch (activation) {
+    const V alpha = V{} + static_cast<S>(activation.alpha);
+    switch (activation.code) {
         case kRelu: return v <= 0 ? V{} : g;
-        case kLeakyRelu: return v > 0 ? g : g * static_cast<S>(kLeak);
+        case kLeakyRelu: return v > 0 ? g : g * alpha;
         case kSilu: return g * silu_derivative(v);
         case kGelu: return g * gelu_derivative(v);
+        case kRelu6: return v > 0 ? (v < 6 ? g : V{}) : V{};
+        case kHardswish:
+            return v <= -3 ? V{} : (v >= 3 ? g : g * (v * static_cast<S>(1.0 / 3) + static_cast<S>(0.5)));
+        case kElu: return g * elu_derivative(v, alpha);
+        case kTanh: return g * hyperbolic_tangent_derivative(v);
+        case kSigmoid: return g * logistic_derivative(v);
+        case kMish: return g * mish_derivative(v);
+        case kGeluTanh: return g * gelu_tanh_derivative(v);
         default: return g;
     }
 }

@@ -8,7 +8,14 @@ namespace anynorm {
 enum Dtype : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
 // Where statistics come from: x itself, or one mean and one variance per g, as constants.
 enum StatisticsFrom : int { kFromInput = 0, kGivenAsParameters = 1, kGivenAsDouble = 2 };
-enum Activation : int { kIdentity = 0, kRelu = 1, kLeakyRelu = 2, kSilu = 3, kGelu = 4 };
+enum ActivationCode : int {
+    kIdentity, kRelu, kLeakyRelu, kSilu, kGelu, kRelu6, kHardswish, kElu, kTanh, kSigmoid, kMish, kGeluTanh,
+};
+constexpr int kActivations = kGeluTanh + 1;
+struct Activation {
+    int code = kIdentity;
+    double alpha = 0;  // slope of leaky relu below 0, and elu's factor there
+};
 
 // Memory is [n][g][k][s], or [n][s][g][k] where `channels_last`. A pool is one (n, g); one g where `pool_n`.
 // gamma and beta vary over channels c = (g, k). Parameters are float, or double where x is double.
@@ -16,7 +23,8 @@ struct Call {
     int64_t n, g, k, s;
     bool channels_last, pool_n, centred;
     StatisticsFrom statistics;
-    int dtype, activation, threads;
+    int dtype, threads;
+    Activation activation;
     bool bypasses_caches;    // more is touched than the last cache holds: nothing written will be read from there
     double eps;
     const void* x;
@@ -41,7 +49,7 @@ struct Call {
     int64_t channels() const { return g * k; }
     int64_t pools() const { return pool_n ? g : n * g; }
     bool has_given_statistics() const { return statistics != kFromInput; }
-    bool is_active() const { return activation != kIdentity || residual || dresidual; }  // whether something follows
+    bool is_active() const { return activation.code != kIdentity || residual || dresidual; }  // whether something follows
 };
 
 struct bfloat16 {

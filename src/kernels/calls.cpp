@@ -126,10 +126,10 @@ nb::object describe(nb::args tensors) {
 
 nb::object forward_tensors(const Plan& plan, nb::handle memory_format, nb::handle x, nb::handle weight, nb::handle bias,
                            nb::handle residual, nb::handle mask, nb::handle mean, nb::handle var, nb::handle momentum,
-                           double eps, int activation, int threads, bool keep) {
+                           double eps, int activation, double alpha, int threads, bool keep) {
     Tensors tensors(plan);
     Arguments given;
-    given.threads = threads, given.eps = eps, given.activation = activation;
+    given.threads = threads, given.eps = eps, given.activation = {activation, alpha};
     if (!tensors.read_input(x, given.x) || !tensors.read_parameter(weight, given.gamma) ||
         !tensors.read_parameter(bias, given.beta) || !tensors.read_alike(residual, given.residual) ||
         !tensors.read_mask(mask, given.mask)) {
@@ -158,10 +158,11 @@ nb::object forward_tensors(const Plan& plan, nb::handle memory_format, nb::handl
 
 nb::object backward_tensors(const Plan& plan, nb::handle memory_format, nb::tuple sizes, nb::tuple strides, nb::handle grad,
                             nb::handle x, nb::handle weight, nb::handle bias, nb::handle residual, nb::handle mask,
-                            nb::handle mean, nb::handle var, double eps, int activation, int threads, nb::sequence needs) {
+                            nb::handle mean, nb::handle var, double eps, int activation, double alpha, int threads,
+                            nb::sequence needs) {
     Tensors tensors(plan);
     Arguments given;
-    given.threads = threads, given.eps = eps, given.activation = activation;
+    given.threads = threads, given.eps = eps, given.activation = {activation, alpha};
     if (!tensors.read_input(x, given.x) || !tensors.has_layout(sizes, strides) || grad.is_none() ||
         !tensors.read_alike(grad, given.grad) || !tensors.read_parameter(weight, given.gamma) ||
         !tensors.read_parameter(bias, given.beta) || !tensors.read_alike(residual, given.residual) ||

@@ -55,7 +55,7 @@ class Spans {
 // What every call has.
 Call begin(const Plan& plan, const Arguments& given, Spans& spans) {
     if (given.threads < 1) refuse("threads must be positive");
-    if (given.activation < 0 || given.activation > kGelu) refuse("activation");
+    if (given.activation.code < 0 || given.activation.code >= kActivations) refuse("activation");
     Call call = plan.call;
     call.eps = given.eps;
     call.threads = given.threads;

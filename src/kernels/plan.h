@@ -33,7 +33,8 @@ struct Plan {
 
 // What a call is given beside its plan, by the names that Python gives.
 struct Arguments {
-    int threads = 1, activation = kIdentity;
+    int threads = 1;
+    Activation activation;
     double eps = 0, momentum = 0;
     Address x = 0, residual = 0, y = 0, gamma = 0, beta = 0, mask = 0;
     Address mean = 0, m2 = 0, var = 0;  // mean and m2 of the pools; mean and var where statistics are given

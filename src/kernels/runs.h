@@ -23,7 +23,7 @@ using ComputeOf = decltype(SomeLine::high);
 // the activation goes.
 template <class T>
 struct Epilogue {
-    int activation = kIdentity;
+    Activation activation;
     const T* residual = nullptr;
     const float* mask = nullptr;
     T* gradient = nullptr;

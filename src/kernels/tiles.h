@@ -102,7 +102,7 @@ void column_moments(const T* x, const Tile& tile, const double* shift, double* f
 // What follows a tile's norm; `at` is an element's place in the tile.
 template <class T>
 struct TileEpilogue {
-    int activation = kIdentity;
+    Activation activation;
     const T* residual = nullptr;
     const float* mask = nullptr;  // one for each row
     T* gradient = nullptr;

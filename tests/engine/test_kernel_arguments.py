@@ -53,7 +53,7 @@ def forward_at(plan: dict[str, int], **addresses: int) -> None:
         ({"running_var": 0}, "missing running_mean or running_var"),
         ({"momentum": -0.1}, "momentum must not be negative"),
         ({"threads": 0}, "threads must be positive"),
-        ({"activation": 9}, "activation"),
+        ({"activation": 12}, "activation"),
         ({"y": 0x10000 + 4}, "y shares memory with x"),
         ({"y": 0x10000 - 4 * 30 + 4}, "y shares memory with x"),
         ({"running_mean": 0x60000}, "running_mean shares memory with running_var"),

@@ -11,6 +11,7 @@ from anynorm.engine import kernels, plain, walks
 from anynorm.engine.request import Request
 from anynorm.pooling import Pooling
 from anynorm.sources import Given
+from fused_specimens import TORCHS
 from kernel_cases import LARGE, make_large, make_pooling
 from specimens import assert_close, wide
 
@@ -135,7 +136,7 @@ def test_tensors_that_only_note_their_sign_or_zeros():
     assert (norm(zeros) == norm.bias).all()
 
 
-ACTIVATED = ("relu", "leaky_relu", "silu", "gelu", None)
+ACTIVATED = (*TORCHS, None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import anynorm
 from anynorm.engine import kernels
+from fused_specimens import TORCHS
 
 pytestmark = pytest.mark.skipif(bool(kernels.OFF), reason="sums of torch's operations depend on the shape")
 
@@ -87,7 +88,7 @@ def draw(seed: int, long: bool = False) -> Case:
     kind, sizes, n = choice.choice(KINDS), choice.choice(LONG if long else SIZES), choice.choice([2, 3, 5])
     c = choice.choice([1, 4] if long else [1, 2, 7, 16, 130, 200])
     dtype = choice.choice([torch.float32] * 4 + [torch.float64, torch.bfloat16, torch.float16])
-    activation = choice.choice([None, None, "relu", "leaky_relu", "silu", "gelu"])
+    activation = choice.choice([None, None, *TORCHS])
     module = make(kind, c, len(sizes), activation, choice).to(
         torch.float64 if dtype == torch.float64 else torch.float32
     )

@@ -9,6 +9,7 @@ import torch
 from numpy.random import Generator
 from torch import Tensor
 
+from fused_specimens import apply_torch
 from fuzz.call import call, find_function, make_inputs, open_mask
 from fuzz.cases import Case
 from fuzz.families import Array
@@ -104,7 +105,7 @@ def check_fused(case: Case) -> None:
     plain = {**t, "residual": None}
     y = find_function(bare, plain, [t["mean"], t["var"]])(x, t["weight"], t["bias"], None)
     y = y if residual is None else y + residual
-    y = y if case.activation in (None, "identity") else getattr(torch.nn.functional, case.activation)(y)
+    y = apply_torch(case.activation, y)
     leaves = [x] if residual is None else [x, residual]
     want = dict(zip(("y", "dx", "dresidual"), (y.detach(), *torch.autograd.grad(y, leaves, t["g"]))))
     for name, apart in want.items():

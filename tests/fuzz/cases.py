@@ -17,7 +17,8 @@ PER_SAMPLE = ("instance", "group", "layer", "rms")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 HALF = (torch.bfloat16, torch.float16)
 MASKS = ("", "prefix", "holes", "empty sample", "full")
-ACTIVATIONS = (None, "identity", "relu", "leaky_relu", "silu", "gelu")
+ACTIVATIONS = (None, "identity", "relu", "leaky_relu", "silu", "gelu", "relu6", "hardswish", "elu", "tanh", "sigmoid")
+ACTIVATIONS += ("mish", "gelu_tanh", "leaky_relu(0.3)", "elu(0.5)")
 SPATIAL = {
     2: [()],
     3: [(n,) for n in (2, 1, 3, 7, 8, 9, 16, 31, 32, 33, 49, 63, 64, 100, 128, 129, 257, 1000, 4096)],

@@ -14,13 +14,15 @@ its terms are those of x and of the mean, 1e-13 of them.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import erfc, pi, sqrt
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fuzz.functions import slope_of, value_of
+
 Array = NDArray[np.float64]
 Bounded = tuple[Array, Array]  # a value and its allowed error
+GATED = ("silu", "gelu", "gelu_tanh", "mish", "hardswish")  # products with a gate, whose slope is a sum
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,8 @@ def answer(q: Question) -> dict[str, Bounded]:
         z_off = z_off + 0.75e-45 * rstd * r * np.abs(q.gamma)
     y, y_off = bend(value_of, q.activation, z, z_off)
     slope, slope_off = bend(slope_of, q.activation, z, z_off)
-    y_off, slope_off = y_off + find_tail(q, z), slope_off + find_tail(q, np.ones_like(z))
+    y_off = y_off + find_tail(q, z, GATED)
+    slope_off = slope_off + find_tail(q, np.ones_like(z), (*GATED, "tanh", "sigmoid"))
     dz, dz_off = np.where(q.counted, q.g * slope, 0), np.where(q.counted, np.abs(q.g) * slope_off, 0)
     found = {"y": (np.where(q.counted, y, 0), np.where(q.counted, y_off + q.tolerance * np.abs(y), 0))}
     found["dresidual"] = dz, dz_off + q.tolerance * np.abs(dz)
@@ -143,38 +146,6 @@ def bend(function, activation: str | None, z: Array, off: Array) -> Bounded:
     return value, np.maximum(np.abs(low - value), np.abs(high - value))
 
 
-def find_tail(q: Question, z: Array) -> Array:
-    """What SiLU and GELU may be off where they near 0: as much as at 1, and not in proportion to their value."""
-    return q.tolerance * np.minimum(np.abs(z), 1) * (q.activation in ("silu", "gelu"))
-
-
-def value_of(activation: str | None, z: Array) -> Array:
-    if activation in ("relu", "leaky_relu"):
-        return np.where(z > 0, z, z * (0.01 if activation == "leaky_relu" else 0))
-    if activation == "silu":
-        return z * sigmoid(z)
-    if activation == "gelu":
-        return z * share(z)
-    return z
-
-
-def slope_of(activation: str | None, z: Array) -> Array:
-    """The derivative; at a kink torch's choice, that of the left."""
-    if activation in ("relu", "leaky_relu"):
-        return np.where(z > 0, 1.0, 0.01 if activation == "leaky_relu" else 0.0)
-    if activation == "silu":
-        return sigmoid(z) * (1 + z * sigmoid(-z))
-    if activation == "gelu":
-        near = np.clip(z, -40, 40)
-        return share(z) + near * np.exp(-near * near / 2) / sqrt(2 * pi)
-    return np.ones_like(z)
-
-
-def sigmoid(z: Array) -> Array:
-    e = np.exp(-np.abs(z))
-    return np.where(z > 0, 1, e) / (1 + e)
-
-
-def share(z: Array) -> Array:
-    """Of a standard normal, what is below z."""
-    return np.vectorize(erfc, otypes=[float])(-z / sqrt(2)) / 2
+def find_tail(q: Question, z: Array, activations: tuple[str, ...]) -> Array:
+    """What these may be off where they near 0: as much as at 1, and not in proportion to their value."""
+    return q.tolerance * np.minimum(np.abs(z), 1) * (q.activation in activations)

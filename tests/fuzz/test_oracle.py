@@ -10,12 +10,15 @@ import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
 
+from fused_specimens import apply_torch
 from fuzz import call
 from fuzz.call import Inputs, check_values, find_truth, make_inputs
 from fuzz.cases import Case, cases, is_allowed
 from fuzz.drive import drive
 from fuzz.families import alternating, few_levels, large_mean, normal, with_a_mean
 from fuzz.script import write_script
+
+KINKED = ("relu", "leaky_relu", "leaky_relu(0.3)", "relu6", "elu(0.5)")
 
 
 def call_torch(case: Case, t: Inputs | None = None) -> dict[str, torch.Tensor]:
@@ -34,7 +37,7 @@ def call_torch(case: Case, t: Inputs | None = None) -> dict[str, torch.Tensor]:
         shape, given = case.shape[-case.size :], (weight, bias) if case.norm == "layer" else (weight,)
         y = getattr(F, f"{case.norm}_norm")(x, shape, *given, case.eps)
     y = y if residual is None else y + residual
-    y = y if case.activation in (None, "identity") else getattr(F, case.activation)(y)
+    y = apply_torch(case.activation, y)
     wanted = {"dx": x, "dweight": weight, "dbias": bias, "dresidual": residual}
     wanted = {name: leaf for name, leaf in wanted.items() if leaf is not None}
     return {"y": y.detach(), **dict(zip(wanted, torch.autograd.grad(y, list(wanted.values()), t["g"])))}
@@ -52,7 +55,7 @@ def check_oracle(case: Case) -> None:
 def is_off_the_kink(case: Case) -> bool:
     """Where y can be exactly 0, torch's rounding decides on which side of a kink it is."""
     is_moved = case.residual or (case.affine == "both" and case.norm != "rms" and case.spread > 0)
-    return is_allowed(case) and (is_moved or case.activation not in ("relu", "leaky_relu"))
+    return is_allowed(case) and (is_moved or case.activation not in KINKED)
 
 
 def test_oracle():

@@ -12,10 +12,9 @@ from torch.func import functional_call, grad, jvp, vmap
 
 import anynorm
 from anynorm import FAMILY
-from anynorm.activations import ACTIVATIONS
 from anynorm.engine import paths
 from anynorm.modules.fused import Fused
-from fused_specimens import DTYPES, NAMES, fuse, ids
+from fused_specimens import DTYPES, NAMES, TORCHS, fuse, ids
 from specimens import SPECIMENS, TRACKING, Specimen, assert_close, wide
 
 
@@ -27,7 +26,7 @@ def find_true(specimen: Specimen, fused: Fused, activation: str | None, x, resid
     theirs.train(fused.training).eps = specimen.options(fused, None)["eps"]
     leaves = [t.detach().double().requires_grad_() for t in (x, residual)]
     z = theirs(leaves[0]) + leaves[1]
-    y = z if activation in (None, "identity") else ACTIVATIONS[activation].function(z)
+    y = z if activation in (None, "identity") else TORCHS[activation](z)
     return [y.detach(), *torch.autograd.grad(y, [*leaves, *theirs.parameters()], g.double())]
 
 
@@ -74,7 +73,7 @@ def test_equals_float64_in_evaluation(specimen, dtype):
 def test_without_a_residual_it_is_norm_then_activation(specimen, activation):
     fused, plain, x = fuse(specimen, activation), specimen.make(), specimen.draw()
     y = plain(x)
-    want = y if activation in (None, "identity") else ACTIVATIONS[activation].function(y)
+    want = y if activation in (None, "identity") else TORCHS[activation](y)
     torch.testing.assert_close(fused(x), want, rtol=1e-6, atol=1e-6)
     for mine, its in zip(fused.buffers(), plain.buffers(), strict=True):
         assert torch.equal(mine, its)

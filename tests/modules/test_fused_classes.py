@@ -124,19 +124,19 @@ def test_old_checkpoints_load_and_bad_ones_do_not():
 
 @pytest.mark.parametrize("specimen", SPECIMENS, **ids)
 def test_pickle_deepcopy_half_and_to_empty(specimen):
-    fused, x = fuse(specimen, "leaky_relu").eval(), specimen.draw()
+    fused, x = fuse(specimen, "leaky_relu(0.2)").eval(), specimen.draw()
     file = io.BytesIO()
     torch.save(fused, file)
     file.seek(0)
     twins = (pickle.loads(pickle.dumps(fused)), copy.deepcopy(fused), torch.load(file, weights_only=False))
     for twin in twins:
-        assert (type(twin), twin.activation) == (type(fused), "leaky_relu")
+        assert (type(twin), twin.activation) == (type(fused), "leaky_relu(0.2)")
         assert torch.equal(twin(x, x), fused(x, x))
     half = copy.deepcopy(fused).half()
     assert half(x.half(), x.half()).dtype == torch.float16
     empty = fuse(specimen).to("meta").to_empty(device="cpu")
     empty.load_state_dict(fused.state_dict())
-    empty.activation = "leaky_relu"
+    empty.activation = "leaky_relu(0.2)"
     assert torch.equal(empty.eval()(x, x), fused(x, x))
 
 
@@ -202,11 +202,13 @@ TEXTS = {
     "batch_norm: residual must have the shape and dtype of the input; got residual (4, 3, 5) torch.float64, "
     "input (4, 3, 5) torch.float32; convert it, or add it to the output":
         (RuntimeError, lambda norm: norm(X, X.double())),
-    "BatchNormAct1d: activation must be one of relu, leaky_relu, silu, gelu, identity or None; got 'tanh'; "
-    "leave it out and apply yours to the output":
-        (ValueError, lambda norm: anynorm.BatchNormAct1d(3, activation="tanh")),
-    "group_norm: activation must be one of relu, leaky_relu, silu, gelu, identity or None; got 'ReLU'; "
-    "leave it out and apply yours to the output":
+    "BatchNormAct1d: activation must be one of relu, leaky_relu, silu, gelu, relu6, "
+    "hardswish, elu, tanh, sigmoid, mish, gelu_tanh, identity or None, as 'leaky_relu(0.2)' and 'elu(0.5)' "
+    "with a number; got 'softplus'; leave it out and apply yours to the output":
+        (ValueError, lambda norm: anynorm.BatchNormAct1d(3, activation="softplus")),
+    "group_norm: activation must be one of relu, leaky_relu, silu, gelu, relu6, "
+    "hardswish, elu, tanh, sigmoid, mish, gelu_tanh, identity or None, as 'leaky_relu(0.2)' and 'elu(0.5)' "
+    "with a number; got 'ReLU'; leave it out and apply yours to the output":
         (ValueError, lambda norm: anynorm.functional.group_norm(X, 1, activation="ReLU")),
 }  # fmt: skip
 
@@ -238,7 +240,16 @@ def test_every_function_checks_what_follows(name):
     with pytest.raises(RuntimeError, match=f"{name}: residual must have"):
         function(X, *arguments, **options, residual=X[:1])
     with pytest.raises(ValueError, match=f"{name}: activation must be one of"):
-        function(X, *arguments, **options, activation="elu")
+        function(X, *arguments, **options, activation="softplus")
+
+
+def test_a_number_has_one_spelling():
+    for text, name in {"elu(.50)": "elu(0.5)", "elu(1)": "elu", "leaky_relu(1e-2)": "leaky_relu"}.items():
+        assert anynorm.LayerNormAct(5, activation=text).activation == name
+    bad = ("elu(nan)", "elu(inf)", "elu()", "elu(0.5", "elu(0.5))", "elu(alpha=0.5)", "relu(0.5)", "gelu(tanh)", "(1)")
+    for text in (*bad, 0.5, nn.ELU(0.5)):
+        with pytest.raises(ValueError, match=r"LayerNormAct: activation must be one of"):
+            anynorm.LayerNormAct(5, activation=text)
 
 
 def test_there_is_one_list_of_names():

@@ -84,7 +84,7 @@ def pack(rows: list[Tensor]) -> nn.utils.rnn.PackedSequence:
     ("call", "error", "sentence"),
     [
         (lambda x: functional.group_norm(x, 3), RuntimeError, "channels=4, groups=3; try 1 or 2"),
-        (lambda x: functional.group_norm(x, 2, activation="tanh"), ValueError, "activation must be one of"),
+        (lambda x: functional.group_norm(x, 2, activation="softplus"), ValueError, "activation must be one of"),
         (lambda x: functional.instance_norm(x, use_input_stats=False), RuntimeError, "needs running statistics"),
         (lambda x: functional.instance_norm(x, torch.zeros(3), torch.ones(3)), RuntimeError, "one element per channel"),
         (lambda x: functional.layer_norm(x, (4,), lengths=[5, 1, 4]), ValueError, "has no padding"),

@@ -112,7 +112,7 @@ def patch(module: nn.Module) -> nn.Module:
 
 
 SHARED, SHARED_NORM = nn.ReLU(), nn.BatchNorm1d(6)
-ONLY = "only relu, leaky_relu, silu and gelu can be fused"
+ONLY = "only relu, leaky_relu, silu, gelu, relu6, hardswish, elu, tanh, sigmoid, mish and gelu_tanh can be fused"
 
 
 class Net(nn.Module):
@@ -152,7 +152,23 @@ SPELLINGS = {
     "gelu none": lambda n, x: F.gelu(n.norm(x) + x, approximate="none"),
     "leaky_relu": lambda n, x: F.leaky_relu(n.norm(x) + x),
     "leaky_relu 0.01": lambda n, x: F.leaky_relu(n.norm(x) + x, 0.01),
+    "leaky_relu 0.3": lambda n, x: F.leaky_relu(n.norm(x) + x, 0.3, True),
     "leaky_relu_": lambda n, x: F.leaky_relu_(n.norm(x) + x, negative_slope=0.01),
+    "gelu tanh": lambda n, x: F.gelu(n.norm(x) + x, approximate="tanh"),
+    "relu6": lambda n, x: F.relu6(n.norm(x) + x),
+    "relu6 in place": lambda n, x: F.relu6(n.norm(x) + x, inplace=True),
+    "hardswish": lambda n, x: F.hardswish(n.norm(x) + x),
+    "hardswish in place": lambda n, x: F.hardswish(n.norm(x) + x, True),
+    "elu": lambda n, x: F.elu(n.norm(x) + x),
+    "elu 0.5": lambda n, x: F.elu(n.norm(x) + x, alpha=0.5),
+    "elu_ 2": lambda n, x: F.elu_(n.norm(x) + x, 2),
+    "mish": lambda n, x: F.mish(n.norm(x) + x),
+    "torch.tanh": lambda n, x: torch.tanh(n.norm(x) + x),
+    "Tensor.tanh_": lambda n, x: (n.norm(x) + x).tanh_(),
+    "F.tanh": lambda n, x: F.tanh(n.norm(x)),
+    "torch.sigmoid": lambda n, x: torch.sigmoid(n.norm(x) + x),
+    "Tensor.sigmoid": lambda n, x: n.norm(x).sigmoid(),
+    "F.sigmoid": lambda n, x: F.sigmoid(n.norm(x)),
     "functional": lambda n, x: F.silu(n.norm(x)),
     "method": lambda n, x: n.norm(x).relu(),
     "in place method": lambda n, x: n.norm(x).relu_(),

@@ -34,13 +34,22 @@ MODULES = {
     "leaky_relu": lambda: nn.LeakyReLU(0.01),
     "silu": lambda: nn.SiLU(),
     "gelu": lambda: nn.GELU("none"),
+    "gelu_tanh": lambda: nn.GELU("tanh"),
+    "relu6 in place": lambda: nn.ReLU6(inplace=True),
+    "hardswish": lambda: nn.Hardswish(),
+    "elu": lambda: nn.ELU(),
+    "elu(0.5)": lambda: nn.ELU(0.5),
+    "leaky_relu(0.2) in place": lambda: nn.LeakyReLU(0.2, inplace=True),
+    "tanh": lambda: nn.Tanh(),
+    "sigmoid": lambda: nn.Sigmoid(),
+    "mish": lambda: nn.Mish(),
 }
 
 
 def make_sequential(kind: str, activation: str) -> tuple[nn.Sequential, torch.Tensor]:
     norm, arguments, shape = NORMS[kind]
     model = nn.Sequential(
-        nn.Identity(), norm(*arguments), MODULES[activation](), nn.Sequential(norm(*arguments), nn.Tanh())
+        nn.Identity(), norm(*arguments), MODULES[activation](), nn.Sequential(norm(*arguments), nn.Softplus())
     )
     return shake(model), draw(*shape)
 
@@ -61,7 +70,7 @@ def test_sequential_is_fused_in_place(kind, activation):
     }
     (left,) = find_left(report)
     assert left.name == "3.0"
-    assert left.reason == "not fused with torch.nn.Tanh: only relu, leaky_relu, silu and gelu can be fused"
+    assert left.reason == f"not fused with torch.nn.Softplus: {ONLY}"
 
 
 def test_same_objects_and_undo_gives_them_back():
@@ -121,6 +130,10 @@ class Tuned(nn.ReLU):
     """A ReLU with code of its own."""
 
 
+class Steep(nn.ELU):
+    """An ELU with code of its own."""
+
+
 class Caller(nn.Module):
     """Runs a Sequential; keeps a module beside it under a second name."""
 
@@ -154,15 +167,13 @@ LEFT = {
     "shared activation": (lambda: nn.Sequential(pair(None, SHARED), SHARED), "0.1 is shared, it has 2 places"),
     "shared norm": (lambda: nn.Sequential(pair(SHARED_NORM), SHARED_NORM), "0.0 is shared, it has 2 places"),
     "norm under a second name": (lambda: Caller(pair(SHARED_NORM), other=SHARED_NORM), "body.0 is shared"),
-    "another slope": (
-        lambda: pair(None, nn.LeakyReLU(0.2)),
-        "torch.nn.LeakyReLU: leaky_relu is fused with negative_slope=0.01 only, this has 0.2",
+    "a tensor as slope": (
+        lambda: pair(None, nn.LeakyReLU(torch.tensor(0.25))),
+        "torch.nn.LeakyReLU: leaky_relu is fused with a plain number as negative_slope, this has tensor(0.25",
     ),
-    "gelu by tanh": (
-        lambda: pair(None, nn.GELU("tanh")),
-        "torch.nn.GELU: gelu is fused with approximate='none' only, this has 'tanh'",
-    ),
-    "relu6": (lambda: pair(None, nn.ReLU6()), f"torch.nn.ReLU6: {ONLY}"),
+    "hardtanh": (lambda: pair(None, nn.Hardtanh()), f"torch.nn.Hardtanh: {ONLY}"),
+    "hardtanh to 6": (lambda: pair(None, nn.Hardtanh(-1.0, 6.0)), f"torch.nn.Hardtanh: {ONLY}"),
+    "a subclass of ELU": (lambda: pair(None, hook(Steep(), "forward_hook")), "a subclass of torch.nn.ELU may have"),
     "a subclass": (lambda: pair(None, hook(Tuned(), "forward_hook")), "a subclass of torch.nn.ReLU may have code"),
     "a Sequential that is cut": (lambda: Caller(pair(), cut=1), "the norm's output is used elsewhere too"),
 }  # fmt: skip

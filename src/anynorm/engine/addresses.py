@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..activations import ACTIVATIONS, IDENTITY
+from ..activations import ACTIVATIONS, IDENTITY, find_activation
 from ..errors import check_no_overlap
 from ..sources import Given, move_running
 from ..statistics import Moments
@@ -21,7 +21,18 @@ from .memory import CPU, find_address, ready
 from .request import Request
 from .walks import Plan, compiled
 
-CHOICES = {IDENTITY: 0} | {name: code for code, name in enumerate((None, *ACTIVATIONS))}  # as enum Activation counts
+
+class Choices(dict[str | None, tuple[int, float]]):
+    """Activations as the compiled module takes them: code, as enum ActivationCode counts, and alpha."""
+
+    def __missing__(self, text: str) -> tuple[int, float]:
+        found = find_activation(text)
+        assert found is not None
+        return self[found[0].name][0], found[1]
+
+
+CHOICES = Choices({IDENTITY: (0, 0.0), None: (0, 0.0)})
+CHOICES.update({name: (code, known.default) for code, (name, known) in enumerate(ACTIVATIONS.items(), 1)})
 
 Statistics = Tensor | tuple[Tensor, Tensor]  # all pools' mean and m2 in one, or a given mean and variance
 
@@ -49,6 +60,7 @@ def forward(
 ) -> tuple[Tensor, Statistics | None]:
     """What `kernels.forward` is."""
     source, eps, activation, mask, _, _ = request
+    code, alpha = CHOICES[activation]
     gamma, beta = ready("weight", weight, plan), ready("bias", bias, plan)
     if residual is not None:
         residual = memory.arrange("residual", residual, plan)
@@ -80,7 +92,8 @@ def forward(
         plan.compiled,
         threads=torch.get_num_threads(),
         eps=eps,
-        activation=CHOICES[activation],
+        activation=code,
+        alpha=alpha,
         x=start,
         residual=0 if residual is None else find_address("residual", residual, plan.bytes),
         y=y.data_ptr(),
@@ -108,6 +121,7 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """What `kernels.backward` is."""
     x, weight, bias, residual, mask, statistics = saved
+    code, alpha = CHOICES[activation]
     g, x = memory.arrange("gradient", g, plan), memory.arrange("input", x, plan)
     gamma, beta = ready("weight", weight, plan), ready("bias", bias, plan)
     if residual is not None:
@@ -124,7 +138,8 @@ def backward(
         plan.compiled,
         threads=torch.get_num_threads(),
         eps=eps,
-        activation=CHOICES[activation],
+        activation=code,
+        alpha=alpha,
         grad=read[0],
         x=read[1],
         residual=find_address("residual", residual, plan.bytes),

@@ -98,6 +98,7 @@ def forward(
     """
     source, eps, activation, mask, _, _ = request
     is_given = type(source) is Given
+    code, alpha = CHOICES[activation]
     if READS_TENSORS and not plan.pooling.ghosts:
         found = compiled.forward_tensors(
             plan.compiled,
@@ -111,7 +112,8 @@ def forward(
             var=source[1],
             momentum=None if is_given else source[2],
             eps=eps,
-            activation=CHOICES[activation],
+            activation=code,
+            alpha=alpha,
             threads=torch.get_num_threads(),
             keep=keep,
         )
@@ -157,6 +159,7 @@ def backward(
     dx     = rstd * gamma * g                                                          where statistics were given
     """
     x, weight, bias, residual, mask, statistics = saved
+    code, alpha = CHOICES[activation]
     if READS_TENSORS:
         mean, var = statistics if isinstance(statistics, tuple) else (statistics, None)
         found = compiled.backward_tensors(
@@ -173,7 +176,8 @@ def backward(
             mean=mean,
             var=var,
             eps=eps,
-            activation=CHOICES[activation],
+            activation=code,
+            alpha=alpha,
             threads=torch.get_num_threads(),
             needs=needs,
         )

@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import fx
 
-from ..activations import ACTIVATIONS, list_activations
+from ..activations import list_activations
 from ..modules.norm import Norm
+from .activation import name_call, read_node
 from .in_place import IN_PLACE
 from .report import FUSED, Entry, Report, describe
-from .sequential import check_settings, count_places, find_module_obstacle, make_unfused_entry, read_activation
+from .sequential import count_places, find_module_obstacle, make_unfused_entry
 from .trace import is_hooked
 
 # Function or method, and what adds where shapes or dtypes differ.
@@ -110,35 +110,6 @@ def find_user_class(node: fx.Node, norm: str) -> type[nn.Module] | None:
     # fx writes the stack of modules that each node was recorded in; the innermost is last.
     outside = name and not norm.startswith(f"{name}.") and kind.__module__.partition(".")[0] not in ("torch", "anynorm")
     return kind if outside else None
-
-
-def read_node(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[str, str]:
-    """The activation that a node applies; or why it cannot be fused; or neither, where it is none."""
-    if node.op == "call_module":
-        return read_activation(modules[str(node.target)])
-    if node.op not in ("call_function", "call_method"):
-        return "", ""
-    for name, activation in ACTIVATIONS.items():
-        if node.target in find_spellings(name):
-            names = (*activation.settings, "inplace")
-            return check_settings(name, {**dict(zip(names, node.args[1:], strict=False)), **node.kwargs})
-    if name_call(node).rstrip("_") in {name.lower() for name in nn.modules.activation.__all__}:
-        return "", f"only {list_activations()} can be fused"
-    return "", ""
-
-
-def find_spellings(name: str) -> set[Any]:
-    """The functions and methods that apply an activation, also in place."""
-    names = (name, f"{name}_")
-    # torch._C._nn: some names of F stand for its functions, whose own name a graph shows.
-    modules = (F, torch, torch._C._nn)
-    found = {getattr(module, spelling) for module in modules for spelling in names if hasattr(module, spelling)}
-    return found | set(names)
-
-
-def name_call(node: fx.Node) -> str:
-    """The name of the function or method that a node calls."""
-    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
 
 
 def find_chains(activation: fx.Node, modules: dict[str, nn.Module]) -> Iterator[Chain]:

@@ -10,13 +10,13 @@ from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import torch.nn as nn
 from torch import fx
 
-from ..activations import ACTIVATIONS, list_activations
+from ..activations import find_activation
 from ..modules.fused import Fused
+from .activation import read_module
 from .report import FUSED, PAIRS, UNDO_FIRST, Entry, Report, describe, is_ours
 from .rewrite import GraphForward
 from .trace import is_hooked
@@ -90,7 +90,7 @@ def plan_fusion(model: nn.Module, graphs: Collection[fx.Graph], report: Report) 
         successor = model.get_submodule(join_name(sequential, second))
         if id(norm) in left or not is_norm(norm):
             continue
-        activation, reason = read_activation(successor)
+        activation, reason = read_module(successor)
         if not activation and not reason:
             continue
         place = Place(sequential, first, second, activation)
@@ -111,27 +111,6 @@ def plan_fusion(model: nn.Module, graphs: Collection[fx.Graph], report: Report) 
 def make_unfused_entry(name: str, norm: nn.Module, successor: str, reason: str) -> Entry:
     """The report's line about a norm that is not fused with its successor."""
     return Entry(name, describe(type(norm)), reason=f"not fused with {successor}: {reason}")
-
-
-def read_activation(module: nn.Module) -> tuple[str, str]:
-    """The activation's name; or why this activation cannot be fused; or neither, where it is none."""
-    kind = type(module)
-    for activation in ACTIVATIONS.values():
-        if kind is activation.module:
-            return check_settings(activation.name, vars(module))
-        if isinstance(module, activation.module):
-            return "", f"a subclass of {describe(activation.module)} may have code of its own"
-    if kind.__module__ == nn.ReLU.__module__ and kind is not nn.MultiheadAttention:
-        return "", f"only {list_activations()} can be fused"
-    return "", ""
-
-
-def check_settings(name: str, given: dict[str, Any]) -> tuple[str, str]:
-    """The activation's name, or why it cannot be fused with the settings given."""
-    for setting, value in ACTIVATIONS[name].settings.items():
-        if given.get(setting, value) != value:
-            return "", f"{name} is fused with {setting}={value!r} only, this has {given[setting]!r}"
-    return name, ""
 
 
 def find_module_obstacle(name: str, module: nn.Module, counts: Counter[int]) -> str:
@@ -205,8 +184,9 @@ def take_apart(model: nn.Module, place: Place) -> None:
     assert isinstance(norm, Fused)
     assert identity is not None
     activation = vars(identity).get(ACTIVATION_ATTRIBUTE)
-    if activation is None and place.activation in ACTIVATIONS:
-        activation = ACTIVATIONS[place.activation].module()
+    if activation is None and (found := find_activation(place.activation)):
+        known, number = found
+        activation = known.module(**known.settings, **({known.option: number} if known.option else {}))
     theirs = {ours: theirs for theirs, ours in PAIRS.items()}
     del norm.activation
     vars(norm).pop("label", None)
