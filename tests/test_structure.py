@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -30,28 +32,35 @@ LONG = {
 TORCHS = "_load_from_state_dict"
 
 
+CALLS = ("normalize_known", "forward_saving", "forward_tensors", "forward")  # of the compiled module
+
+
 def find_way(norm: torch.nn.Module, x: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The frames of the package, from the module's forward to the compiled call, the innermost first."""
+    """The frames of the package, from the module's forward to the last compiled call, the innermost first."""
     ways = []
 
-    def forward(*arguments, **options):
-        frame = sys._getframe(1)
-        way = []
-        while frame is not None:
-            if Path(frame.f_code.co_filename).is_relative_to(PACKAGE):
-                way.append(f"{Path(frame.f_code.co_filename).relative_to(PACKAGE)} {frame.f_code.co_qualname}")
-            frame = frame.f_back
-        ways.append(way)
-        return getattr(compiled, name)(*arguments, **options)
+    def watch(call: Any) -> Any:
+        def watched(*arguments, **options):
+            frame = sys._getframe(1)
+            way = []
+            while frame is not None:
+                if Path(frame.f_code.co_filename).is_relative_to(PACKAGE):
+                    way.append(f"{Path(frame.f_code.co_filename).relative_to(PACKAGE)} {frame.f_code.co_qualname}")
+                frame = frame.f_back
+            ways.append(way)
+            return call(*arguments, **options)
+
+        return watched
 
     norm(x)  # The checks of a first call come between.
-    compiled, name = kernels.compiled, "forward_tensors" if kernels.READS_TENSORS else "forward"
+    compiled = SimpleNamespace(**vars(kernels.compiled))
+    for name in CALLS:
+        setattr(compiled, name, watch(getattr(compiled, name)))
     with monkeypatch.context() as patch:
         for module in (kernels, addresses):
-            patch.setattr(module, "compiled", SimpleNamespace(**{name: forward}))
+            patch.setattr(module, "compiled", compiled)
         norm(x)
-    (way,) = ways
-    return way
+    return ways[-1]
 
 
 @pytest.mark.skipif(bool(kernels.OFF), reason="there is no compiled call without the kernels")
@@ -70,9 +79,46 @@ def test_few_frames_lie_between_a_module_and_the_kernels(name, wants_gradient, m
     with torch.set_grad_enabled(wants_gradient):
         way = find_way(norm, torch.randn(4, 6, 5, 5), monkeypatch)
     assert way[-1].endswith(".forward"), way
+    if kernels.READS_TENSORS and not wants_gradient and name != "instance":
+        assert len(way) == 3 + (name == "rms"), way  # the module's forward and normalize, and the front
     most = MOST_FRAMES + (name == "rms")  # torch calls its argument x there, which takes a forward of its own
     most += not kernels.READS_TENSORS  # An older torch: addresses are found in Python.
     assert len(way) <= most, way
+
+
+def count_calls(step: Any) -> Counter[str]:
+    """How often which functions of the package are called."""
+    found: Counter[str] = Counter()
+
+    def note(frame, event, argument):
+        if event == "call" and Path(frame.f_code.co_filename).is_relative_to(PACKAGE):
+            found[frame.f_code.co_qualname] += 1
+
+    sys.setprofile(note)
+    try:
+        step()
+    finally:
+        sys.setprofile(None)
+    return found
+
+
+@pytest.mark.skipif(not kernels.READS_TENSORS, reason="without them, or with an older torch, Python finds addresses")
+@pytest.mark.parametrize(("name", "most"), [("batch", 15), ("layer", 6), ("group", 6), ("rms", 8), ("fused", 16)])
+def test_a_small_step_costs_few_calls_of_python(name, most):
+    """Forward and backward: each call in Python costs as much as the arithmetic of a small batch."""
+    norm = {
+        "batch": lambda: anynorm.BatchNorm1d(16),
+        "layer": lambda: anynorm.LayerNorm(16),
+        "group": lambda: anynorm.GroupNorm(4, 16),
+        "rms": lambda: anynorm.RMSNorm(16),
+        "fused": lambda: anynorm.BatchNormAct1d(16),
+    }[name]()
+    leaves = [torch.randn(8, 16).requires_grad_(), *norm.parameters()]
+    step = lambda: torch.autograd.grad(norm(leaves[0]), leaves, torch.ones(8, 16))  # noqa: E731
+    step()  # The first is checked.
+    found = count_calls(step)
+    assert found["Normalize.backward"] == 1
+    assert found.total() <= most, found
 
 
 def find_functions(tree: ast.AST, outer: str = "") -> list[tuple[str, ast.FunctionDef]]:

@@ -116,7 +116,7 @@ class Override(Protocol):
         ...
 
 
-OVERRIDE: ContextVar[Override | None] = ContextVar("anynorm.source", default=None)
+OVERRIDE: ContextVar[Override | None] = ContextVar("anynorm.source", default=None)  # who answers; no compiler traces it
 
 
 @contextmanager
@@ -127,11 +127,6 @@ def overriding(override: Override) -> Iterator[None]:
         yield
     finally:
         OVERRIDE.reset(token)
-
-
-def find_override() -> Override | None:
-    """Who answers; nobody in a compiler's graph, which must not depend on it."""
-    return None if torch.compiler.is_compiling() else OVERRIDE.get()
 
 
 def read_given(given: Given, pooling: Pooling, view: Tensor) -> Moments:

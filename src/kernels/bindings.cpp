@@ -72,12 +72,14 @@ NB_MODULE(_kernels, module) {
     // The same from tensors to tensors, where this torch lends their memory: None where Python must look.
     module.def("find_torch", &anynorm::find_torch);
     module.def("describe", &anynorm::describe);
-    module.def("forward_tensors", &anynorm::forward_tensors, "plan"_a, "memory_format"_a, "x"_a, "weight"_a.none(),
-               "bias"_a.none(), "residual"_a.none(), "mask"_a.none(), "mean"_a.none(), "var"_a.none(), "momentum"_a.none(),
-               "eps"_a, "activation"_a, "alpha"_a, "threads"_a, "keep"_a);
-    module.def("backward_tensors", &anynorm::backward_tensors, "plan"_a, "memory_format"_a, "sizes"_a, "strides"_a, "grad"_a,
-               "x"_a, "weight"_a.none(), "bias"_a.none(), "residual"_a.none(), "mask"_a.none(), "mean"_a.none(),
-               "var"_a.none(), "eps"_a, "activation"_a, "alpha"_a, "threads"_a, "needs"_a);
+    module.def("set_activations", &anynorm::set_activations);
+    module.def("normalize_known", &anynorm::normalize_known, "plans"_a, "function"_a, "apply"_a, "x"_a.none(), "weight"_a.none(),
+               "bias"_a.none(), "residual"_a.none(), "request"_a);
+    module.def("forward_tensors", &anynorm::forward_tensors, "plan"_a, "x"_a.none(), "weight"_a.none(), "bias"_a.none(),
+               "residual"_a.none(), "request"_a, "keep"_a);
+    module.def("forward_saving", &anynorm::forward_saving, "context"_a, "x"_a.none(), "weight"_a.none(), "bias"_a.none(),
+               "residual"_a.none(), "request"_a, "plan"_a);
+    module.def("backward_tensors", &anynorm::backward_tensors, "grad"_a.none(), "saved"_a, "how"_a, "needs"_a);
     module.def("open_mask", &anynorm::open_mask, "x"_a, "mask"_a, "first"_a, "channels"_a);
     module.def("open_lengths", &anynorm::open_lengths, "x"_a, "lengths"_a, "first"_a, "channels"_a);
     module.def("has_real", &anynorm::has_real, "counted"_a);

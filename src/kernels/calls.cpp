@@ -55,7 +55,8 @@ class Tensors {
         to = find_address(made);
         return made;
     }
-    bool has_layout(nb::tuple sizes, nb::tuple strides) const {
+    bool has_layout(nb::handle sizes, nb::handle strides) const {
+        if (!PyTuple_Check(sizes.ptr()) || !PyTuple_Check(strides.ptr())) return false;
         if (nb::len(sizes) != size_t(x_.axes) || nb::len(strides) != size_t(x_.axes)) return false;
         for (int i = 0; i < x_.axes; ++i) {
             if (PyLong_AsLongLong(PyTuple_GET_ITEM(sizes.ptr(), i)) != x_.sizes[i]) return false;
@@ -90,6 +91,53 @@ class Tensors {
     View x_{};
 };
 
+// Names of attributes, made once.
+struct Names {
+    PyObject* compiled = PyUnicode_InternFromString("compiled");
+    PyObject* memory_format = PyUnicode_InternFromString("memory_format");
+    PyObject* pooling = PyUnicode_InternFromString("pooling");
+    PyObject* ghosts = PyUnicode_InternFromString("ghosts");
+    PyObject* sizes = PyUnicode_InternFromString("sizes");
+    PyObject* strides = PyUnicode_InternFromString("strides");
+    PyObject* like = PyUnicode_InternFromString("like");
+    PyObject* how = PyUnicode_InternFromString("how");
+    PyObject* shape = PyUnicode_InternFromString("shape");
+    PyObject* dtype = PyUnicode_InternFromString("dtype");
+    PyObject* save_for_backward = PyUnicode_InternFromString("save_for_backward");
+};
+const Names& names() {
+    static const Names made;
+    return made;
+}
+nb::object get(nb::handle of, PyObject* name) { return take(PyObject_GetAttr(of.ptr(), name)); }
+
+// The fields of a request (engine/request.py) that kernels look at.
+struct Request {
+    nb::handle source, eps, activation, mask, sizes;
+    explicit Request(nb::handle request) {
+        if (!PyTuple_Check(request.ptr()) || PyTuple_GET_SIZE(request.ptr()) != 6) throw nb::type_error("kernels: no request");
+        source = item(request, 0), eps = item(request, 1), activation = item(request, 2), mask = item(request, 3);
+        sizes = item(request, 5);
+        if (!PyTuple_Check(source.ptr()) || PyTuple_GET_SIZE(source.ptr()) < 2) throw nb::type_error("kernels: no source");
+    }
+    static nb::handle item(nb::handle tuple, Py_ssize_t i) { return PyTuple_GET_ITEM(tuple.ptr(), i); }
+    nb::handle mean() const { return item(source, 0); }
+    nb::handle var() const { return item(source, 1); }
+    nb::handle momentum() const { return PyTuple_GET_SIZE(source.ptr()) > 2 ? item(source, 2) : nb::handle(Py_None); }
+};
+
+PyObject* activations = nullptr;
+
+// Eps, threads, and the activation by its name.
+void set_options(Arguments& to, nb::handle eps, nb::handle activation) {
+    to.threads = count_threads();
+    to.eps = PyFloat_AsDouble(eps.ptr());
+    if (PyErr_Occurred()) throw nb::python_error();
+    if (activation.is_none()) return;
+    const nb::object found = take(PyObject_GetItem(activations, activation.ptr()));
+    to.activation = {nb::cast<int>(found[0]), nb::cast<double>(found[1])};
+}
+
 // Whether running averages can be moved by a kernel.
 bool read_running(const Tensors& tensors, const Plan& plan, nb::handle mean, nb::handle var, nb::handle momentum,
                   Arguments& given) {
@@ -100,16 +148,14 @@ bool read_running(const Tensors& tensors, const Plan& plan, nb::handle mean, nb:
            tensors.read_running(var, given.running_var);
 }
 
-}  // namespace
-
-nb::object describe(nb::args tensors) {
+nb::object describe(PyObject* const* tensors, size_t count) {
     constexpr int kMostTensors = 7, kMostAxes = 8;
     int64_t found[kMostTensors * (1 + kMostAxes) + kMostAxes];
     int size = 0;
     View first{};
-    if (tensors.size() > kMostTensors) return nb::none();
-    for (size_t i = 0; i < tensors.size(); ++i) {
-        PyObject* tensor = PyTuple_GET_ITEM(tensors.ptr(), i);
+    if (count > kMostTensors) return nb::none();
+    for (size_t i = 0; i < count; ++i) {
+        PyObject* tensor = tensors[i];
         if (tensor == Py_None) {
             found[size++] = -1;
             continue;
@@ -124,15 +170,91 @@ nb::object describe(nb::args tensors) {
     return nb::bytes(found, static_cast<size_t>(size) * sizeof *found);
 }
 
-nb::object forward_tensors(const Plan& plan, nb::handle memory_format, nb::handle x, nb::handle weight, nb::handle bias,
-                           nb::handle residual, nb::handle mask, nb::handle mean, nb::handle var, nb::handle momentum,
-                           double eps, int activation, double alpha, int threads, bool keep) {
+// The types of sizes, which 7.0 and True equal; null where `watch.find_key` must look.
+PyObject* find_kinds(nb::handle sizes) {
+    PyObject* given = sizes.ptr();
+    if (given == Py_None) return Py_NewRef(Py_None);
+    if (PyLong_CheckExact(given)) return Py_NewRef(reinterpret_cast<PyObject*>(Py_TYPE(given)));
+    if (!PyTuple_CheckExact(given)) return nullptr;
+    PyObject* kinds = PyTuple_New(PyTuple_GET_SIZE(given));
+    for (Py_ssize_t i = 0; kinds && i < PyTuple_GET_SIZE(given); ++i) {
+        PyTuple_SET_ITEM(kinds, i, Py_NewRef(reinterpret_cast<PyObject*>(Py_TYPE(PyTuple_GET_ITEM(given, i)))));
+    }
+    return kinds;
+}
+
+// What `watch.find_key` makes, or an invalid object.
+nb::object find_key(nb::handle function, nb::handle x, nb::handle weight, nb::handle bias, nb::handle residual,
+                    const Request& request) {
+    PyObject* tensors[] = {x.ptr(), weight.ptr(), bias.ptr(), residual.ptr(), request.mask.ptr(), request.mean().ptr(),
+                           request.var().ptr()};
+    const nb::object found = describe(tensors, 7), kinds = nb::steal(find_kinds(request.sizes));
+    if (found.is_none() || !kinds.is_valid()) return {};
+    return take(PyTuple_Pack(7, function.ptr(), Py_TYPE(request.source.ptr()), request.eps.ptr(), request.activation.ptr(),
+                             request.sizes.ptr(), kinds.ptr(), found.ptr()));
+}
+
+// Shape and dtype of a parameter, `like` where it is flat and its dtype, which was looked at, the kernels' own.
+nb::object find_like(nb::handle parameter, const nb::object& like) {
+    View view;
+    if (parameter.is_none()) return nb::none();
+    if (read_new_tensor(parameter.ptr(), view) && view.axes == 1) return like;
+    return nb::make_tuple(get(parameter, names().shape), get(parameter, names().dtype));
+}
+
+// What backward reads, as `Normalize.forward` saved it.
+bool read_saved(const Tensors& tensors, const Plan& plan, nb::handle saved, Arguments& given) {
+    const auto item = [&](Py_ssize_t i) { return nb::handle(PyTuple_GET_ITEM(saved.ptr(), i)); };
+    if (!tensors.read_parameter(item(1), given.gamma) || !tensors.read_parameter(item(2), given.beta) ||
+        !tensors.read_alike(item(3), given.residual) || !tensors.read_mask(item(4), given.mask)) {
+        return false;
+    }
+    if (!plan.call.has_given_statistics()) return tensors.read_statistics(item(5), given);
+    return PyTuple_GET_SIZE(saved.ptr()) == 7 && tensors.read_given(item(5), given.mean) &&
+           tensors.read_given(item(6), given.var);
+}
+
+}  // namespace
+
+nb::object describe(nb::args tensors) {
+    return describe(reinterpret_cast<PyTupleObject*>(tensors.ptr())->ob_item, tensors.size());
+}
+
+void set_activations(nb::dict known) { activations = known.release().ptr(); }
+
+nb::object normalize_known(nb::handle plans, nb::handle function, nb::handle apply, nb::handle x, nb::handle weight,
+                           nb::handle bias, nb::handle residual, nb::handle asked) {
+    if (is_watched()) return nb::none();
+    const Request request(asked);
+    const nb::object key = find_key(function, x, weight, bias, residual, request);
+    PyObject* plan = key.is_valid() ? PyDict_GetItemWithError(plans.ptr(), key.ptr()) : nullptr;
+    if (!plan) {
+        PyErr_Clear();  // What cannot be a key is refused by the checks.
+        return nb::none();
+    }
+    const nb::object kept = nb::borrow(plan);  // whatever becomes of the plans meanwhile
+    if (is_grad_enabled() && (requires_grad(x.ptr()) || requires_grad(weight.ptr()) || requires_grad(bias.ptr()) ||
+                              requires_grad(residual.ptr()))) {
+        PyObject* arguments[] = {x.ptr(), weight.ptr(), bias.ptr(), residual.ptr(), asked.ptr(), plan};
+        return take(PyObject_Vectorcall(apply.ptr(), arguments, 6, nullptr));
+    }
+    const nb::object found = forward_tensors(kept, x, weight, bias, residual, asked, false);
+    return found.is_none() ? found : nb::object(found[0]);
+}
+
+nb::object forward_tensors(nb::handle of, nb::handle x, nb::handle weight, nb::handle bias, nb::handle residual,
+                           nb::handle asked, bool keep) {
+    const nb::object compiled = get(of, names().compiled), memory_format = get(of, names().memory_format);
+    if (nb::cast<bool>(nb::bool_(get(get(of, names().pooling), names().ghosts)))) return nb::none();
+    const auto& plan = nb::cast<const Plan&>(compiled);
+    const Request request(asked);
+    const nb::handle mean = request.mean(), var = request.var();
     Tensors tensors(plan);
     Arguments given;
-    given.threads = threads, given.eps = eps, given.activation = {activation, alpha};
+    set_options(given, request.eps, request.activation);
     if (!tensors.read_input(x, given.x) || !tensors.read_parameter(weight, given.gamma) ||
         !tensors.read_parameter(bias, given.beta) || !tensors.read_alike(residual, given.residual) ||
-        !tensors.read_mask(mask, given.mask)) {
+        !tensors.read_mask(request.mask, given.mask)) {
         return nb::none();
     }
     nb::object statistics = nb::none();
@@ -143,7 +265,7 @@ nb::object forward_tensors(const Plan& plan, nb::handle memory_format, nb::handl
             statistics = nb::make_tuple(kept_mean, kept_var);
         }
     } else {
-        if (!read_running(tensors, plan, mean, var, momentum, given)) return nb::none();
+        if (!read_running(tensors, plan, mean, var, request.momentum(), given)) return nb::none();
         if (keep) statistics = tensors.make_statistics(given);
     }
     nb::object y = take(make_like(x.ptr(), memory_format.ptr()));
@@ -153,44 +275,74 @@ nb::object forward_tensors(const Plan& plan, nb::handle memory_format, nb::handl
         nb::gil_scoped_release release;
         run_forward(plan, call);
     }
+    if (given.running_mean && !increment_version(mean.ptr(), var.ptr())) throw nb::python_error();
     return nb::make_tuple(y, statistics);
 }
 
-nb::object backward_tensors(const Plan& plan, nb::handle memory_format, nb::tuple sizes, nb::tuple strides, nb::handle grad,
-                            nb::handle x, nb::handle weight, nb::handle bias, nb::handle residual, nb::handle mask,
-                            nb::handle mean, nb::handle var, double eps, int activation, double alpha, int threads,
-                            nb::sequence needs) {
+nb::object forward_saving(nb::handle context, nb::handle x, nb::handle weight, nb::handle bias, nb::handle residual,
+                          nb::handle asked, nb::handle plan) {
+    const Request request(asked);
+    if (is_inference(x.ptr()) || is_inference(residual.ptr()) || is_inference(request.mask.ptr())) return nb::none();
+    const nb::object found = forward_tensors(plan, x, weight, bias, residual, asked, true);
+    if (found.is_none()) return found;
+    // Beta may change before backward, as in torch, and without an activation the residual need not be kept.
+    const bool is_behind = !request.activation.is_none();
+    const nb::object statistics = found[1];
+    const bool is_given = PyTuple_CheckExact(statistics.ptr());
+    const nb::object first = is_given ? nb::object(statistics[0]) : statistics;
+    const nb::object second = is_given ? nb::object(statistics[1]) : nb::none();
+    PyObject* saved[] = {context.ptr(), x.ptr(), weight.ptr(), is_behind ? bias.ptr() : Py_None,
+                         is_behind ? residual.ptr() : Py_None, request.mask.ptr(), first.ptr(), second.ptr()};
+    take(PyObject_VectorcallMethod(names().save_for_backward, saved, is_given ? 8 : 7, nullptr));
+    const nb::object like = get(plan, names().like);
+    const nb::object of_weight = find_like(weight, like), of_bias = find_like(bias, like);
+    const nb::object how = take(PyTuple_Pack(6, plan.ptr(), request.eps.ptr(), request.activation.ptr(),
+                                             is_given ? Py_True : Py_False, of_weight.ptr(), of_bias.ptr()));
+    if (PyObject_SetAttr(context.ptr(), names().how, how.ptr())) throw nb::python_error();
+    return found[0];
+}
+
+nb::object backward_tensors(nb::handle grad, nb::handle saved, nb::handle how, nb::handle needs) {
+    if (!PyTuple_Check(saved.ptr()) || PyTuple_GET_SIZE(saved.ptr()) < 6 || !PyTuple_Check(how.ptr()) ||
+        PyTuple_GET_SIZE(how.ptr()) != 6 || !PyTuple_Check(needs.ptr()) || PyTuple_GET_SIZE(needs.ptr()) < 4) {
+        throw nb::type_error("kernels: not what forward saved");
+    }
+    const auto item = [](nb::handle tuple, Py_ssize_t i) { return nb::handle(PyTuple_GET_ITEM(tuple.ptr(), i)); };
+    const nb::handle of = item(how, 0), x = item(saved, 0), mask = item(saved, 4);
+    const nb::object like = get(of, names().like), compiled = get(of, names().compiled);
+    if ((!item(how, 4).is_none() && !item(how, 4).is(like)) || (!item(how, 5).is_none() && !item(how, 5).is(like))) {
+        return nb::none();
+    }
+    if (grad.is_none() || is_watched() || is_grad_enabled() || is_batched(grad.ptr())) return nb::none();
+    const auto& plan = nb::cast<const Plan&>(compiled);
     Tensors tensors(plan);
     Arguments given;
-    given.threads = threads, given.eps = eps, given.activation = {activation, alpha};
-    if (!tensors.read_input(x, given.x) || !tensors.has_layout(sizes, strides) || grad.is_none() ||
-        !tensors.read_alike(grad, given.grad) || !tensors.read_parameter(weight, given.gamma) ||
-        !tensors.read_parameter(bias, given.beta) || !tensors.read_alike(residual, given.residual) ||
-        !tensors.read_mask(mask, given.mask)) {
+    set_options(given, item(how, 1), item(how, 2));
+    if (!tensors.read_input(x, given.x) || !tensors.has_layout(get(of, names().sizes), get(of, names().strides)) ||
+        !tensors.read_alike(grad, given.grad) || !read_saved(tensors, plan, saved, given)) {
         return nb::none();
     }
-    if (plan.call.has_given_statistics()) {
-        if (!tensors.read_given(mean, given.mean) || !tensors.read_given(var, given.var)) return nb::none();
-    } else if (!tensors.read_statistics(mean, given)) {
-        return nb::none();
+    const auto is_needed = [&](Py_ssize_t i) { return item(needs, i).ptr() == Py_True; };
+    const nb::object memory_format = get(of, names().memory_format);
+    nb::object dx = nb::none(), dgamma = nb::none(), dbeta = nb::none(), dresidual = nb::none();
+    if (is_needed(0)) {
+        dx = take(make_like(x.ptr(), memory_format.ptr()));
+        given.dx = find_address(dx);
     }
-    nb::object made[4] = {nb::none(), nb::none(), nb::none(), nb::none()};
-    if (nb::cast<bool>(needs[0])) {
-        made[0] = take(make_like(x.ptr(), memory_format.ptr()));
-        given.dx = find_address(made[0]);
-    }
-    if (nb::cast<bool>(needs[1])) made[1] = tensors.make_gradient(given.dgamma);
-    if (nb::cast<bool>(needs[2])) made[2] = tensors.make_gradient(given.dbeta);
-    if (nb::cast<bool>(needs[3])) {
-        made[3] = take(make_like(x.ptr(), memory_format.ptr()));
-        given.dresidual = find_address(made[3]);
+    if (is_needed(1)) dgamma = tensors.make_gradient(given.dgamma);
+    if (is_needed(2)) dbeta = tensors.make_gradient(given.dbeta);
+    if (is_needed(3) && item(how, 2).is_none() && mask.is_none()) {
+        dresidual = nb::borrow(grad);
+    } else if (is_needed(3)) {
+        dresidual = take(make_like(x.ptr(), memory_format.ptr()));
+        given.dresidual = find_address(dresidual);
     }
     const Call call = make_backward(plan, given);
     {
         nb::gil_scoped_release release;
         run_backward(plan, call);
     }
-    return nb::make_tuple(made[0], made[1], made[2], made[3]);
+    return nb::make_tuple(dx, dgamma, dbeta, dresidual, nb::none(), nb::none());
 }
 
 }  // namespace anynorm

@@ -13,15 +13,24 @@ namespace nb = nanobind;
 // Dtypes and sizes of up to seven tensors, and the first one's strides, as bytes; None if one may not be plain memory.
 nb::object describe(nb::args tensors);
 
-// (y, statistics) as `kernels.forward` says; mean and var are given ones, or running averages to move, or None.
-nb::object forward_tensors(const Plan& plan, nb::handle memory_format, nb::handle x, nb::handle weight, nb::handle bias,
-                           nb::handle residual, nb::handle mask, nb::handle mean, nb::handle var, nb::handle momentum,
-                           double eps, int activation, double alpha, int threads, bool keep);
+// y as `Front.normalize` says, of a call whose checks have passed before: one whose key, see `watch.find_key`, is in `plans`.
+// Where a gradient is wanted `apply` makes y. None where there is no such key, or something follows the operations.
+nb::object normalize_known(nb::handle plans, nb::handle function, nb::handle apply, nb::handle x, nb::handle weight,
+                           nb::handle bias, nb::handle residual, nb::handle request);
 
-// The four gradients as `kernels.backward` says; `mean` is all statistics where they come from x, and var None.
-nb::object backward_tensors(const Plan& plan, nb::handle memory_format, nb::tuple sizes, nb::tuple strides, nb::handle grad,
-                            nb::handle x, nb::handle weight, nb::handle bias, nb::handle residual, nb::handle mask,
-                            nb::handle mean, nb::handle var, double eps, int activation, double alpha, int threads,
-                            nb::sequence needs);
+// (y, statistics) as `kernels.forward` says. Running averages get a new version.
+nb::object forward_tensors(nb::handle plan, nb::handle x, nb::handle weight, nb::handle bias, nb::handle residual,
+                           nb::handle request, bool keep);
+
+// y of `Normalize.forward`, with all saved that backward needs. None also for what was made in inference mode.
+nb::object forward_saving(nb::handle context, nb::handle x, nb::handle weight, nb::handle bias, nb::handle residual,
+                          nb::handle request, nb::handle plan);
+
+// What `Normalize.backward` returns, from what its forward saved; None also where gradients are to be differentiable or batched,
+// or need another shape or dtype than kernels give.
+nb::object backward_tensors(nb::handle grad, nb::handle saved, nb::handle how, nb::handle needs);
+
+// Activations by name, each its code and alpha.
+void set_activations(nb::dict activations);
 
 }  // namespace anynorm

@@ -31,8 +31,13 @@ constexpr int kDlCpu = 1, kDlInt = 0, kDlFloat = 2, kDlBfloat = 4, kDlBool = 6;
 struct Torch {
     int (*read)(void*, DlTensor*) = nullptr;
     PyTypeObject *tensor, *parameter;
-    PyObject *is_neg, *untyped_storage, *nbytes, *storage_offset, *clone, *view, *empty, *empty_like;
+    PyObject *is_neg, *untyped_storage, *storage_offset, *clone, *view, *empty, *empty_like;
     PyObject *float32, *float64, *cpu, *with_format, *with_dtype;
+    PyObject *is_inference, *increment_version, *is_grad_enabled, *get_num_threads;
+    // Each says whether, or how often, something follows the operations.
+    PyObject *is_tracing, *transforms, *dispatch_modes, *function_modes, *forward_ad;
+    PyObject* is_batched;
+    PyObject *requires_grad, *current_level;  // names
 } torch;
 
 // attribute(module, "nn", "Parameter") is module.nn.Parameter; null, with Python's error set, where one is missing.
@@ -57,7 +62,6 @@ bool read_torch(PyObject* module) {
     torch.parameter = reinterpret_cast<PyTypeObject*>(attribute(module, "nn", "Parameter"));
     torch.is_neg = attribute(module, "Tensor", "is_neg");
     torch.untyped_storage = attribute(module, "Tensor", "untyped_storage");
-    torch.nbytes = attribute(module, "UntypedStorage", "nbytes");
     torch.storage_offset = attribute(module, "Tensor", "storage_offset");
     torch.clone = attribute(module, "Tensor", "clone");
     torch.view = attribute(module, "Tensor", "view");
@@ -68,19 +72,33 @@ bool read_torch(PyObject* module) {
     torch.cpu = PyObject_CallMethod(module, "device", "s", "cpu");
     torch.with_format = Py_BuildValue("(s)", "memory_format");
     torch.with_dtype = Py_BuildValue("(ss)", "dtype", "device");
+    torch.is_inference = attribute(module, "Tensor", "is_inference");
+    torch.increment_version = attribute(module, "_C", "_increment_version");
+    torch.is_grad_enabled = attribute(module, "is_grad_enabled");
+    torch.get_num_threads = attribute(module, "get_num_threads");
+    torch.is_tracing = attribute(module, "_C", "_is_tracing");
+    torch.transforms = attribute(module, "_C", "_functorch", "get_dynamic_layer_stack_depth");
+    torch.is_batched = attribute(module, "_C", "_functorch", "is_legacy_batchedtensor");
+    torch.dispatch_modes = attribute(module, "_C", "_len_torch_dispatch_stack");
+    torch.function_modes = attribute(module, "_C", "_len_torch_function_stack");
+    torch.forward_ad = attribute(module, "autograd", "forward_ad");
+    torch.requires_grad = PyUnicode_InternFromString("requires_grad");
+    torch.current_level = PyUnicode_InternFromString("_current_level");
     if (PyErr_Occurred()) return false;
     torch.read = exchange->read;
     return true;
 }
 
-// The answer of one of torch's functions without arguments; -1 where it raised.
-int64_t ask(PyObject* function, PyObject* tensor) {
-    PyObject* found = PyObject_CallOneArg(function, tensor);
-    const int64_t answer = found ? PyLong_AsLongLong(found) : -1;  // bool is an int
+// A whole number or bool, which is let go; -1 where torch raised.
+int64_t read_answer(PyObject* found) {
+    const int64_t answer = found ? PyLong_AsLongLong(found) : -1;
     Py_XDECREF(found);
     if (answer == -1) PyErr_Clear();
     return answer;
 }
+// What a method of torch's without arguments, or a function, answers.
+int64_t ask(PyObject* method, PyObject* tensor) { return read_answer(PyObject_CallOneArg(method, tensor)); }
+int64_t ask(PyObject* function) { return read_answer(PyObject_CallNoArgs(function)); }
 
 int find_dtype(const DlTensor& t) {
     if (t.lanes != 1) return -1;
@@ -171,7 +189,8 @@ bool holds(PyObject* tensor, const View& view, int64_t bytes) {
         PyErr_Clear();
         return false;
     }
-    const int64_t held = ask(torch.nbytes, storage);
+    const int64_t held = PyObject_Size(storage);  // in bytes
+    if (held < 0) PyErr_Clear();
     Py_DECREF(storage);
     const int64_t offset = ask(torch.storage_offset, tensor);
     return offset >= 0 && held - offset * element_size(view.dtype) >= bytes;
@@ -204,6 +223,27 @@ PyObject* view_as(PyObject* tensor, const int64_t* sizes, int axes) {
     PyObject* made = written ? PyObject_Vectorcall(torch.view, arguments, 2, nullptr) : nullptr;
     Py_XDECREF(written);
     return made;
+}
+
+bool is_watched() {
+    return ask(torch.is_tracing) != 0 || ask(torch.transforms) != 0 || ask(torch.dispatch_modes) != 0 ||
+           ask(torch.function_modes) != 0 || read_answer(PyObject_GetAttr(torch.forward_ad, torch.current_level)) != -1;
+}
+bool is_grad_enabled() { return ask(torch.is_grad_enabled) != 0; }
+bool is_batched(PyObject* tensor) { return ask(torch.is_batched, tensor) != 0; }
+bool requires_grad(PyObject* tensor) {
+    return tensor != Py_None && read_answer(PyObject_GetAttr(tensor, torch.requires_grad)) != 0;
+}
+bool is_inference(PyObject* tensor) { return tensor != Py_None && ask(torch.is_inference, tensor) != 0; }
+int count_threads() { return static_cast<int>(ask(torch.get_num_threads)); }
+
+bool increment_version(PyObject* first, PyObject* second) {
+    if (is_inference(first)) return true;  // such a tensor has none
+    PyObject* both = PyTuple_Pack(2, first, second);
+    PyObject* done = both ? PyObject_CallOneArg(torch.increment_version, both) : nullptr;
+    Py_XDECREF(both);
+    Py_XDECREF(done);
+    return done;
 }
 
 PyObject* copy(PyObject* tensor) { return PyObject_CallOneArg(torch.clone, tensor); }

@@ -50,4 +50,16 @@ PyObject* make_sized(const int64_t* sizes, int axes);  // float32
 PyObject* view_as(PyObject* tensor, const int64_t* sizes, int axes);
 PyObject* copy(PyObject* tensor);
 
+// Whether anything follows the operations: tracing, a transform, a mode, forward-mode derivatives. A compiler, which cannot
+// see this function, is asked for in Python. Yes where torch does not say; so of all questions here.
+bool is_watched();
+bool is_grad_enabled();
+bool is_batched(PyObject* tensor);      // by torch.autograd.grad(is_grads_batched=True)
+bool requires_grad(PyObject* tensor);   // no for None
+bool is_inference(PyObject* tensor);    // no for None
+int count_threads();
+
+// Lets autograd hear of two tensors that were written through their addresses; false where torch raised.
+bool increment_version(PyObject* first, PyObject* second);
+
 }  // namespace anynorm

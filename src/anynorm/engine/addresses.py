@@ -31,7 +31,7 @@ class Choices(dict[str | None, tuple[int, float]]):
         return self[found[0].name][0], found[1]
 
 
-CHOICES = Choices({IDENTITY: (0, 0.0), None: (0, 0.0)})
+CHOICES: Choices = Choices({IDENTITY: (0, 0.0), None: (0, 0.0)})
 CHOICES.update({name: (code, known.default) for code, (name, known) in enumerate(ACTIVATIONS.items(), 1)})
 
 Statistics = Tensor | tuple[Tensor, Tensor]  # all pools' mean and m2 in one, or a given mean and variance

@@ -23,6 +23,10 @@ class Normalize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Any, bias: Any, residual: Any, request: Request, plan: Plan) -> Tensor:
+        if kernels.READS_TENSORS:
+            found: Tensor | None = kernels.compiled.forward_saving(ctx, x, weight, bias, residual, request, plan)
+            if found is not None:
+                return found
         y, statistics = kernels.forward(x, weight, bias, residual, request, plan, keep=True)
         source, eps, activation, mask, _, _ = request
         is_given = type(source) is Given
@@ -30,35 +34,45 @@ class Normalize(torch.autograd.Function):
         # Beta may change before backward, as in torch, and without an activation the residual need not be kept.
         behind = (None, None) if activation is None else (bias, residual)
         ctx.save_for_backward(keep(x), weight, behind[0], keep(behind[1]), keep(mask), *known)
-        ctx.how = plan, eps, activation, is_given
-        ctx.weight_like, ctx.bias_like = memory.find_like(weight), memory.find_like(bias)
+        ctx.how = plan, eps, activation, is_given, memory.find_like(weight), memory.find_like(bias)
         return y
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         if torch.compiler.is_compiling():
             return backward_uncompiled(Normalize, ctx, g)
-        plan, eps, activation, is_given = ctx.how
-        x, weight, bias, residual, mask, *known = ctx.saved_tensors
-        memory.check_like("weight", weight, ctx.weight_like)
-        memory.check_like("bias", bias, ctx.bias_like)
-        if torch.is_grad_enabled() or not is_plain(g) or is_legacy_batchedtensor(g):
-            for name, t in (("input", x), ("residual", residual)):
-                memory.check_like(name, t, (plan.sizes, plan.dtype))
-            request = Request(Given(*known) if is_given else BATCH, eps, activation, mask)
-            return *backward_differentiable(ctx, g, (x, weight, bias, residual), request, plan.pooling), None, None
-        needs_x, needs_weight, needs_bias, needs_residual, *_ = ctx.needs_input_grad
-        dresidual = None
-        if needs_residual and activation is None and mask is None:
-            dresidual, needs_residual = g, False
-        needs = needs_x, needs_weight, needs_bias, needs_residual
-        saved = Saved(x, weight, bias, residual, mask, tuple(known) if is_given else known[0])
-        dx, dweight, dbias, found = kernels.backward(g, saved, plan, eps, activation, needs)
-        if dweight is not None:
-            dweight = like(dweight, *ctx.weight_like)
-        if dbias is not None:
-            dbias = like(dbias, *ctx.bias_like)
-        return dx, dweight, dbias, dresidual if found is None else found, None, None
+        saved = ctx.saved_tensors  # once: hooks may run
+        if kernels.READS_TENSORS:
+            found: tuple[Any, ...] | None = kernels.compiled.backward_tensors(g, saved, ctx.how, ctx.needs_input_grad)
+            if found is not None:
+                return found
+        return backward_checked(ctx, g, saved)
+
+
+def backward_checked(ctx: Any, g: Tensor, saved: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What `Normalize.backward` does where the compiled call was not sure of something."""
+    plan, eps, activation, is_given, weight_like, bias_like = ctx.how
+    x, weight, bias, residual, mask, *known = saved
+    memory.check_like("weight", weight, weight_like)
+    memory.check_like("bias", bias, bias_like)
+    if torch.is_grad_enabled() or not is_plain(g) or is_legacy_batchedtensor(g):
+        for name, t in (("input", x), ("residual", residual)):
+            memory.check_like(name, t, (plan.sizes, plan.dtype))
+        request = Request(Given(*known) if is_given else BATCH, eps, activation, mask)
+        inputs = x, weight, bias, residual
+        return *backward_differentiable(ctx, g, inputs, request, plan.pooling, bias_like=bias_like), None, None
+    needs_x, needs_weight, needs_bias, needs_residual, *_ = ctx.needs_input_grad
+    dresidual = None
+    if needs_residual and activation is None and mask is None:
+        dresidual, needs_residual = g, False
+    needs = needs_x, needs_weight, needs_bias, needs_residual
+    kept = Saved(x, weight, bias, residual, mask, tuple(known) if is_given else known[0])
+    dx, dweight, dbias, found = kernels.backward(g, kept, plan, eps, activation, needs)
+    if dweight is not None:
+        dweight = like(dweight, *weight_like)
+    if dbias is not None:
+        dbias = like(dbias, *bias_like)
+    return dx, dweight, dbias, dresidual if found is None else found, None, None
 
 
 # What Normalize.apply does once it has found that no transform is active, which `find_key` and `is_plain` know.
@@ -77,16 +91,23 @@ def like(t: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
 
 
 def backward_differentiable(
-    ctx: Any, g: Tensor, inputs: tuple[Tensor | None, ...], request: Request, pooling: Pooling
+    ctx: Any,
+    g: Tensor,
+    inputs: tuple[Tensor | None, ...],
+    request: Request,
+    pooling: Pooling,
+    *,
+    bias_like: memory.Like | None,
 ) -> tuple[Any, ...]:
     """The gradients of `inputs` as a graph of their own, for ``create_graph=True``, and for batched gradients.
 
     Args:
-        ctx: of the autograd function, with the shape and dtype of beta in `bias_like`.
+        ctx: of the autograd function.
         inputs: x, gamma, beta and maybe a residual; what was not kept is None.
         request: its source is `BATCH`, or holds the statistics that were given.
+        bias_like: shape and dtype of beta, which need not have been kept.
     """
-    bias_like, mask = ctx.bias_like, request.mask
+    mask = request.mask
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         # Views cut the outer graph off: where gamma depends on x (or x on gamma) that path is autograd's to count, and

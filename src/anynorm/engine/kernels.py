@@ -8,21 +8,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..pooling import Pooling
-from ..sources import Given
 from ..statistics import Moments
 from . import addresses
 from .addresses import (
-    CHOICES,
     Saved,
     Statistics,
     find_addresses,
     find_mask_address,
-    increment_version,
     make_statistics,
     open_statistics,
 )
@@ -48,6 +46,8 @@ def why_off() -> str:
 
 OFF = why_off()
 READS_TENSORS = not OFF and compiled.find_torch()  # else their addresses are found in Python
+if READS_TENSORS:
+    compiled.set_activations(addresses.CHOICES)
 
 
 def describe() -> dict[str, str]:
@@ -96,30 +96,10 @@ def forward(
         request: its source is `Batch` or `Given`.
         keep: whether the statistics are wanted, to stay as they are; else they may be None.
     """
-    source, eps, activation, mask, _, _ = request
-    is_given = type(source) is Given
-    code, alpha = CHOICES[activation]
-    if READS_TENSORS and not plan.pooling.ghosts:
-        found = compiled.forward_tensors(
-            plan.compiled,
-            memory_format=plan.memory_format,
-            x=x,
-            weight=weight,
-            bias=bias,
-            residual=residual,
-            mask=mask,
-            mean=source[0],
-            var=source[1],
-            momentum=None if is_given else source[2],
-            eps=eps,
-            activation=code,
-            alpha=alpha,
-            threads=torch.get_num_threads(),
-            keep=keep,
-        )
+    if READS_TENSORS:
+        found: tuple[Tensor, Statistics | None] | None
+        found = compiled.forward_tensors(plan, x, weight, bias, residual, request, keep)
         if found is not None:
-            if not is_given and source[0] is not None and source[1] is not None:
-                increment_version(source)
             return found
     return addresses.forward(x, weight, bias, residual, request, plan, keep=keep)
 
@@ -159,28 +139,13 @@ def backward(
     dx     = rstd * gamma * g                                                          where statistics were given
     """
     x, weight, bias, residual, mask, statistics = saved
-    code, alpha = CHOICES[activation]
-    if READS_TENSORS:
-        mean, var = statistics if isinstance(statistics, tuple) else (statistics, None)
-        found = compiled.backward_tensors(
-            plan.compiled,
-            memory_format=plan.memory_format,
-            sizes=plan.sizes,
-            strides=plan.strides,
-            grad=g,
-            x=x,
-            weight=weight,
-            bias=bias,
-            residual=residual,
-            mask=mask,
-            mean=mean,
-            var=var,
-            eps=eps,
-            activation=code,
-            alpha=alpha,
-            threads=torch.get_num_threads(),
-            needs=needs,
+    is_sum = activation is None and mask is None and needs[3]  # the compiled call would return g itself
+    if READS_TENSORS and not is_sum:
+        known = statistics if isinstance(statistics, tuple) else (statistics,)
+        how = plan, eps, activation, isinstance(statistics, tuple), None, None
+        found: tuple[Any, ...] | None = compiled.backward_tensors(
+            g, (x, weight, bias, residual, mask, *known), how, tuple(needs)
         )
         if found is not None:
-            return found
+            return found[:4]
     return addresses.backward(g, saved, plan, eps, activation, needs)

@@ -104,9 +104,11 @@ def backward_cpu(
         saved = kernels.Saved(x, weight, bias, residual, mask, statistics)
         found = kernels.backward(g, saved, plan, eps, activation or None, needs)
     else:
-        outer = SimpleNamespace(bias_like=None, needs_input_grad=needs)
+        outer = SimpleNamespace(needs_input_grad=needs)
         leaves = tuple(t if t is None else t.detach().requires_grad_() for t in inputs)
-        found = backward_differentiable(outer, g, leaves, Request(BATCH, eps, activation or None, mask), pooling)
+        found = backward_differentiable(
+            outer, g, leaves, Request(BATCH, eps, activation or None, mask), pooling, bias_like=None
+        )
     return tuple(
         x.new_empty(0) if f is None else f.reshape(t.shape).to(t.dtype) for f, t in zip(found, inputs, strict=True)
     )
@@ -154,10 +156,10 @@ def differentiate(ctx: Any, g: Tensor, _: Any) -> tuple[Any, ...]:
         # Inside an operation autograd records nothing, so a formula cannot be differentiated there.
         or kernels.find_plan(kernels.arrange(x), read_pooling(text), masked=mask is not None) is None
     ):
-        outer = SimpleNamespace(bias_like=None, needs_input_grad=needs)
+        outer = SimpleNamespace(needs_input_grad=needs)
         request = Request(BATCH, eps, activation or None, mask)
         inputs = (x, weight, bias, residual)
-        return *backward_differentiable(outer, g, inputs, request, read_pooling(text)), *nothing
+        return *backward_differentiable(outer, g, inputs, request, read_pooling(text), bias_like=None), *nothing
     found = torch.ops.anynorm.backward(g, x, statistics, weight, bias, residual, mask, *ctx.how, needs)
     return (*(f if need else None for f, need in zip(found, needs, strict=True)), *nothing)
 

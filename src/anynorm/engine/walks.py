@@ -67,6 +67,7 @@ class Plan:
         parameter: the dtype that kernels read gamma and beta in.
         statistics_dtype: of given statistics; float64 where they come from x.
         bytes, parameter_bytes: of x, and of gamma as kernels read it.
+        like: shape and dtype of the gradients of gamma and beta as kernels make them.
     """
 
     pooling: Pooling
@@ -85,6 +86,7 @@ class Plan:
     statistics_dtype: torch.dtype
     bytes: int
     parameter_bytes: int
+    like: tuple[torch.Size, torch.dtype]
 
 
 def open_sizes(pooling: Pooling, shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[list[int], list[int]]:
@@ -157,6 +159,7 @@ def make_plan(
         statistics_dtype=parameter if statistics == 1 else torch.float64,
         bytes=prod(shape) * dtype.itemsize,
         parameter_bytes=g * k * parameter.itemsize,
+        like=(torch.Size((g * k,)), parameter),
     )
 
 

@@ -61,6 +61,16 @@ class Front:
                     return found
                 opened = self.read_mask(x, request)
             request = opened
+        if kernels.READS_TENSORS and not self.copies and not torch.compiler.is_compiling():
+            try:
+                y = kernels.compiled.normalize_known(
+                    paths.PLANS, self.function, apply, x, weight, bias, residual, request
+                )
+            except ValueError:  # The kernels refuse memory that overlaps, before they touch it; say what overlaps.
+                self.check_memory(x, weight, bias, request)
+                raise
+            if y is not None:
+                return y
         if activation is not None:
             request = request._replace(activation=check_activation(self.function, activation))
         key = watch.find_key(self.function, x, weight, bias, residual, request)

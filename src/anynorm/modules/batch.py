@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from typing import Any, ClassVar
 
+import torch
 import torch.nn as nn
 from torch import Tensor
 
@@ -18,7 +19,7 @@ from ..errors import check_axes
 from ..functional.batch import BATCH_NORM, BATCH_OF_ONE, BatchFront
 from ..padding.masks import find_mask, has_real
 from ..padding.ragged import close_rows, is_ragged, open_residual, open_rows
-from ..sources import BATCH, Batch, Exchange, Given, Joined, Merged, Source, find_momentum, find_override
+from ..sources import BATCH, OVERRIDE, Batch, Exchange, Given, Joined, Merged, Source, find_momentum
 from ..statistics import blank
 from .counting import NonFiniteGuard, is_counted, mark_counted
 from .norm import Norm, read_entry
@@ -41,7 +42,8 @@ class _Running(Norm):
     num_batches_tracked: Tensor | None
 
     def _check_input_dim(self, input: Tensor) -> None:
-        check_axes(input, self._axes)
+        if type(input) is not Tensor or input.dim() not in self._axes:
+            check_axes(input, self._axes)
 
 
 # The first of each is what torch does.
@@ -60,18 +62,21 @@ class _BatchNorm(_Running):
         self, input: Any, residual: Any = None, activation: Any = None, mask: Any = None, lengths: Any = None
     ) -> Any:
         """Find the source, normalize, count the batch."""
+        # In few frames: a call of a function costs as much as the arithmetic of a small batch.
         is_jagged = type(input) is not Tensor and is_ragged(input)
         if not is_jagged:
             self._check_input_dim(input)  # torch's hook: subclasses override it
-        override = find_override()
+        override = None if torch.compiler.is_compiling() else OVERRIDE.get()
         source: Source | None = None
         if override is not None and (self.training or (self.running_mean is None and self.running_var is None)):
             source = override.find_source(self, input)
         if type(source) is Joined:
             return source.normalize(input, residual, Request(source, self.eps, activation, mask, lengths))
-        is_part = self.is_part() if source is None else type(source) is Merged
-        if self.training and not is_part and self._is_single(input, is_jagged, mask, lengths):
-            return self._normalize_single(input, residual, activation, mask, lengths)
+        is_dense = type(input) is Tensor and mask is None and lengths is None
+        if self.training and not (is_dense and input.numel() != self.num_features):
+            is_part = self.is_part() if source is None else type(source) is Merged
+            if not is_part and self._is_single(input, is_jagged, mask, lengths):
+                return self._normalize_single(input, residual, activation, mask, lengths)
         moves = source is None and self.training and self.track_running_stats and is_counted(self)
         if source is None:
             source = self.find_source(input, moves)

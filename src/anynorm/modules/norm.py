@@ -10,7 +10,7 @@ from torch.fx import Proxy
 
 from ..engine.protocol import look_at
 from ..errors import check_state
-from ..padding.context import find_current, may_be_masked
+from ..padding.context import find_current, masked, may_be_masked
 from ..padding.ragged import is_ragged
 from .checkpoints import repair_state
 
@@ -23,6 +23,8 @@ class Norm(nn.Module):
     """
 
     label = ""
+    weight: Any
+    bias: Any
 
     def forward(self, input: Tensor, mask: Tensor | None = None, lengths: Any = None) -> Tensor:
         """Normalize; same shape, dtype and memory format (channels_last is kept).
@@ -36,7 +38,7 @@ class Norm(nn.Module):
         """
         if isinstance(input, Proxy):
             return record_call(self, input, **drop_none(mask=mask, lengths=lengths))
-        if mask is None and lengths is None and may_be_masked():  # The last is a cheap guess, the search is not.
+        if mask is None and lengths is None and masked.was_opened and may_be_masked():  # The last is a guess.
             mask = self.find_mask(input)
         if self._forward_hooks and not (mask is None and lengths is None):
             check_hooks(self, "mask")
@@ -55,7 +57,10 @@ class Norm(nn.Module):
 
     def read_affine(self) -> tuple[Tensor | None, Tensor | None]:
         """gamma and beta. torch's own look-up of an attribute that is a parameter costs most of a microsecond."""
-        return read_entry(self, self._parameters, "weight"), read_entry(self, self._parameters, "bias")
+        known = self._parameters
+        if "weight" in known and "bias" in known:
+            return known["weight"], known["bias"]
+        return self.weight, self.bias  # what is parametrized
 
     def find_mask(self, input: Tensor) -> Tensor | None:
         """What `anynorm.masked` has for this input; nested tensors of either layout and packed ones have no padding."""
