@@ -11,9 +11,7 @@ from pathlib import Path
 
 import torch
 
-import anynorm
 from anynorm.engine.paths import describe_environment
-from anynorm.errors import UserError
 
 from .limits import find_caches
 
@@ -43,12 +41,8 @@ def find_version(package: str) -> str:
         return "not installed"
 
 
-def find_facts(allocator: str) -> dict[str, str]:
-    """Processor, caches, versions, threads, instruction set and allocator; no name and no path of this machine.
-
-    Args:
-        allocator: what `set_allocator` said.
-    """
+def find_facts() -> dict[str, str]:
+    """Processor, caches, versions, threads, instruction set and allocator; no name and no path of this machine."""
     caches = find_caches()
     sizes = ", ".join(f"{level} {size >> 10} KiB" for level, size in caches.items())
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -63,26 +57,12 @@ def find_facts(allocator: str) -> dict[str, str]:
         "system": f"{platform.system()} {platform.machine()}",
         "threads": str(torch.get_num_threads()),
         "kernels": environment["kernels"],
-        "allocator": ", ".join([allocator, *given]),
+        "allocator": ", ".join(given) or "the system's default",
         "anynorm": environment["anynorm"],
         "torch": environment["torch"],
         "jax": find_version("jax"),
         "python": environment["python"],
     }
-
-
-def set_allocator(tuned: bool) -> str:
-    """Tune the C allocator where asked for, before the first tensor is made, and say how memory is allocated.
-
-    Raises:
-        UserError: nothing could be done on this system.
-    """
-    if not tuned:
-        return "the system's default"
-    report = anynorm.tune_allocator()
-    if not report:
-        raise UserError(f"bench: --allocator must change something here; {report}; leave it out.")
-    return f"anynorm.tune_allocator(): {report}"
 
 
 class Watch:
