@@ -38,7 +38,7 @@ from .verdicts import judge
 
 RESULTS = Path(__file__).parent / "results"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-SECONDS = 0.4  # for a case in a mode, over all peers
+SECONDS = 0.3  # for a case in a mode, over all peers
 TUNED_PEER = "tuned"
 WIDE = 160
 
@@ -105,10 +105,11 @@ class Found:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be measured."""
+    """What is to be measured; `sparing` as in `measure`."""
 
     cases: list[Case]
     models: dict[str, Callable[[], Model]]
+    sparing: bool = False
 
     def describe(self) -> str:
         """How much that is."""
@@ -136,7 +137,7 @@ def choose_plan(dtypes: str, quick: bool, only: str, models: bool = True) -> Pla
         chosen = {name: make for name, make in chosen.items() if name in QUICK}
     if not cases and not chosen:
         raise UserError(f"bench: --only must name a part of a case; got {only!r}; try resnet, layer or channels_last.")
-    return Plan(cases, chosen)
+    return Plan(cases, chosen, sparing=not (quick or only))
 
 
 def run(console: Console, plan: Plan, peers: list[str], seconds: float) -> Found:
@@ -151,7 +152,7 @@ def run(console: Console, plan: Plan, peers: list[str], seconds: float) -> Found
                 problem = find_problem(process)
                 found.problems += [problem] if problem else []
                 process = None if problem else process
-            run_cases(console, plan.cases, [peer for peer in peers if peer != TUNED_PEER], seconds, found, process)
+            run_cases(console, plan, [peer for peer in peers if peer != TUNED_PEER], seconds, found, process)
     except KeyboardInterrupt:
         found.problems.append("stopped before the end")
     for problem in found.problems:
@@ -170,10 +171,11 @@ def run_models(console: Console, models: dict[str, Callable[[], Model]], share: 
 
 
 def run_cases(
-    console: Console, cases: list[Case], peers: list[str], seconds: float, found: Found, process: Executor | None
+    console: Console, plan: Plan, peers: list[str], seconds: float, found: Found, process: Executor | None
 ) -> None:
     """Time the cases; with a process, anynorm and torch there too."""
-    measured = measure(cases, peers, seconds, find_last_level(find_caches()), found.problems.append, process=process)
+    cases, cache, complain = plan.cases, find_last_level(find_caches()), found.problems.append
+    measured = measure(cases, peers, seconds, cache, complain, process=process, sparing=plan.sparing)
     printed = 0
     for place, case in enumerate(track(cases, "measuring", console=console, transient=True)):
         found.rows += next(measured)

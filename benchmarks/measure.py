@@ -26,7 +26,9 @@ def measure(
     seconds: float,
     cache: int,
     complain: Callable[[str], None],
+    *,
     process: Executor | None = None,
+    sparing: bool = False,
 ) -> Iterator[list[Row]]:
     """The rows of each case, as they come.
 
@@ -35,6 +37,7 @@ def measure(
         cache: bytes of the last-level cache.
         complain: is told where peers do not compute the same, and of other failures; such a comparison has no rows.
         process: where anynorm and torch are timed once more; see `tuned`.
+        sparing: whether to spend less on what compiles; see `spare`.
     """
     for case in cases:
         torch.compiler.reset()
@@ -43,7 +46,8 @@ def measure(
         drawn = case.draw()
         for mode in MODES:
             try:
-                rounds, kept = time_mode(case, peers, mode, drawn, seconds)
+                chosen = spare(peers, case, mode) if sparing else peers
+                rounds, kept = time_mode(case, chosen, mode, drawn, seconds)
                 rows += make_rows(case, mode, rounds, kept, cache)
                 if process is not None:
                     again = process.submit(time_tuned, case, mode, FOR_TUNED * seconds).result()
@@ -54,6 +58,16 @@ def measure(
             except Exception as problem:  # one case must not end a run of a quarter of an hour
                 complain(f"{case.name} {case.layout} ({mode}) was not timed: {in_one_line(problem)}")
         yield rows
+
+
+def spare(peers: list[str], case: Case, mode: str) -> list[str]:
+    """Without torch.compile and JAX, but with a backward pass, where a goal is, and in float32 on the quick cases.
+
+    Compiling takes them a second and more each time: for every case and mode two thirds of a whole run.
+    """
+    if needs_grad(mode) or (case.quick and case.dtype == torch.float32):
+        return peers
+    return [peer for peer in peers if peer != "jax" and not peer.endswith("compile")]
 
 
 def time_mode(

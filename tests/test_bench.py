@@ -227,6 +227,26 @@ def test_a_run_measures_every_mode_and_peer():
     assert {len(line) for line in cells} == {len(titles)}
 
 
+def test_a_whole_run_compiles_where_a_goal_is_and_on_the_quick_cases():
+    case, peers = find_cases(quick=True)[0], ["anynorm", "torch", "compile", "jax", "anynorm-compile"]
+    for changes, modes in (({}, MODES), ({"quick": False}, MODES[2:]), ({"dtype": torch.bfloat16}, MODES[2:])):
+        other = dataclasses.replace(case, **changes)
+        for mode in MODES:
+            assert measure.spare(peers, other, mode) == (peers if mode in modes else peers[:2])
+    assert bench.choose_plan("", quick=False, only="").sparing
+    assert not bench.choose_plan("", quick=False, only="resnet").sparing
+    assert not bench.choose_plan("", quick=True, only="").sparing
+
+
+def test_a_whole_run_has_bfloat16_on_the_quick_cases_only():
+    plan = bench.choose_plan("", quick=False, only="")
+    halves = [case for case in plan.cases if case.dtype == torch.bfloat16]
+    assert halves == find_cases(torch.bfloat16, quick=True)
+    assert plan.cases[: -len(halves)] == find_cases()
+    assert f"({len(halves)} of them in bfloat16) and 9 whole models" in plan.describe()
+    assert bench.choose_plan("bfloat16", quick=False, only="").cases == find_cases(torch.bfloat16)
+
+
 def test_the_second_process_keeps_memory_or_says_why_not():
     found = run(TINY, peers="anynorm,tuned")
     if found.problems:
@@ -242,7 +262,7 @@ def test_a_second_process_that_ends_leaves_the_rest(monkeypatch):
         raise BrokenExecutor("it is gone")
 
     process, problems = SimpleNamespace(submit=end), []
-    rows = next(measure.measure([TINY], ["anynorm", "torch"], 0.0, CACHE, problems.append, process))
+    rows = next(measure.measure([TINY], ["anynorm", "torch"], 0.0, CACHE, problems.append, process=process))
     assert {(row.mode, row.peer) for row in rows} == {(mode, peer) for mode in MODES for peer in ("anynorm", "torch")}
     assert len(problems) == 1
     assert "BrokenExecutor: it is gone" in problems[0]
