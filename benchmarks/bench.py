@@ -19,13 +19,13 @@ from rich.progress import track
 
 from anynorm.apps.terminal import open_console
 from anynorm.apps.timing.cases import Case
+from anynorm.apps.timing.limits import find_caches, find_last_level
 from anynorm.apps.zoo import Model
 from anynorm.errors import UserError
 
 from . import page, plot
 from .grid import find_cases
-from .limits import find_caches
-from .machine import Watch, describe_load, find_facts, find_last_level
+from .machine import Watch, describe_load, find_facts
 from .measure import measure
 from .models import MODELS, QUICK
 from .peers import USUAL, choose_peers

@@ -5,32 +5,17 @@ from __future__ import annotations
 import datetime
 import os
 import platform
-import re
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
+from anynorm.apps.timing.limits import ASSUMED_CACHE, find_caches, find_cpu, find_last_level
 from anynorm.engine.paths import describe_environment
 
-from .limits import find_caches
-
-ASSUMED_CACHE = 32 << 20  # bytes, where the system does not say how large its last-level cache is
 BUSY = 0.05  # of the processors; beyond it threads wait for their turn, and that is what would be measured
 STAT = Path("/proc/stat")
 ALLOCATOR_VARIABLES = ("THP_MEM_ALLOC_ENABLE", "LD_PRELOAD", "MALLOC_ARENA_MAX", "GLIBC_TUNABLES")
-
-
-def find_last_level(caches: dict[str, int]) -> int:
-    """Bytes of the last-level cache."""
-    return caches[max(caches)] if caches else ASSUMED_CACHE
-
-
-def find_cpu(path: Path = Path("/proc/cpuinfo")) -> str:
-    """The processor's name as the system states it."""
-    text = path.read_text() if path.exists() else ""
-    match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return match[1].strip() if match else platform.processor() or platform.machine()
 
 
 def find_version(package: str) -> str:

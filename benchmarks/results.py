@@ -11,8 +11,7 @@ from typing import Any, TypeVar
 
 from anynorm.apps.timing.cases import Case
 from anynorm.apps.timing.interleaved import InterleavedTimings, find_quartiles
-
-from .limits import find_bytes, is_out_of_cache
+from anynorm.apps.timing.limits import find_bytes, is_out_of_cache
 
 T = TypeVar("T")
 

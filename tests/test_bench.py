@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 
 import anynorm
+from anynorm.apps.timing import limits
 from anynorm.apps.timing.cases import MODES, Case
 from anynorm.apps.timing.interleaved import InterleavedTimings
 from anynorm.engine import kernels
@@ -21,7 +22,6 @@ from anynorm.errors import UserError
 from bench_rows import make_row
 from benchmarks import (
     bench,
-    limits,
     machine,
     masked,
     measure,
@@ -115,8 +115,8 @@ def test_caches_are_read_as_the_system_writes_them(tmp_path):
             (folder / name).write_text(text + "\n")
     caches = limits.find_caches(tmp_path)
     assert caches == {"L1": 32 << 10, "L3": 8 << 20}
-    assert machine.find_last_level(caches) == 8 << 20
-    assert machine.find_last_level(limits.find_caches(tmp_path / "nowhere")) == machine.ASSUMED_CACHE
+    assert limits.find_last_level(caches) == 8 << 20
+    assert limits.find_last_level(limits.find_caches(tmp_path / "nowhere")) == limits.ASSUMED_CACHE
 
 
 # Rows
