@@ -67,7 +67,7 @@ def measure_models(
             forms = make_forms(model, x)
             check_forms(forms)
             for mode, seconds in SECONDS.items():
-                timings, disturbed = forms.time_undisturbed(share * seconds, mode == "step", ATTEMPTS)
+                timings, disturbed = forms.time_undisturbed([*forms.models], share * seconds, mode == "step", ATTEMPTS)
                 rows += make_model_rows(name, mode, forms, timings, disturbed)
         except Exception as problem:
             complain(f"{name} was not timed: {in_one_line(problem)}")

@@ -1,5 +1,7 @@
 """A disturbed measurement is taken again, and marked where that does not help. Times are made up."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from anynorm.apps.timing.disturbance import find_disturbance, time_undisturbed
@@ -45,6 +47,21 @@ def test_it_is_measured_until_it_is_calm_and_else_the_calmest_is_marked(calm):
     assert asked == list(range(3 if calm is None else calm + 1))
     assert bool(words) == (calm is None)
     assert timings == (make(anynorm=[1.0, 1.0, 2.0]) if calm is None else make())
+
+
+def test_no_attempt_is_made_that_does_not_fit_into_the_time(monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+    clock.perf_counter = lambda: clock.now
+    monkeypatch.setattr("anynorm.apps.timing.disturbance.time", clock)
+
+    def measure(attempt):
+        clock.now += 0.5 if attempt else 1.0
+        return make(anynorm=[1.0, 1.0, 9.0])
+
+    for longest, spent in ((1.4, 1.0), (1.5, 1.5), (2.2, 1.5), (2.25, 2.0)):
+        clock.now = 0.0
+        time_undisturbed(measure, "torch", "again", 3, longest)
+        assert clock.now == spent
 
 
 def test_few_values_bound_no_median():

@@ -1,5 +1,7 @@
 """Did other work disturb a measurement? Then it is taken again, and marked where that does not help."""
 
+import math
+import time
 from collections.abc import Callable
 
 from anynorm.apps.timing.interleaved import InterleavedTimings
@@ -23,7 +25,7 @@ def find_disturbance(timings: InterleavedTimings, base: str, again: str) -> str:
 
 
 def time_undisturbed(
-    measure: Callable[[int], InterleavedTimings], base: str, again: str, attempts: int = 3
+    measure: Callable[[int], InterleavedTimings], base: str, again: str, attempts: int, longest: float = math.inf
 ) -> tuple[InterleavedTimings, str]:
     """Measure until nothing disturbs it, `attempts` times at most; return the calmest timings, and what disturbed them.
 
@@ -31,9 +33,13 @@ def time_undisturbed(
         measure: takes the number of the attempt, from 0.
         base, again: two contestants that do the same, by name.
         attempts: at least 1.
+        longest: seconds. Another attempt is made only where half of the time that they took so far is left of them.
     """
     found: list[InterleavedTimings] = []
+    start = time.perf_counter()
     for attempt in range(attempts):
+        if found and 1.5 * (time.perf_counter() - start) > longest:
+            break
         found.append(measure(attempt))
         if not find_disturbance(found[-1], base, again):
             return found[-1], ""

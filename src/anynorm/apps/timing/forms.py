@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -44,15 +45,17 @@ class Forms:
             return time_interleaved(calls, 0.8 * seconds, fewest=FEWEST_VALUES, longest=seconds)
 
     def time_undisturbed(
-        self, seconds: float, training: bool = True, attempts: int = 2
+        self, names: Sequence[str], seconds: float, training: bool = True, attempts: int = 2, longest: float = math.inf
     ) -> tuple[InterleavedTimings, str]:
-        """Time all forms; again, in half of `seconds`, where other work disturbed it. Also return what disturbed it."""
-        names = list(self.models)
+        """Time these forms, BUILT and AGAIN among them; again, in half of `seconds`, where other work disturbed it.
+
+        Also return what disturbed it, in words. `attempts` and `longest` as in `disturbance.time_undisturbed`.
+        """
 
         def measure(attempt: int) -> InterleavedTimings:
             return self.time(names, seconds / (2 if attempt else 1), training)
 
-        return time_undisturbed(measure, BUILT, AGAIN, attempts)
+        return time_undisturbed(measure, BUILT, AGAIN, attempts, longest)
 
     def _step(self, model: nn.Module) -> None:
         model.zero_grad(set_to_none=True)
