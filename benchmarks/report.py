@@ -6,15 +6,17 @@ from rich.console import Console
 
 from anynorm.apps.timing.forms import AGAIN, BUILT
 
+from .causes import PARTS, Parts
 from .results import Row
 from .steps import ModelRow
-from .tables import Cells, as_table, list_limits, list_means, list_peers, write_time
+from .tables import Cells, as_table, list_limits, list_means, list_peers, write_parts, write_time
 from .verdicts import Verdict
 
 
 def list_models(models: list[ModelRow]) -> tuple[list[str], Cells]:
     """A line for each form of each model in each mode; of torch.nn's its time, of the others the ratio."""
-    titles = ["model", "input", "mode", BUILT, f"{AGAIN} (95 %)", "form", "norms fused", "ratio (95 %)", "disturbed"]
+    titles = ["model", "input", "mode", BUILT, f"{AGAIN} (95 %)", "form", "fused", "ratio (95 %)"]
+    titles += ["its norms alone", "ours", *PARTS, "disturbed"]
     groups: dict[tuple[str, str], dict[str, ModelRow]] = {}
     for row in models:
         groups.setdefault((row.model, row.mode), {})[row.form] = row
@@ -25,8 +27,16 @@ def list_models(models: list[ModelRow]) -> tuple[list[str], Cells]:
             if form not in (BUILT, AGAIN):
                 first = [model, row.shape, mode, write_time(built.median_us), again]
                 fused = f"{row.fused} of {row.norms}"
-                cells.append([*first, form, fused, write_ratio(row), row.disturbed])
+                cells.append([*first, form, fused, write_ratio(row), *write_norms(row), row.disturbed])
     return titles, cells
+
+
+def write_norms(row: ModelRow) -> list[str]:
+    """What torch.nn's norms and ours take by themselves, and where ours spend it."""
+    parts = Parts(row.kernel_us, row.memory_us, row.call_us, 0.0)
+    if not parts.whole:
+        return [""] * (2 + len(PARTS))
+    return [write_time(row.torch_norms_us), write_time(parts.whole), *write_parts(parts)]
 
 
 def write_ratio(row: ModelRow) -> str:

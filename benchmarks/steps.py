@@ -13,7 +13,9 @@ from anynorm.apps.timing.forms import BUILT, FUSED, Forms, make_forms
 from anynorm.apps.timing.interleaved import InterleavedTimings
 from anynorm.apps.zoo import Model
 
+from .model_norms import NormTimes, find_norm_cases, time_norms
 from .results import read_table, write_table
+from .summaries import BOTH
 
 SECONDS = {"step": 6.0, "evaluation": 3.0}  # over all forms of a model; half as many when it is repeated
 ATTEMPTS = 3
@@ -31,6 +33,8 @@ class ModelRow:
         median_us, q1_us, q3_us: microseconds of a call; half of the rounds lie between the quartiles.
         ratio, low, high: torch.nn's time over the form's, round by round: the median and its 95 % interval.
         disturbed: what says that other work disturbed the rounds, in words; empty where nothing does.
+        torch_norms_us: microseconds of all of torch.nn's norms by themselves, each on its shape in the model.
+        kernel_us, memory_us, call_us: the same of ours, in parts, see `causes.Parts`; all 0 where kernels are off.
     """
 
     model: str
@@ -47,6 +51,10 @@ class ModelRow:
     low: float
     high: float
     disturbed: str
+    torch_norms_us: float
+    kernel_us: float
+    memory_us: float
+    call_us: float
 
 
 def measure_models(
@@ -66,9 +74,11 @@ def measure_models(
             model, x = make()
             forms = make_forms(model, x)
             check_forms(forms)
+            cases = find_norm_cases(model, forms.call)
             for mode, seconds in SECONDS.items():
                 timings, disturbed = forms.time_undisturbed([*forms.models], share * seconds, mode == "step", ATTEMPTS)
-                rows += make_model_rows(name, mode, forms, timings, disturbed)
+                norms = time_norms(cases, BOTH if mode == "step" else mode)
+                rows += make_model_rows(name, mode, forms, timings, disturbed=disturbed, norms=norms)
         except Exception as problem:
             complain(f"{name} was not timed: {in_one_line(problem)}")
         yield rows
@@ -90,15 +100,17 @@ def check_forms(forms: Forms) -> None:
 
 
 def make_model_rows(
-    name: str, mode: str, forms: Forms, timings: InterleavedTimings, disturbed: str
+    name: str, mode: str, forms: Forms, timings: InterleavedTimings, *, disturbed: str, norms: NormTimes | None
 ) -> Iterator[ModelRow]:
     """A row for each form."""
+    alone = (norms.torch, norms.ours.kernel, norms.ours.memory, norms.ours.call) if norms else (0.0,) * 4
     shape = "x".join(map(str, forms.call.tensors()[0].shape))
     for form, seconds in timings.seconds.items():
         fused = forms.fused if form == FUSED else 0
+        alone = tuple(round(us, 3) for us in alone)
         times = (round(1e6 * t, 3) for t in (timings.median(form), *timings.quartiles(form)))
         ratios = (round(r, 4) for r in (timings.ratio(BUILT, form), *timings.interval(BUILT, form)))
-        yield ModelRow(name, shape, mode, form, forms.norms, fused, len(seconds), *times, *ratios, disturbed)
+        yield ModelRow(name, shape, mode, form, forms.norms, fused, len(seconds), *times, *ratios, disturbed, *alone)
 
 
 def find_path(path: Path) -> Path:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from anynorm.apps.timing.forms import AGAIN, BUILT
 
-from .causes import Causes, find_causes, name_worst
+from .causes import Causes, Parts, find_causes, name_worst, write_shares
 from .results import Row
 from .steps import ModelRow
 from .summaries import BOTH, MOST_LONGER, find_best_others, is_lost, mean_over_limit, mean_ratio, summarize
@@ -150,8 +150,14 @@ def find_form(row: ModelRow, models: list[ModelRow], form: str) -> ModelRow:
 
 
 def say_loss(row: ModelRow, models: list[ModelRow]) -> str:
-    """A model that lost: its ratio, the interval, and what is lost for each norm; a call costs 10 to 100 us."""
-    lost = (row.median_us - find_form(row, models, BUILT).median_us) / max(row.norms, 1)
-    text = f"{row.ratio:.2f} ({row.low:.2f} to {row.high:.2f}) {row.model}, {row.mode}, {row.form}: "
-    text += f"{lost:.0f} us for each of {row.norms} norms"
-    return text + (", disturbed" if row.disturbed else "")
+    """A model that lost: its ratio, the interval, what is lost, and what its norms take by themselves, in parts."""
+    lost = row.median_us - find_form(row, models, BUILT).median_us
+    text = (
+        f"{row.ratio:.2f} ({row.low:.2f} to {row.high:.2f}) {row.model}, {row.mode}, {row.form}: {lost:.0f} us longer"
+    )
+    text += ", disturbed" if row.disturbed else ""
+    parts = Parts(row.kernel_us, row.memory_us, row.call_us, 0.0)
+    if not parts.whole:
+        return text
+    shares = f"{parts.whole:.0f} us, torch.nn's {row.torch_norms_us:.0f}: {write_shares(parts.shares)}"
+    return f"{text}; its {row.norms} norms by themselves take {shares}"
