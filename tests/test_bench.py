@@ -220,7 +220,7 @@ def test_a_run_measures_every_mode_and_peer():
     assert not found.problems
     assert [(row.mode, row.peer) for row in found.rows] == [(mode, peer) for mode in MODES for peer in peers]
     for row in found.rows:
-        assert row.rounds == 5
+        assert 2 <= row.rounds <= 5  # two where the machine stands still for seconds
         assert 0 < row.q1_us <= row.median_us <= row.q3_us
         assert (row.kept > 0) == (row.mode == verdicts.BOTH and row.peer in ("anynorm", "torch"))
     titles, cells = tables.list_measured(found.rows)
