@@ -6,8 +6,7 @@ import contextlib
 import re
 import sys
 import time
-from collections.abc import Callable
-from concurrent.futures import Executor
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -29,9 +28,10 @@ from .machine import Watch, describe_load, find_facts
 from .measure import measure
 from .models import MODELS, QUICK
 from .peers import USUAL, choose_peers
-from .report import list_models, print_report
+from .report import print_models, print_report
 from .results import Row, read_csv, write_csv
 from .steps import ModelRow, measure_models, read_models, write_models
+from .stop import Stop, catch_stop
 from .tables import as_table, list_measured
 from .tuned import find_problem, open_process
 from .verdicts import judge
@@ -40,7 +40,7 @@ RESULTS = Path(__file__).parent / "results"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SECONDS = 0.3  # for a case in a mode, over all peers
 TUNED_PEER = "tuned"
-WIDE = 160
+WIDE = 180
 
 
 def bench(
@@ -144,15 +144,19 @@ def run(console: Console, plan: Plan, peers: list[str], seconds: float) -> Found
     """Measure, and print each model and each network's table when it is complete. Ctrl-C ends it with what there is."""
     found = Found()
     try:
-        run_models(console, plan.models, seconds / SECONDS, found)
         with contextlib.ExitStack() as stack:
+            stop = stack.enter_context(catch_stop())
+            run_models(console, plan.models, seconds / SECONDS, found, stop)
             process = None
             if TUNED_PEER in peers and plan.cases:
                 process = stack.enter_context(open_process(torch.get_num_threads()))
                 problem = find_problem(process)
                 found.problems += [problem] if problem else []
                 process = None if problem else process
-            run_cases(console, plan, [peer for peer in peers if peer != TUNED_PEER], seconds, found, process)
+            others = [peer for peer in peers if peer != TUNED_PEER]
+            cache, complain = find_last_level(find_caches()), found.problems.append
+            measured = measure(plan.cases, others, seconds, cache, complain, process=process, sparing=plan.sparing)
+            print_cases(console, plan.cases, measured, found, stop)
     except KeyboardInterrupt:
         found.problems.append("stopped before the end")
     for problem in found.problems:
@@ -160,28 +164,28 @@ def run(console: Console, plan: Plan, peers: list[str], seconds: float) -> Found
     return found
 
 
-def run_models(console: Console, models: dict[str, Callable[[], Model]], share: float, found: Found) -> None:
+def run_models(
+    console: Console, models: dict[str, Callable[[], Model]], share: float, found: Found, stop: Stop
+) -> None:
     """Time whole models."""
     measured = measure_models(models, share, found.problems.append)
     for name, rows in zip(track(models, "models", console=console, transient=True), measured, strict=True):
         found.models += rows
         if rows:
             console.rule(f"{name}: torch.nn's time over the form's", align="left")
-            console.print(as_table(*list_models(rows)))
+            print_models(console, rows)
+        stop.check()
 
 
-def run_cases(
-    console: Console, plan: Plan, peers: list[str], seconds: float, found: Found, process: Executor | None
-) -> None:
-    """Time the cases; with a process, anynorm and torch there too."""
-    cases, cache, complain = plan.cases, find_last_level(find_caches()), found.problems.append
-    measured = measure(cases, peers, seconds, cache, complain, process=process, sparing=plan.sparing)
+def print_cases(console: Console, cases: list[Case], measured: Iterator[list[Row]], found: Found, stop: Stop) -> None:
+    """Take the rows of the cases as they come."""
     printed = 0
     for place, case in enumerate(track(cases, "measuring", console=console, transient=True)):
         found.rows += next(measured)
         if case is cases[-1] or (cases[place + 1].place, cases[place + 1].dtype) != (case.place, case.dtype):
             print_measured(console, found.rows[printed:])
             printed = len(found.rows)
+        stop.check()
 
 
 def print_measured(console: Console, rows: list[Row]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from .report import list_models, list_verdicts
+from .report import list_disturbed, list_models, list_verdicts
 from .results import Row
 from .steps import ModelRow
 from .tables import as_markdown, list_cases, list_limits, list_means, list_peers
@@ -39,7 +39,11 @@ def write_goals(facts: dict[str, str], verdicts: list[Verdict]) -> list[str]:
 
 def write_models(models: list[ModelRow]) -> list[str]:
     """Whole models, where they were measured."""
-    return ["## Whole models", as_markdown(*list_models(models))] if models else []
+    if not models:
+        return []
+    sentences = list_disturbed(models)
+    notes = ["Disturbed by other work:", "\n".join(f"- {sentence}" for sentence in sentences)] if sentences else []
+    return ["## Whole models", as_markdown(*list_models(models)), *notes]
 
 
 def write_means(rows: list[Row]) -> list[str]:

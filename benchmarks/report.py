@@ -15,8 +15,8 @@ from .verdicts import Verdict
 
 def list_models(models: list[ModelRow]) -> tuple[list[str], Cells]:
     """A line for each form of each model in each mode; of torch.nn's its time, of the others the ratio."""
-    titles = ["model", "input", "mode", BUILT, f"{AGAIN} (95 %)", "form", "fused", "ratio (95 %)"]
-    titles += ["its norms alone", "ours", *PARTS, "disturbed"]
+    titles = ["model", "mode", BUILT, f"{AGAIN} (95 %)", "form", "fused", "ratio (95 %)"]
+    titles += ["its norms", "ours", *PARTS, "disturbed"]
     groups: dict[tuple[str, str], dict[str, ModelRow]] = {}
     for row in models:
         groups.setdefault((row.model, row.mode), {})[row.form] = row
@@ -25,10 +25,22 @@ def list_models(models: list[ModelRow]) -> tuple[list[str], Cells]:
         built, again = forms[BUILT], write_ratio(forms[AGAIN])
         for form, row in forms.items():
             if form not in (BUILT, AGAIN):
-                first = [model, row.shape, mode, write_time(built.median_us), again]
+                first = [f"{model}, {row.shape}", mode, write_time(built.median_us), again]
                 fused = f"{row.fused} of {row.norms}"
-                cells.append([*first, form, fused, write_ratio(row), *write_norms(row), row.disturbed])
+                cells.append([*first, form, fused, write_ratio(row), *write_norms(row), "yes" if row.disturbed else ""])
     return titles, cells
+
+
+def list_disturbed(models: list[ModelRow]) -> list[str]:
+    """What disturbed each model in each mode, in words."""
+    return [*dict.fromkeys(f"{row.model}, {row.mode}: {row.disturbed}." for row in models if row.disturbed)]
+
+
+def print_models(console: Console, models: list[ModelRow]) -> None:
+    """Print their table, and what disturbed them."""
+    console.print(as_table(*list_models(models)))
+    for sentence in list_disturbed(models):
+        console.print(sentence)
 
 
 def write_norms(row: ModelRow) -> list[str]:
@@ -41,7 +53,7 @@ def write_norms(row: ModelRow) -> list[str]:
 
 def write_ratio(row: ModelRow) -> str:
     """torch.nn's time over the form's, and the interval; of fewer than six rounds there is none."""
-    interval = "too few rounds" if row.low == 0 else f"{row.low:.2f} to {row.high:.2f}"
+    interval = "few rounds" if row.low == 0 else f"{row.low:.2f} to {row.high:.2f}"
     return f"{row.ratio:.2f} ({interval})"
 
 
@@ -60,6 +72,6 @@ def print_report(console: Console, rows: list[Row], models: list[ModelRow], verd
             console.print(as_table(*table(chosen)))
     if models:
         console.rule("whole models: torch.nn's time over the form's", align="left")
-        console.print(as_table(*list_models(models), wrap=True))
+        print_models(console, models)
     console.rule("goals, on the float32 cases and the models of this run", align="left")
     console.print(as_table(*list_verdicts(verdicts), wrap=True))

@@ -6,6 +6,8 @@ Of the three kinds of tests these keep an invariant; times are made up wherever 
 from __future__ import annotations
 
 import dataclasses
+import os
+import signal
 from concurrent.futures import BrokenExecutor
 from types import SimpleNamespace
 
@@ -282,6 +284,24 @@ def test_a_run_that_is_stopped_keeps_what_there_is(monkeypatch):
     assert found.problems == ["stopped before the end"]
     assert len(found.rows) == 6
     assert len(asked) == 4
+
+
+def test_ctrl_c_ends_a_run_behind_the_case_that_is_timed(monkeypatch):
+    made, asked = measure.time_mode, []
+
+    def interrupt(case, *rest):
+        asked.append(case)
+        if len(asked) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return made(case, *rest)
+
+    monkeypatch.setattr(measure, "time_mode", interrupt)
+    before = signal.getsignal(signal.SIGINT)
+    found = run(TINY, dataclasses.replace(TINY, shape=(7, 4)))
+    assert found.problems == ["stopped before the end"]
+    assert {row.shape for row in found.rows} == {"6x4"}
+    assert len(found.rows) == 6
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_peers_that_compute_something_else_are_not_timed(monkeypatch):

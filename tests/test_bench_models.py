@@ -111,6 +111,10 @@ def test_disturbed_rows_are_marked(monkeypatch):
     assert "4 disturbed by other work" in judge(*rows).found
     marked = judge(*BASE, make_model_row(0.9, disturbed="torch.nn differed from itself by 12 %"))
     assert "11 us longer, disturbed; its 2 norms" in marked.causes
+    assert page.write_models(rows)[-1] == (
+        "- small, step: the same call of torch.nn differed by 200 %.\n"
+        "- small, evaluation: the same call of torch.nn differed by 200 %."
+    )
 
 
 def test_norms_are_found_on_the_shapes_they_have_in_the_model():
