@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 import sys
 import time
@@ -58,6 +59,9 @@ def bench(
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, help="CPU threads of every peer; 1 is steadier where others work.")
     ] = None,
+    minutes: Annotated[
+        float, typer.Option("--minutes", help="The last cases are left out where they would take more.")
+    ] = 15,
     models: Annotated[bool, typer.Option("--models/--no-models", help="Whether to time whole models.")] = True,
     docs: Annotated[
         bool | None, typer.Option("--docs/--no-docs", help="Write docs/speed.md; the complete run does.")
@@ -79,15 +83,16 @@ def bench(
     for sentence in (missing, f"{plan.describe()}, {facts['threads']} threads, kernels {facts['kernels']}"):
         console.print(sentence, end="\n" if sentence else "")
     start, watch = time.perf_counter(), Watch()
-    found = run(console, plan, chosen, seconds / 2 if quick else seconds)
-    minutes = (time.perf_counter() - start) / 60
+    found = run(console, plan, chosen, seconds / 2 if quick else seconds, end=start + 60 * minutes)
+    spent = f"in {(time.perf_counter() - start) / 60:.1f} minutes" + describe_left_out(found)
     grid = "the quick grid" if quick else f"what is called {only!r}" if only else "the complete grid"
-    facts |= {"peers": ", ".join(chosen), "run": f"{grid}, {plan.describe()}, in {minutes:.1f} minutes"}
+    facts |= {"peers": ", ".join(chosen), "run": f"{grid}, {plan.describe()}, {spent}"}
     facts |= {"other work meanwhile": describe_load(watch.find_share())}
     path = out or RESULTS / name_results(facts, describe_options(quick, only, threads))
     write_csv(found.rows, facts, path)
     write_models(found.models, facts, path)
-    complete = not (quick or only or found.problems or dtypes or threads) and models and set(USUAL) <= set(chosen)
+    whole = not found.problems and all(case.dtype != torch.float32 for case in found.left_out)
+    complete = not (quick or only or dtypes or threads) and whole and models and set(USUAL) <= set(chosen)
     report(console, found, facts, docs=complete if docs is None else docs)
     console.print(f"wrote {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
     if found.problems:
@@ -96,11 +101,12 @@ def bench(
 
 @dataclass
 class Found:
-    """What was measured, and what was not."""
+    """What was measured, what went wrong, and which cases were left out because the time was over."""
 
     rows: list[Row] = field(default_factory=list)
     models: list[ModelRow] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    left_out: list[Case] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -140,12 +146,12 @@ def choose_plan(dtypes: str, quick: bool, only: str, models: bool = True) -> Pla
     return Plan(cases, chosen, sparing=not (quick or only))
 
 
-def run(console: Console, plan: Plan, peers: list[str], seconds: float) -> Found:
+def run(console: Console, plan: Plan, peers: list[str], seconds: float, end: float = math.inf) -> Found:
     """Measure, and print each model and each network's table when it is complete. Ctrl-C ends it with what there is."""
     found = Found()
     try:
         with contextlib.ExitStack() as stack:
-            stop = stack.enter_context(catch_stop())
+            stop = stack.enter_context(catch_stop(end))
             run_models(console, plan.models, seconds / SECONDS, found, stop)
             process = None
             if TUNED_PEER in peers and plan.cases:
@@ -178,14 +184,23 @@ def run_models(
 
 
 def print_cases(console: Console, cases: list[Case], measured: Iterator[list[Row]], found: Found, stop: Stop) -> None:
-    """Take the rows of the cases as they come."""
+    """Take the rows of the cases as they come, until the time is over."""
     printed = 0
     for place, case in enumerate(track(cases, "measuring", console=console, transient=True)):
+        if stop.is_late():
+            found.left_out = cases[place:]
+            break
         found.rows += next(measured)
-        if case is cases[-1] or (cases[place + 1].place, cases[place + 1].dtype) != (case.place, case.dtype):
+        following = cases[place + 1 : place + 2]
+        if not following or (following[0].place, following[0].dtype) != (case.place, case.dtype):
             print_measured(console, found.rows[printed:])
             printed = len(found.rows)
         stop.check()
+
+
+def describe_left_out(found: Found) -> str:
+    """What was left out, in words."""
+    return f"; the time was over before the last {len(found.left_out)} cases" if found.left_out else ""
 
 
 def print_measured(console: Console, rows: list[Row]) -> None:

@@ -1,10 +1,11 @@
-"""Ctrl-C during a run: the first ends it behind what is being timed, the second at once."""
+"""When a run ends early: by Ctrl-C, the first behind what is being timed, the second at once; or as its time is over."""
 
 from __future__ import annotations
 
 import contextlib
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 
@@ -12,12 +13,19 @@ from types import FrameType
 class Stop:
     """Whether the run is to end.
 
-    An exception would be lost where it comes in the middle of `__del__`, as those of compiled graphs, which Python
-    ignores; so the signal is only remembered.
+    Ctrl-C as an exception would be lost in the middle of a `__del__`, such as compiled graphs have: Python ignores
+    what is raised there. So the signal is only remembered.
+
+    Args:
+        end: by time.perf_counter().
     """
 
-    def __init__(self) -> None:
-        self.asked = False
+    def __init__(self, end: float) -> None:
+        self.asked, self.end = False, end
+
+    def is_late(self) -> bool:
+        """Whether the time is over."""
+        return time.perf_counter() > self.end
 
     def ask(self, number: int, frame: FrameType | None) -> None:
         """Remember it, and let the next Ctrl-C end the program."""
@@ -31,9 +39,9 @@ class Stop:
 
 
 @contextlib.contextmanager
-def catch_stop() -> Iterator[Stop]:
+def catch_stop(end: float) -> Iterator[Stop]:
     """Remember Ctrl-C within a block; in another thread than the main one there is none."""
-    stop = Stop()
+    stop = Stop(end)
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return

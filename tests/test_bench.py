@@ -286,6 +286,14 @@ def test_a_run_that_is_stopped_keeps_what_there_is(monkeypatch):
     assert len(asked) == 4
 
 
+def test_cases_are_left_out_when_the_time_is_over():
+    plan = bench.Plan([TINY, TINY], {})
+    found = bench.run(Console(quiet=True), plan, ["anynorm", "torch"], seconds=0.0, end=0.0)
+    assert (found.rows, found.problems, found.left_out) == ([], [], [TINY, TINY])
+    assert bench.describe_left_out(found) == "; the time was over before the last 2 cases"
+    assert bench.describe_left_out(run(TINY)) == ""
+
+
 def test_ctrl_c_ends_a_run_behind_the_case_that_is_timed(monkeypatch):
     made, asked = measure.time_mode, []
 
