@@ -1,4 +1,4 @@
-"""When a run ends early: by Ctrl-C, the first behind what is being timed, the second at once; or as its time is over."""
+"""When a run ends early: at Ctrl-C, behind what is being timed or, the second time, at once; or as its time is over."""
 
 from __future__ import annotations
 
