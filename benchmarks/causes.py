@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from .results import Row
+from .summaries import write_time
 
 WORST = 3  # cases that are named where a goal is missed
 PARTS = ("kernel", "memory", "call")
@@ -40,7 +41,7 @@ class Parts:
         return tuple(part / self.whole for part in (self.kernel, self.memory, self.call))
 
     def __str__(self) -> str:
-        return f"{write_shares(self.shares)} of {self.whole:.4g} us, limit {self.limit:.4g} us"
+        return f"{write_shares(self.shares)} of {write_time(self.whole)}, limit {write_time(self.limit)}"
 
 
 def find_causes(rows: Iterable[Row]) -> Causes:
@@ -66,18 +67,24 @@ def find_parts(peers: dict[str, Row]) -> Parts:
 def name_worst(rows: Iterable[Row], causes: Causes, *, over_limit: bool = False) -> str:
     """The worst cases in words, each with its ratio, or with its time over the limit, and its parts; then the average.
 
-    Cases whose kernels were not timed alone are named without parts.
+    Cases whose kernels were not timed alone are named without parts, and kernels alone have none.
     """
     rows = list(rows)
     words = []
     for row in sorted(rows, key=lambda row: row.share if over_limit else row.ratio)[:WORST]:
         number = 1 / row.share if over_limit else row.ratio
-        parts = f": {causes[row.key]}" if row.key in causes else ""
-        words.append(f"{number:.2f} {row.name}, {row.mode}{parts}")
-    known = [causes[row.key].shares for row in rows if row.key in causes]
+        words.append(f"{number:.2f} {row.name}, {row.mode}{say_parts(row, causes)}")
+    known = [causes[row.key].shares for row in rows if row.key in causes and row.peer != "kernel"]
     if len(known) > WORST:
         words.append(f"all {len(known)} on average: {write_shares([fmean(shares) for shares in zip(*known)])}")
     return "; ".join(words)
+
+
+def say_parts(row: Row, causes: Causes) -> str:
+    """Where the time of a row goes, behind a colon."""
+    if row.peer == "kernel":
+        return f": {write_time(row.median_us)}, limit {write_time(row.limit_us)}"
+    return f": {causes[row.key]}" if row.key in causes else ""
 
 
 def write_shares(shares: Iterable[float]) -> str:

@@ -9,7 +9,8 @@ from anynorm.apps.timing.forms import AGAIN, BUILT
 from .causes import PARTS, Parts
 from .results import Row
 from .steps import ModelRow
-from .tables import Cells, as_table, list_limits, list_means, list_peers, write_parts, write_time
+from .summaries import write_time
+from .tables import Cells, as_table, list_limits, list_means, list_peers, write_parts
 from .verdicts import Verdict
 
 

@@ -66,3 +66,8 @@ def find_best_others(rows: list[Row]) -> list[Row]:
         if row.peer in ("compile", "jax") and (row.key not in best or row.ratio < best[row.key].ratio):
             best[row.key] = row
     return [replace(row, peer="best") for row in best.values()]
+
+
+def write_time(microseconds: float) -> str:
+    """Three digits, in microseconds or milliseconds."""
+    return f"{microseconds / 1e3:.3g} ms" if microseconds >= 1e3 else f"{microseconds:.3g} us"

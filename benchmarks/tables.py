@@ -11,7 +11,7 @@ from anynorm.apps.timing.cases import MODES
 
 from .causes import PARTS, Parts, find_causes
 from .results import Row
-from .summaries import BOTH, Summary, find_best_others, mean_over_limit, summarize
+from .summaries import BOTH, Summary, find_best_others, mean_over_limit, summarize, write_time
 
 Cells = list[list[str]]
 OTHERS = ("torch", "torch-tuned", "compile", "jax", "best", "anynorm-compile")
@@ -44,11 +44,6 @@ def find_peers(rows: Iterable[Row]) -> list[str]:
     """The peers that were measured, anynorm aside."""
     found = {row.peer for row in rows}
     return [peer for peer in OTHERS if peer in found]
-
-
-def write_time(microseconds: float) -> str:
-    """Three digits, in microseconds or milliseconds."""
-    return f"{microseconds / 1e3:.3g} ms" if microseconds >= 1e3 else f"{microseconds:.3g} us"
 
 
 def write_spread(row: Row) -> str:

@@ -11,7 +11,7 @@ from anynorm.apps.timing.forms import AGAIN, BUILT
 from .causes import Causes, Parts, find_causes, name_worst, write_shares
 from .results import Row
 from .steps import ModelRow
-from .summaries import BOTH, MOST_LONGER, find_best_others, is_lost, mean_over_limit, mean_ratio, summarize
+from .summaries import BOTH, MOST_LONGER, find_best_others, is_lost, mean_over_limit, mean_ratio, summarize, write_time
 
 SMALL = 4096  # elements, below which layer norm may take 1.05 times torch's time, which is no loss here anyway
 TINY = {"layer": 1.0, "group": 1.2, "batch": 1.4, "rms": 2.0}
@@ -152,12 +152,11 @@ def find_form(row: ModelRow, models: list[ModelRow], form: str) -> ModelRow:
 def say_loss(row: ModelRow, models: list[ModelRow]) -> str:
     """A model that lost: its ratio, the interval, what is lost, and what its norms take by themselves, in parts."""
     lost = row.median_us - find_form(row, models, BUILT).median_us
-    text = (
-        f"{row.ratio:.2f} ({row.low:.2f} to {row.high:.2f}) {row.model}, {row.mode}, {row.form}: {lost:.0f} us longer"
-    )
+    text = f"{row.ratio:.2f} ({row.low:.2f} to {row.high:.2f}) {row.model}, {row.mode}, {row.form}: "
+    text += f"{write_time(lost)} longer"
     text += ", disturbed" if row.disturbed else ""
     parts = Parts(row.kernel_us, row.memory_us, row.call_us, 0.0)
     if not parts.whole:
         return text
-    shares = f"{parts.whole:.0f} us, torch.nn's {row.torch_norms_us:.0f}: {write_shares(parts.shares)}"
+    shares = f"{write_time(parts.whole)}, torch.nn's {write_time(row.torch_norms_us)}: {write_shares(parts.shares)}"
     return f"{text}; its {row.norms} norms by themselves take {shares}"

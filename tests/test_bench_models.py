@@ -82,8 +82,8 @@ def test_a_loss_lies_below_one_and_below_what_a_model_differs_from_itself():
     lost = judge(*BASE, make_model_row(0.9), make_model_row(1.6, FUSED))
     assert lost.result == "missed: 1 below 1.0"
     assert lost.causes == (
-        "0.90 (0.88 to 0.92) net, step, accelerate: 11 us longer; "
-        "its 2 norms by themselves take 10 us, torch.nn's 8: kernel 20 %, memory 30 %, call 50 %"
+        "0.90 (0.88 to 0.92) net, step, accelerate: 11.1 us longer; "
+        "its 2 norms by themselves take 10 us, torch.nn's 8 us: kernel 20 %, memory 30 %, call 50 %"
     )
     unsure = make_model_row(0.9, AGAIN)  # so much slower was the very same model
     assert judge(BASE[0], unsure, make_model_row(0.9), make_model_row(1.6, FUSED)).result == "met"
@@ -110,7 +110,7 @@ def test_disturbed_rows_are_marked(monkeypatch):
     assert asked == [6.0, 3.0, 3.0, 3.0, 1.5, 1.5], "three attempts at the step, three at the evaluation"
     assert "4 disturbed by other work" in judge(*rows).found
     marked = judge(*BASE, make_model_row(0.9, disturbed="torch.nn differed from itself by 12 %"))
-    assert "11 us longer, disturbed; its 2 norms" in marked.causes
+    assert "11.1 us longer, disturbed; its 2 norms" in marked.causes
     assert page.write_models(rows)[-1] == (
         "- small, step: the same call of torch.nn differed by 200 %.\n"
         "- small, evaluation: the same call of torch.nn differed by 200 %."

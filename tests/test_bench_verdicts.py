@@ -95,7 +95,7 @@ def test_a_missed_goal_names_the_worst_cases_and_where_their_time_goes():
         "0.50 batch 8x4x2x2, forward+backward: kernel 20 %, memory 30 %, call 50 % of 10 us, limit 4 us"
     )
     over = find_verdict(rows, "kernels alone").causes
-    assert over.startswith("2.50 batch 8x4x2x2, forward+backward: kernel 20 %")
+    assert over.startswith("2.50 batch 8x4x2x2, forward+backward: 10 us, limit 4 us; 2.50 batch 2x2")
     many = [row for n in range(4) for row in (*make_parts(0.2 * n, 1.0, shape=str(n)), make_row(1.0, shape=str(n)))]
     assert find_verdict(many, "forward + backward").causes.endswith(
         "; all 4 on average: kernel 30 %, memory 70 %, call 0 %"
