@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from anynorm.apps.timing.forms import AGAIN, BUILT
 
-from .causes import Causes, Parts, find_causes, name_worst, write_shares
+from .causes import WORST, Causes, Parts, find_causes, name_worst, write_shares
 from .results import Row
 from .steps import ModelRow
 from .summaries import BOTH, MOST_LONGER, find_best_others, is_lost, mean_over_limit, mean_ratio, summarize, write_time
@@ -132,7 +132,8 @@ def judge_models(models: list[ModelRow]) -> Verdict:
     missed = [f"{len(below)} below 1.0"] if below else []
     missed += [f"the mean by {100 * (1 - mean / MODELS_MEAN):.0f} %"] if mean < MODELS_MEAN else []
     result = f"missed: {' and '.join(missed)}" if missed else "met"
-    return Verdict(goal, found, result, "; ".join(say_loss(row, models) for row in below))
+    worst = below or sorted(ours, key=lambda row: row.ratio)[:WORST]
+    return Verdict(goal, found, result, "; ".join(say_model(row, models) for row in worst) if missed else "")
 
 
 def is_below(row: ModelRow, models: list[ModelRow]) -> bool:
@@ -149,11 +150,11 @@ def find_form(row: ModelRow, models: list[ModelRow], form: str) -> ModelRow:
     return next(other for other in models if (other.model, other.mode, other.form) == (row.model, row.mode, form))
 
 
-def say_loss(row: ModelRow, models: list[ModelRow]) -> str:
-    """A model that lost: its ratio, the interval, what is lost, and what its norms take by themselves, in parts."""
+def say_model(row: ModelRow, models: list[ModelRow]) -> str:
+    """A model's ratio, the interval, what is lost or won, and what its norms take by themselves, in parts."""
     lost = row.median_us - find_form(row, models, BUILT).median_us
     text = f"{row.ratio:.2f} ({row.low:.2f} to {row.high:.2f}) {row.model}, {row.mode}, {row.form}: "
-    text += f"{write_time(lost)} longer"
+    text += f"{write_time(abs(lost))} {'longer' if lost > 0 else 'shorter'}"
     text += ", disturbed" if row.disturbed else ""
     parts = Parts(row.kernel_us, row.memory_us, row.call_us, 0.0)
     if not parts.whole:

@@ -87,7 +87,11 @@ def test_a_loss_lies_below_one_and_below_what_a_model_differs_from_itself():
     )
     unsure = make_model_row(0.9, AGAIN)  # so much slower was the very same model
     assert judge(BASE[0], unsure, make_model_row(0.9), make_model_row(1.6, FUSED)).result == "met"
-    assert judge(*BASE, make_model_row(1.0)).result == "missed: the mean by 13 %"
+    slow = judge(*BASE, make_model_row(1.0), make_model_row(1.1, FUSED))
+    assert slow.result == "missed: the mean by 9 %"
+    assert slow.causes.startswith("1.00 (0.98 to 1.02) net, step, accelerate: 0 us shorter; its 2 norms")
+    assert "; 1.10 (1.08 to 1.12) net, step, accelerate, fuse=True: 9.09 us shorter" in slow.causes
+    assert judge(*BASE, make_model_row(1.2)).causes == ""
     assert judge().result == "not measured"
     assert judge(*BASE).result == "not measured"
 
