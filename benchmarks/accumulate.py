@@ -158,7 +158,7 @@ def main() -> None:
     ]
     for norms in NORMS:
         lines += measure(norms)
-    facts = find_facts("the system's default")
+    facts = find_facts()
     lines += [
         "",
         f"{facts['date']}, {facts['cpu']}, {facts['threads']} threads; other work meanwhile: "

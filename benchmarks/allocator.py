@@ -189,7 +189,7 @@ def write_memory(found: dict[str, dict[str, list[dict[str, float]]]]) -> str:
 
 def write_facts(pairs: int, share: float | None) -> str:
     """The machine, and how it was measured."""
-    facts = find_facts("measured")
+    facts = find_facts()
     pages = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
     chosen = re.search(r"\[(\w+)\]", pages)
     named = [facts[name] for name in ("date", "cpu", "cores", "system")] + [f"torch {facts['torch']}"]

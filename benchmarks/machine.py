@@ -5,34 +5,17 @@ from __future__ import annotations
 import datetime
 import os
 import platform
-import re
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
-import anynorm
+from anynorm.apps.timing.limits import ASSUMED_CACHE, find_caches, find_cpu, find_last_level
 from anynorm.engine.paths import describe_environment
-from anynorm.errors import UserError
 
-from .limits import find_caches
-
-ASSUMED_CACHE = 32 << 20  # bytes, where the system does not say how large its last-level cache is
 BUSY = 0.05  # of the processors; beyond it threads wait for their turn, and that is what would be measured
 STAT = Path("/proc/stat")
 ALLOCATOR_VARIABLES = ("THP_MEM_ALLOC_ENABLE", "LD_PRELOAD", "MALLOC_ARENA_MAX", "GLIBC_TUNABLES")
-
-
-def find_last_level(caches: dict[str, int]) -> int:
-    """Bytes of the last-level cache."""
-    return caches[max(caches)] if caches else ASSUMED_CACHE
-
-
-def find_cpu(path: Path = Path("/proc/cpuinfo")) -> str:
-    """The processor's name as the system states it."""
-    text = path.read_text() if path.exists() else ""
-    match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return match[1].strip() if match else platform.processor() or platform.machine()
 
 
 def find_version(package: str) -> str:
@@ -43,12 +26,8 @@ def find_version(package: str) -> str:
         return "not installed"
 
 
-def find_facts(allocator: str) -> dict[str, str]:
-    """Processor, caches, versions, threads, instruction set and allocator; no name and no path of this machine.
-
-    Args:
-        allocator: what `set_allocator` said.
-    """
+def find_facts() -> dict[str, str]:
+    """Processor, caches, versions, threads, instruction set and allocator; no name and no path of this machine."""
     caches = find_caches()
     sizes = ", ".join(f"{level} {size >> 10} KiB" for level, size in caches.items())
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -63,26 +42,12 @@ def find_facts(allocator: str) -> dict[str, str]:
         "system": f"{platform.system()} {platform.machine()}",
         "threads": str(torch.get_num_threads()),
         "kernels": environment["kernels"],
-        "allocator": ", ".join([allocator, *given]),
+        "allocator": ", ".join(given) or "the system's default",
         "anynorm": environment["anynorm"],
         "torch": environment["torch"],
         "jax": find_version("jax"),
         "python": environment["python"],
     }
-
-
-def set_allocator(tuned: bool) -> str:
-    """Tune the C allocator where asked for, before the first tensor is made, and say how memory is allocated.
-
-    Raises:
-        UserError: nothing could be done on this system.
-    """
-    if not tuned:
-        return "the system's default"
-    report = anynorm.tune_allocator()
-    if not report:
-        raise UserError(f"bench: --allocator must change something here; {report}; leave it out.")
-    return f"anynorm.tune_allocator(): {report}"
 
 
 class Watch:

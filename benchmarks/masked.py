@@ -92,7 +92,7 @@ def main() -> None:
             lengths.append(rounds.ratio("lengths", "none"))
             lines.append(write_row(case, mode, rounds))
             print(lines[-1], flush=True)
-    facts = find_facts("the system's default")
+    facts = find_facts()
     mean = statistics.geometric_mean(lengths)
     lines += [
         "",

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from .report import list_disturbed, list_models, list_verdicts
 from .results import Row
-from .tables import as_markdown, list_cases, list_means, list_peers, list_verdicts
+from .steps import ModelRow
+from .tables import as_markdown, list_cases, list_limits, list_means, list_peers
 from .verdicts import Verdict
 
 PAGE = Path(__file__).parents[1] / "docs" / "speed.md"
@@ -14,11 +16,14 @@ PICTURE = PAGE.with_suffix(".svg")
 MARKERS = re.compile(r"(<!-- bench -->\n).*(<!-- /bench -->)", re.DOTALL)
 
 
-def write_page(text: str, rows: list[Row], facts: dict[str, str], verdicts: list[Verdict]) -> str:
+def write_page(
+    text: str, rows: list[Row], models: list[ModelRow], facts: dict[str, str], verdicts: list[Verdict]
+) -> str:
     """The page's text with its generated part made anew."""
     if not MARKERS.search(text):
         raise ValueError("docs/speed.md: the generated part stands between <!-- bench --> and <!-- /bench -->")
-    generated = "\n\n".join([*write_goals(facts, verdicts), *write_means(rows), *write_rest(rows, facts)])
+    parts = [*write_goals(facts, verdicts), *write_models(models), *write_means(rows), *write_rest(rows, facts)]
+    generated = "\n\n".join(parts)
     return MARKERS.sub(lambda match: f"{match[1]}\n{generated}\n\n{match[2]}", text)
 
 
@@ -32,12 +37,22 @@ def write_goals(facts: dict[str, str], verdicts: list[Verdict]) -> list[str]:
     ]
 
 
+def write_models(models: list[ModelRow]) -> list[str]:
+    """Whole models, where they were measured."""
+    if not models:
+        return []
+    sentences = list_disturbed(models)
+    notes = ["Disturbed by other work:", "\n".join(f"- {sentence}" for sentence in sentences)] if sentences else []
+    return ["## Whole models", as_markdown(*list_models(models)), *notes]
+
+
 def write_means(rows: list[Row]) -> list[str]:
     """The means of each dtype."""
     parts = []
     for dtype in dict.fromkeys(row.dtype for row in rows):
         chosen = [row for row in rows if row.dtype == dtype]
-        parts += [f"## Means, {dtype}", as_markdown(*list_means(chosen)), as_markdown(*list_peers(chosen))]
+        tables = [as_markdown(*table(chosen)) for table in (list_means, list_peers, list_limits)]
+        parts += [f"## Means, {dtype}", *tables]
     return parts
 
 

@@ -1,4 +1,4 @@
-"""Who is timed: anynorm, torch eager, torch.compile, JAX, and a copy of the same tensor."""
+"""Who is timed: anynorm and its kernels alone, torch eager, torch.compile, JAX, and a copy of the same tensor."""
 
 from __future__ import annotations
 
@@ -16,17 +16,22 @@ from anynorm.apps.timing.cases import Case, make_call, needs_grad
 from anynorm.apps.timing.interleaved import TimedCall
 from anynorm.errors import UserError
 
+from .kernel_calls import make_kernel_call
+
 # Compile in this process: a pool of compilers would be other work, and its time would not be known as ours.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 PEERS = {
     "anynorm": "anynorm's layer",
+    "kernel": "anynorm's kernels alone, into the same memory each time",
+    "fresh": "the same kernels, into new memory each time",
     "torch": "torch.nn's layer, eager",
     "compile": "torch.nn's layer under torch.compile(dynamic=False)",
     "jax": "the formula under jax.jit",
+    "tuned": "anynorm's layer and torch.nn's in a process of their own, after tune_allocator(keep_large=True)",
     "anynorm-compile": "anynorm's layer under torch.compile(dynamic=False)",
 }
-USUAL = ("anynorm", "torch", "compile", "jax")
+USUAL = ("anynorm", "kernel", "fresh", "torch", "compile", "jax", "tuned")
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 
 
@@ -67,22 +72,26 @@ def make_contest(peers: list[str], case: Case, mode: str, drawn: tuple[Tensor, T
     Raises:
         Mismatch: a peer computes something else.
     """
-    x, g = drawn
     calls: dict[str, TimedCall] = {}
     kept: dict[str, int] = {}
     for peer in peers:
         if peer == "jax":
             from .jax_peer import make_jax_call
 
-            calls[peer] = make_jax_call(case, mode, x, g)
+            calls[peer] = make_jax_call(case, mode, *drawn)
             continue
-        module = case.make(anynorm if peer.startswith("anynorm") else nn).train(mode != "evaluation")
+        module = case.make(nn if peer in ("torch", "compile") else anynorm).train(mode != "evaluation")
+        if peer in ("kernel", "fresh"):
+            alone = make_kernel_call(case, mode, module, drawn)
+            if alone is not None:
+                calls[peer] = alone.bind() if peer == "kernel" else alone
+            continue
         called = torch.compile(module, dynamic=False) if peer.endswith("compile") else module
-        calls[peer] = make_call(called, module.parameters(), mode, x, g)
+        calls[peer] = make_call(called, module.parameters(), mode, *drawn)
         if needs_grad(mode):
             kept[peer] = find_kept(calls[peer], module)
     check_same(calls, case)
-    room = torch.empty_like(x)
+    x, room = drawn[0], torch.empty_like(drawn[0])
     return Contest({**calls, "copy": lambda: room.copy_(x)}, kept)
 
 

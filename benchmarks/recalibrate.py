@@ -44,7 +44,7 @@ def main() -> None:
     small = [x[:, :, :32, :32] for x in data]
     report = anynorm.recalibrate(copy.deepcopy(theirs), small, earlier="population")
     print(f"  earlier='population': {report.passes} passes")
-    facts = find_facts("the system's default")
+    facts = find_facts()
     load = describe_load(watch.find_share())
     print(f"{facts['date']}, {facts['cpu']}, {facts['threads']} threads; other work meanwhile: {load}.")
 

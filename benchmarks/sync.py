@@ -124,7 +124,7 @@ def main() -> None:
             cells = [str(world), f"{name} {shape}", *(f"{n:.2f}" for n in numbers), str(messages)]
             lines.append(f"| {' | '.join(cells)} |")
             print(lines[-1], flush=True)
-    facts = find_facts("the system's default")
+    facts = find_facts()
     lines += [
         "",
         f"Medians of {ROUNDS} rounds, forward and backward, one thread a rank. {facts['date']}, {facts['cpu']}, "

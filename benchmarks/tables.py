@@ -4,18 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from rich.console import Console
 from rich.table import Table
 
 from anynorm.apps.terminal import plain_table
 from anynorm.apps.timing.cases import MODES
 
+from .causes import PARTS, Parts, find_causes
 from .results import Row
-from .verdicts import BOTH, Summary, Verdict, find_best_others, summarize
+from .summaries import BOTH, Summary, find_best_others, mean_over_limit, summarize, write_time
 
 Cells = list[list[str]]
-OTHERS = ("torch", "compile", "jax", "best", "anynorm-compile")
-WORDS = {"best": "the better of compile and JAX", "jax": "JAX", "compile": "torch.compile", "torch": "torch eager"}
+OTHERS = ("torch", "torch-tuned", "compile", "jax", "best", "anynorm-compile")
+WORDS = {
+    "torch": "torch eager",
+    "torch-tuned": "torch eager, memory kept by both",
+    "compile": "torch.compile",
+    "jax": "JAX",
+    "best": "the better of compile and JAX",
+}
+AT_THE_LIMIT = {
+    "kernel": "anynorm's kernels alone, same memory",
+    "fresh": "the same, new memory",
+    "anynorm": "anynorm's layer",
+    "anynorm-tuned": "anynorm's layer, memory kept",
+    "torch": "torch.nn's layer",
+    "torch-tuned": "torch.nn's layer, memory kept",
+}
 
 
 def group(rows: Iterable[Row]) -> dict[tuple[str, ...], dict[str, Row]]:
@@ -30,11 +44,6 @@ def find_peers(rows: Iterable[Row]) -> list[str]:
     """The peers that were measured, anynorm aside."""
     found = {row.peer for row in rows}
     return [peer for peer in OTHERS if peer in found]
-
-
-def write_time(microseconds: float) -> str:
-    """Three digits, in microseconds or milliseconds."""
-    return f"{microseconds / 1e3:.3g} ms" if microseconds >= 1e3 else f"{microseconds:.3g} us"
 
 
 def write_spread(row: Row) -> str:
@@ -59,22 +68,30 @@ def write_kept(peers: dict[str, Row]) -> str:
 def list_measured(rows: list[Row]) -> tuple[list[str], Cells]:
     """A line for each case in each mode, for the terminal."""
     others = find_peers(rows)
-    titles = ["case", "mode", "anynorm", "spread", *others, "of limit", "kept (torch)"]
+    titles = ["case", "mode", "anynorm", "spread", *others, *PARTS, "of limit", "kept (torch)"]
+    causes = find_causes(rows)
     cells = []
-    for peers in group(rows).values():
+    for key, peers in group(rows).items():
         ours = peers["anynorm"]
         ratios = [f"{peers[peer].ratio:.2f}" if peer in peers else "" for peer in others]
         name = ours.name.replace("channels_last", "cl")
         first = [name, ours.mode, write_time(ours.median_us), write_spread(ours)]
-        cells.append([*first, *ratios, f"{100 * ours.share:.0f} %", write_kept(peers)])
+        parts = write_parts(causes.get(key))
+        cells.append([*first, *ratios, *parts, f"{100 * ours.share:.0f} %", write_kept(peers)])
     return titles, cells
+
+
+def write_parts(parts: Parts | None) -> list[str]:
+    """The shares of kernel, memory and call, in percent."""
+    return [""] * len(PARTS) if parts is None else [f"{100 * share:.0f} %" for share in parts.shares]
 
 
 def list_cases(rows: list[Row]) -> tuple[list[str], Cells]:
     """A line for each case with all modes, for the page."""
     others = [peer for peer in find_peers(rows) if peer != "torch"]
     titles = ["from", "case", *MODES, *(WORDS.get(peer, peer) for peer in others), "anynorm", "spread"]
-    titles += ["of limit, training", BOTH, "kept (torch)"]
+    titles += [*PARTS, "of limit, training", BOTH, "kept (torch)"]
+    causes = find_causes(rows)
     lines: dict[tuple[str, ...], dict[str, dict[str, Row]]] = {}
     for (*case, mode), peers in group(rows).items():
         lines.setdefault(tuple(case), {})[mode] = peers
@@ -87,6 +104,7 @@ def list_cases(rows: list[Row]) -> tuple[list[str], Cells]:
         ratios += [f"{both[peer].ratio:.2f}" if peer in both else "" for peer in others]
         ours = both["anynorm"]
         shares = [f"{100 * modes[mode]['anynorm'].share:.0f} %" for mode in ("training", BOTH)]
+        shares = [*write_parts(causes.get(ours.key)), *shares]
         cells.append([place, name, *ratios, write_time(ours.median_us), write_spread(ours), *shares, write_kept(both)])
     return titles, cells
 
@@ -123,9 +141,26 @@ def write_mean(rows: list[Row], mode: str) -> str:
     return f"{summary.mean:.2f}, worst {summary.worst:.2f}, lost {summary.losses}/{summary.count}"
 
 
-def list_verdicts(verdicts: list[Verdict]) -> tuple[list[str], Cells]:
-    """A line for each goal."""
-    return ["goal", "found", "verdict"], [[verdict.goal, verdict.found, verdict.result] for verdict in verdicts]
+def list_limits(rows: list[Row]) -> tuple[list[str], Cells]:
+    """Times over the limit, on average and at worst, in the last cache and beyond it."""
+    titles = ["time over the limit", *(f"{mode}, {place}" for place in ("in cache", "beyond") for mode in MODES)]
+    cells = []
+    for peer, words in AT_THE_LIMIT.items():
+        own = [row for row in rows if row.peer == peer]
+        line = [
+            write_over([row for row in own if row.mode == mode and row.out_of_cache == beyond])
+            for beyond in (False, True)
+            for mode in MODES
+        ]
+        cells += [[words, *line]] if any(line) else []
+    return titles, cells
+
+
+def write_over(rows: list[Row]) -> str:
+    """Mean and worst case in one cell."""
+    if not rows:
+        return ""
+    return f"{mean_over_limit(rows):.2f}, worst {max(1 / row.share for row in rows):.2f}"
 
 
 def as_markdown(titles: list[str], cells: Cells) -> str:
@@ -142,14 +177,3 @@ def as_table(titles: list[str], cells: Cells, wrap: bool = False) -> Table:
     for line in cells:
         table.add_row(*(cell.replace("**", "") for cell in line))
     return table
-
-
-def print_report(console: Console, rows: list[Row], verdicts: list[Verdict]) -> None:
-    """Means of each dtype, then the goals."""
-    for dtype in dict.fromkeys(row.dtype for row in rows):
-        console.rule(f"{dtype}: geometric means, above 1 anynorm is faster", align="left")
-        chosen = [row for row in rows if row.dtype == dtype]
-        console.print(as_table(*list_means(chosen)))
-        console.print(as_table(*list_peers(chosen)))
-    console.rule("goals, on the float32 cases of this run", align="left")
-    console.print(as_table(*list_verdicts(verdicts), wrap=True))

@@ -6,17 +6,34 @@ Of the three kinds of tests these keep an invariant; times are made up wherever 
 from __future__ import annotations
 
 import dataclasses
-import math
+import os
+import signal
+from concurrent.futures import BrokenExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
 from rich.console import Console
 
 import anynorm
+from anynorm.apps.timing import limits
 from anynorm.apps.timing.cases import MODES, Case
 from anynorm.apps.timing.interleaved import InterleavedTimings
+from anynorm.engine import kernels
 from anynorm.errors import UserError
-from benchmarks import bench, limits, machine, masked, page, peers, plot, results, tables, verdicts
+from bench_rows import make_row
+from benchmarks import (
+    bench,
+    machine,
+    masked,
+    measure,
+    page,
+    peers,
+    plot,
+    results,
+    tables,
+    verdicts,
+)
 from benchmarks.grid import BATCHES, find_cases
 from benchmarks.results import Row
 
@@ -30,19 +47,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def make_row(ratio: float = 1.0, peer: str = "torch", **changes) -> Row:
-    """A row in which everything but the ratio is plausible."""
-    row = Row(
-        *("ResNet-50", "batch", "8x4x2x2", "contiguous", "float32", "forward+backward", peer),
-        *(5, 10.0, 9.0, 12.0, ratio, ratio, ratio, 2.0, 640, 4.0, 0.4, 128, False),
-    )
-    return dataclasses.replace(row, **changes)
-
-
-def find_verdict(rows: list[Row], start: str) -> verdicts.Verdict:
-    return next(verdict for verdict in verdicts.judge(rows) if verdict.goal.startswith(start))
 
 
 # The grid
@@ -61,7 +65,7 @@ def test_the_grid_holds_what_the_issue_lists():
         assert {(place, "layer", "contiguous"), (place, "rms", "contiguous")} <= kinds
     assert ("MLP", "batch", "contiguous") in kinds
     assert {norm for place, norm, _ in kinds if place == "tiny"} == {"batch", "layer", "rms", "group", "instance"}
-    assert {(8, 16)} <= {case.shape for case in cases if case.place == "tiny"}
+    assert {(8, 16), (64, 768)} <= {case.shape for case in cases if case.place == "tiny"}
     assert {case.shape[2:] for case in cases if case.place == "ResNet-50"} >= {(7, 7), (112, 112)}
     assert MODES == ("evaluation", "training", "forward+backward")
 
@@ -113,8 +117,8 @@ def test_caches_are_read_as_the_system_writes_them(tmp_path):
             (folder / name).write_text(text + "\n")
     caches = limits.find_caches(tmp_path)
     assert caches == {"L1": 32 << 10, "L3": 8 << 20}
-    assert machine.find_last_level(caches) == 8 << 20
-    assert machine.find_last_level(limits.find_caches(tmp_path / "nowhere")) == machine.ASSUMED_CACHE
+    assert limits.find_last_level(caches) == 8 << 20
+    assert limits.find_last_level(limits.find_caches(tmp_path / "nowhere")) == limits.ASSUMED_CACHE
 
 
 # Rows
@@ -129,66 +133,12 @@ def test_rows_follow_from_rounds():
     assert (ours.bytes, ours.limit_us, ours.share) == (2 * TINY.size, 1.0, 0.25)
 
 
-# Verdicts
-
-
-def test_a_mean_comes_with_its_worst_case_and_its_losses():
-    summary = verdicts.summarize([make_row(8.0), make_row(0.5, shape="1x1"), make_row(0.96)])
-    assert summary is not None
-    assert math.isclose(summary.mean, (8 * 0.5 * 0.96) ** (1 / 3))
-    assert (summary.worst, summary.losses, summary.count) == (0.5, 1, 3)
-    assert summary.worst_name == "batch 1x1, forward+backward"
-
-
-def test_means_are_met_or_missed_by_a_share():
-    goal = "forward + backward, torch eager"
-    assert find_verdict([make_row(9.0), make_row(1.0)], goal).result == "met"
-    missed = find_verdict([make_row(4.0), make_row(1.0)], goal)
-    assert missed.result == "missed by 33 %"
-    assert "2.00 (worst 1.00" in missed.found and "0 of 2 lost" in missed.found
-    assert find_verdict([make_row(9.0, mode="training")], goal).result == "not measured"
-    assert find_verdict([make_row(1.0, dtype="bfloat16")], goal).result == "not measured"
-
-
-def test_the_better_of_compile_and_jax_is_taken_case_by_case():
-    rows = [
-        *(make_row(ratio, peer) for ratio, peer in ((2.0, "compile"), (8.0, "jax"))),
-        *(make_row(ratio, peer, shape="2x2") for ratio, peer in ((8.0, "compile"), (2.0, "jax"))),
-    ]
-    found = find_verdict(rows, "forward + backward, the better")
-    assert (found.result, found.found[:5]) == ("met", "2.00 ")
-
-
-def test_losses_leave_out_noise_and_small_forwards_only():
-    goal = "no case slower"
-    small = {"place": "tiny", "norm": "layer", "mode": "training"}
-    assert find_verdict([make_row(0.96), make_row(0.7, **small)], goal).result == "met"
-    rows = [make_row(0.94), make_row(0.7, **small | {"norm": "rms"}), make_row(0.7, **small | {"mode": verdicts.BOTH})]
-    assert find_verdict(rows, goal).result == "missed by 3 cases"
-    assert find_verdict([make_row(0.7, **small)], "small layer").result == "met"
-    assert find_verdict([make_row(0.5, **small)], "small layer").result == "missed by 33 %"
-
-
-def test_limits_are_judged_out_of_cache_only():
-    goal = "cases out of cache"
-    near, far = make_row(peer="anynorm", share=0.7, out_of_cache=True), make_row(peer="anynorm", share=0.5)
-    assert find_verdict([near, far], goal).result == "met"
-    assert find_verdict([near, dataclasses.replace(far, out_of_cache=True)], goal).result == "missed by 1 cases"
-
-
-def test_goals_of_single_norms():
-    rows = [make_row(6.0, norm="group", layout="channels_last"), make_row(1.0, norm="group"), make_row(9.0, norm="rms")]
-    assert find_verdict(rows, "group norm").result == "met"
-    assert find_verdict(rows, "instance norm").result == "not measured"
-    assert find_verdict(rows, "RMS norm").result == "missed by 10 %"
-
-
 # Outputs
 
 
 def test_csv_has_the_facts_and_every_column_and_is_read_back(tmp_path):
     rows = [make_row(1.5), make_row(1.0, "anynorm", out_of_cache=True)]
-    facts = machine.find_facts("the system's default")
+    facts = machine.find_facts()
     path = tmp_path / "new" / "run.csv"
     results.write_csv(rows, facts, path)
     header = next(line for line in path.read_text().splitlines() if not line.startswith("#"))
@@ -202,20 +152,20 @@ def test_page_is_made_anew_between_its_markers_only():
     rows = [make_row(2.0, mode=mode, peer=peer) for mode in MODES for peer in ("anynorm", "torch", "jax")]
     facts = {"date": "2000-01-01", "run": "a run", "other work meanwhile": "1 %"}
     text = "before\n<!-- bench -->\nold\n<!-- /bench -->\nafter\n"
-    written = page.write_page(text, rows, facts, verdicts.judge(rows))
+    written = page.write_page(text, rows, [], facts, verdicts.judge(rows, []))
     assert written.startswith("before\n<!-- bench -->\n")
     assert written.endswith("<!-- /bench -->\nafter\n")
     assert "old" not in written
     assert "| ResNet-50 | batch 8x4x2x2 | 2.00 | 2.00 | 2.00 | 2.00 |" in written
     assert "| **all** | 2.00, worst 2.00, lost 0/1 |" in written
-    assert page.write_page(written, rows, facts, verdicts.judge(rows)) == written
+    assert page.write_page(written, rows, [], facts, verdicts.judge(rows, [])) == written
     with pytest.raises(ValueError, match=r"docs/speed\.md"):
-        page.write_page("no markers", rows, facts, [])
+        page.write_page("no markers", rows, [], facts, [])
 
 
 def test_the_page_in_the_docs_has_a_verdict_for_every_goal():
     text = page.PAGE.read_text()
-    for verdict in verdicts.judge([]):
+    for verdict in verdicts.judge([], []):
         assert f"| {verdict.goal} |" in text
     assert page.PICTURE.exists()
 
@@ -252,26 +202,114 @@ def test_peers_are_checked_and_a_missing_jax_is_said(monkeypatch):
 @pytest.mark.parametrize(("dtypes", "only", "text"), [("float8", "", "--dtypes"), ("float32", "vgg", "--only")])
 def test_what_cannot_be_measured_is_refused_in_one_sentence(dtypes, only, text):
     with pytest.raises(UserError, match=text):
-        bench.choose_cases(dtypes, quick=False, only=only)
+        bench.choose_plan(dtypes, quick=False, only=only)
 
 
 def test_results_are_named_by_date_processor_and_options():
     facts = {"date": "2000-01-01", "cpu": "AMD EPYC(tm) 1"}
-    assert bench.name_results(facts, bench.describe_options(False, "", None, False)) == "2000-01-01-amd-epyc-tm-1.csv"
-    name = bench.name_results(facts, bench.describe_options(True, "7x7", 1, True))
-    assert name == "2000-01-01-amd-epyc-tm-1-quick-7x7-1-threads-allocator.csv"
+    assert bench.name_results(facts, bench.describe_options(False, "", None)) == "2000-01-01-amd-epyc-tm-1.csv"
+    name = bench.name_results(facts, bench.describe_options(True, "7x7", 1))
+    assert name == "2000-01-01-amd-epyc-tm-1-quick-7x7-1-threads.csv"
+
+
+def run(*cases: Case, peers: str = "anynorm,torch") -> bench.Found:
+    return bench.run(Console(quiet=True), bench.Plan([*cases], {}), peers.split(","), seconds=0.0)
 
 
 def test_a_run_measures_every_mode_and_peer():
-    rows, problems = bench.run(Console(quiet=True), [TINY], ["anynorm", "torch"], seconds=0.0)
-    assert not problems
-    assert [(row.mode, row.peer) for row in rows] == [(mode, peer) for mode in MODES for peer in ("anynorm", "torch")]
-    for row in rows:
-        assert row.rounds == 5
+    peers = ("anynorm", "kernel", "fresh", "torch") if not kernels.OFF else ("anynorm", "torch")
+    found = run(TINY, peers=",".join(peers))
+    assert not found.problems
+    assert [(row.mode, row.peer) for row in found.rows] == [(mode, peer) for mode in MODES for peer in peers]
+    for row in found.rows:
+        assert 2 <= row.rounds <= 5  # two where the machine stands still for seconds
         assert 0 < row.q1_us <= row.median_us <= row.q3_us
-        assert (row.kept > 0) == (row.mode == verdicts.BOTH)
-    titles, cells = tables.list_measured(rows)
+        assert (row.kept > 0) == (row.mode == verdicts.BOTH and row.peer in ("anynorm", "torch"))
+    titles, cells = tables.list_measured(found.rows)
     assert {len(line) for line in cells} == {len(titles)}
+
+
+def test_a_whole_run_compiles_where_a_goal_is_and_on_the_quick_cases():
+    case, peers = find_cases(quick=True)[0], ["anynorm", "torch", "compile", "jax", "anynorm-compile"]
+    for changes, modes in (({}, MODES), ({"quick": False}, MODES[2:]), ({"dtype": torch.bfloat16}, MODES[2:])):
+        other = dataclasses.replace(case, **changes)
+        for mode in MODES:
+            assert measure.spare(peers, other, mode) == (peers if mode in modes else peers[:2])
+    assert bench.choose_plan("", quick=False, only="").sparing
+    assert not bench.choose_plan("", quick=False, only="resnet").sparing
+    assert not bench.choose_plan("", quick=True, only="").sparing
+
+
+def test_a_whole_run_has_bfloat16_on_the_quick_cases_only():
+    plan = bench.choose_plan("", quick=False, only="")
+    halves = [case for case in plan.cases if case.dtype == torch.bfloat16]
+    assert halves == find_cases(torch.bfloat16, quick=True)
+    assert plan.cases[: -len(halves)] == find_cases()
+    assert f"({len(halves)} of them in bfloat16) and 9 whole models" in plan.describe()
+    assert bench.choose_plan("bfloat16", quick=False, only="").cases == find_cases(torch.bfloat16)
+
+
+def test_the_second_process_keeps_memory_or_says_why_not():
+    found = run(TINY, peers="anynorm,tuned")
+    if found.problems:
+        assert found.problems[0].startswith("no memory is kept: ")
+        return
+    expected = [(mode, peer) for mode in MODES for peer in ("anynorm", "anynorm-tuned", "torch-tuned")]
+    assert [(row.mode, row.peer) for row in found.rows] == expected
+    assert {row.ratio for row in found.rows if row.peer == "anynorm-tuned"} == {1.0}
+
+
+def test_a_second_process_that_ends_leaves_the_rest(monkeypatch):
+    def end(*_):
+        raise BrokenExecutor("it is gone")
+
+    process, problems = SimpleNamespace(submit=end), []
+    rows = next(measure.measure([TINY], ["anynorm", "torch"], 0.0, CACHE, problems.append, process=process))
+    assert {(row.mode, row.peer) for row in rows} == {(mode, peer) for mode in MODES for peer in ("anynorm", "torch")}
+    assert len(problems) == 1
+    assert "BrokenExecutor: it is gone" in problems[0]
+
+
+def test_a_run_that_is_stopped_keeps_what_there_is(monkeypatch):
+    made, asked = measure.time_mode, []
+
+    def stop(case, *rest):
+        asked.append(case)
+        if case.name != TINY.name:
+            raise KeyboardInterrupt
+        return made(case, *rest)
+
+    monkeypatch.setattr(measure, "time_mode", stop)
+    found = run(TINY, dataclasses.replace(TINY, shape=(7, 4)), TINY)
+    assert found.problems == ["stopped before the end"]
+    assert len(found.rows) == 6
+    assert len(asked) == 4
+
+
+def test_cases_are_left_out_when_the_time_is_over():
+    plan = bench.Plan([TINY, TINY], {})
+    found = bench.run(Console(quiet=True), plan, ["anynorm", "torch"], seconds=0.0, end=0.0)
+    assert (found.rows, found.problems, found.left_out) == ([], [], [TINY, TINY])
+    assert bench.describe_left_out(found) == "; the time was over before the last 2 cases"
+    assert bench.describe_left_out(run(TINY)) == ""
+
+
+def test_ctrl_c_ends_a_run_behind_the_case_that_is_timed(monkeypatch):
+    made, asked = measure.time_mode, []
+
+    def interrupt(case, *rest):
+        asked.append(case)
+        if len(asked) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return made(case, *rest)
+
+    monkeypatch.setattr(measure, "time_mode", interrupt)
+    before = signal.getsignal(signal.SIGINT)
+    found = run(TINY, dataclasses.replace(TINY, shape=(7, 4)))
+    assert found.problems == ["stopped before the end"]
+    assert {row.shape for row in found.rows} == {"6x4"}
+    assert len(found.rows) == 6
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_peers_that_compute_something_else_are_not_timed(monkeypatch):
@@ -285,10 +323,10 @@ def test_peers_that_compute_something_else_are_not_timed(monkeypatch):
         return call if mode == verdicts.BOTH else lambda: call() * factor
 
     monkeypatch.setattr(peers, "make_call", make_wrong)
-    rows, problems = bench.run(Console(quiet=True), [TINY], ["anynorm", "torch"], seconds=0.0)
-    assert len(problems) == 2
-    assert "torch is" in problems[0] and "not timed" in problems[0]
-    assert {row.mode for row in rows} == {verdicts.BOTH}
+    found = run(TINY)
+    assert len(found.problems) == 2
+    assert "torch is" in found.problems[0] and "was not timed" in found.problems[0]
+    assert {row.mode for row in found.rows} == {verdicts.BOTH}
 
 
 def test_kept_counts_x_once_and_no_parameter():
@@ -313,7 +351,7 @@ KINDS += [dataclasses.replace(case, channels_last=True) for case in KINDS[:3]]
 @pytest.mark.parametrize("mode", MODES)
 def test_every_peer_computes_the_same(case, mode):
     """Equals torch; JAX too, where the bench extra is installed."""
-    chosen, _ = peers.choose_peers("anynorm,torch,jax")
+    chosen, _ = peers.choose_peers("anynorm,torch,jax" if kernels.OFF else "anynorm,kernel,fresh,torch,jax")
     with torch.set_grad_enabled(mode == verdicts.BOTH):
         contest = peers.make_contest(chosen, case, mode, case.draw())
     assert set(contest.calls) == {*chosen, "copy"}

@@ -11,7 +11,8 @@ from torch import nn
 from typer.testing import CliRunner
 
 import anynorm
-from anynorm.apps import cli, speed
+from anynorm.apps import cli
+from anynorm.apps.speed import layers, speed, training
 from anynorm.apps.timing.cases import Case
 from anynorm.apps.timing.interleaved import InterleavedTimings
 from anynorm.engine.allocator import AllocatorReport
@@ -28,16 +29,16 @@ def test_a_slow_machine_gets_fewer_images():
     def step(each: float):
         return lambda count: asked.append(count) or each * count
 
-    assert [speed.find_count(16, 50.0, step(each)) for each in (0.1, 0.9, 0.5, 30.0)] == [16, 2, 5, 2]
-    assert speed.find_count(1, 50.0, step(9.0)) == 1
-    assert speed.find_count(16, -1.0, step(0.1)) == 2
+    assert [training.find_count(16, 50.0, step(each)) for each in (0.1, 0.9, 0.5, 30.0)] == [16, 2, 5, 2]
+    assert training.find_count(1, 50.0, step(9.0)) == 1
+    assert training.find_count(16, -1.0, step(0.1)) == 2
     assert asked == [2, 2, 2, 2, 1, 2]
 
 
 def test_what_is_left_of_the_time_is_shared():
     end = time.perf_counter() + 10.0
-    assert 4.0 < speed.find_share(end, 0.2, 0.4) <= 5.0
-    assert speed.find_share(end - 60.0, 0.2, 0.4) == 0.0
+    assert 4.0 < training.find_share(end, 0.2, 0.4) <= 5.0
+    assert training.find_share(end - 60.0, 0.2, 0.4) == 0.0
 
 
 class Small(nn.Module):
@@ -53,7 +54,7 @@ class Small(nn.Module):
 
 def test_speed_prints_layers_and_steps(monkeypatch):
     monkeypatch.setattr(speed, "CASES", (TINY, Case("tiny", "LayerNorm", (16,), (8, 16))))
-    monkeypatch.setattr(speed, "MODELS", {"small": Small})
+    monkeypatch.setattr(training, "MODELS", {"small": Small})
     tuned = AllocatorReport({"M_MMAP_MAX": 0}, False, "tuned, as it were")  # cannot be undone, so not in a test
     monkeypatch.setattr(anynorm, "tune_allocator", lambda keep_large: tuned)
     arguments = ["speed", "--seconds", "0.1", "--threads", "1", "--batch", "2", "--side", "32"]
@@ -78,16 +79,17 @@ def test_speed_prints_layers_and_steps(monkeypatch):
 
 @pytest.mark.parametrize(("times", "busy"), [([1.0, 1.1, 1.2], False), ([1.0, 2.0, 1500.0], True)])
 def test_a_table_measured_on_a_busy_machine_says_so_and_fits(monkeypatch, times, busy):
-    monkeypatch.setattr(speed, "_time_case", lambda *_: InterleavedTimings({"torch": times, "anynorm": [1.0] * 3}))
+    timings = InterleavedTimings({"torch": times, "anynorm": [1.0] * 3, "copy": [1.0] * 3})
+    monkeypatch.setattr(layers, "_time_layer", lambda *_: timings)
     console = Console(file=io.StringIO(), width=80)
-    speed._print_cases(console, [TINY], 0.0)
+    layers.print_layers(console, [TINY], 0.0)
     printed = console.file.getvalue()
     assert ("The machine was busy" in printed) == busy
     assert "…" not in printed
 
 
 def test_the_usual_layers_are_a_dozen_different_ones_of_every_norm():
-    assert len(speed.CASES) == 12
-    assert {case.norm for case in speed.CASES} == {"batch", "group", "instance", "layer", "rms"}
-    names = [case.name + (", channels_last" if case.channels_last else "") for case in speed.CASES]
+    assert len(layers.CASES) == 12
+    assert {case.norm for case in layers.CASES} == {"batch", "group", "instance", "layer", "rms"}
+    names = [case.name + (", channels_last" if case.channels_last else "") for case in layers.CASES]
     assert len(set(names)) == len(names)

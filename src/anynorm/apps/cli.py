@@ -74,11 +74,14 @@ def show_speed(
     ] = None,
     batch: Annotated[int, typer.Option("--batch", min=2, help="Images of a training step.")] = 16,
     side: Annotated[int, typer.Option("--side", min=32, help="Their side in pixels.")] = 224,
+    html: Annotated[
+        Path | None, typer.Option("--html", help="Also write it as a page with bars, one file (.html).")
+    ] = None,
 ) -> None:
     """Time anynorm against torch on this machine: a dozen layers, and whole training steps of two networks."""
-    from anynorm.apps.speed import print_speed
+    from anynorm.apps.speed.speed import print_speed
 
-    print_speed(seconds=seconds, threads=threads, images=(batch, side))
+    print_speed(seconds=seconds, threads=threads, images=(batch, side), html=html)
 
 
 @app.command("explain")

@@ -1,11 +1,11 @@
 """The explanation as a picture: the same numbers as in the terminal, drawn with matplotlib."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from anynorm.apps.document import check_output
 from anynorm.apps.explain import numbers
 from anynorm.apps.explain.notation import COLOURS, LETTERS, SENTENCES, SHOWN, write_vector
 from anynorm.apps.explain.numbers import BETA, GAMMA, MOMENTUM, PEOPLE, SMALL, Pools
@@ -18,24 +18,8 @@ MARKS = ("o", "s")
 
 
 def check_picture(out: Path) -> None:
-    """Refuse, before any work, a file that cannot be drawn to.
-
-    Raises:
-        UserError: another suffix, no such folder, no right to write, or no matplotlib.
-    """
-    if out.suffix.lower() not in SUFFIXES:
-        raise UserError(f"explain: a picture ends in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}; got {str(out)!r}.")
-    folder = out.parent
-    if not folder.is_dir():
-        raise UserError(f"explain: there is no folder {str(folder)!r} to write {out.name} to; make it first.")
-    if out.is_dir() or not os.access(out if out.exists() else folder, os.W_OK):
-        raise UserError(f"explain: {str(out)!r} cannot be written; choose another place.")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise UserError(
-            "explain: a picture needs matplotlib, which is not installed; pip install 'anynorm[compare]'."
-        ) from None
+    """Refuse, before any work, a file that cannot be drawn to, as `check_output` does."""
+    check_output("explain", "a picture", out, SUFFIXES)
 
 
 def draw_explanation(out: Path) -> None:

@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import io
-import re
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
-
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
+from ..document import Plot, draw
 from .intervals import find_interval
 from .judge import Findings, plain_sizes
 
@@ -27,53 +20,6 @@ COLOURS = {
     "rms": "#e69f00",
 }
 MARKERS = {"none": "x", "batch": "o", "layer": "s", "instance": "v", "group": "D", "rms": "^"}
-
-STYLE: Any = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "anynorm",
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#8a8f98",
-    "axes.labelcolor": "#3d434d",
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e6e8ec",
-    "grid.linewidth": 0.8,
-    "xtick.color": "#3d434d",
-    "ytick.color": "#3d434d",
-    "lines.linewidth": 1.8,
-    "lines.markersize": 4.5,
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
-    # Names come from users: a dollar sign is a dollar sign.
-    "text.parse_math": False,
-}
-
-
-@dataclass(frozen=True)
-class Plot:
-    """One panel: its heading, its SVG, and what it shows in words for those who do not see it."""
-
-    heading: str
-    svg: str
-    alt_text: str
-
-
-def draw(heading: str, alt_text: str, paint: Callable[[Axes], None], size: tuple[float, float] = (4.3, 3.0)) -> Plot:
-    """A panel that `paint` fills."""
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=size, layout="constrained")
-        paint(figure.add_subplot())
-        file = io.StringIO()
-        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
-    svg = file.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    # Without a size of its own the drawing takes the width of its column.
-    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r'\1 aria-hidden="true"', svg, count=1)
-    return Plot(heading, svg, alt_text)
 
 
 def say_values(values: dict[str, float], unit: str) -> str:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from html import escape
-from importlib.resources import files
 from typing import Any
 
+from ..document import write_document, write_figures
 from .judge import WORKING_SHARE, Choice, Findings
 from .method import say_limits, write_method
 from .plots import COLOURS, MARKERS, Plot, plot_batches, plot_curves, plot_drift, plot_modes, plot_rates
@@ -32,8 +32,6 @@ def write_report(findings: Findings, choices: Sequence[Choice], results: dict[st
         findings, choices: what was found and chosen.
         results: the content of results.json, for the verdict, the options and the machine's facts.
     """
-    style = files("anynorm.apps.studies").joinpath("report.css").read_text(encoding="utf-8")
-    title = f"anynorm compare: {results['options']['data']}"
     body = [
         write_head(findings, results),
         write_tables(findings, choices),
@@ -49,12 +47,7 @@ def write_report(findings: Findings, choices: Sequence[Choice], results: dict[st
         f"<footer>anynorm {escape(results['versions']['anynorm'])} · every run is in "
         f"<code>results.json</code> beside this page</footer>",
     ]
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f'<link rel="icon" href="data:,">\n<title>{escape(title)}</title>\n<style>\n{style}</style>\n</head>\n'
-        f"<body>\n<main>\n{''.join(body)}</main>\n</body>\n</html>\n"
-    )
+    return write_document(f"anynorm compare: {results['options']['data']}", body)
 
 
 def write_head(findings: Findings, results: dict[str, Any]) -> str:
@@ -203,15 +196,10 @@ def write_panels(
     """A grid of plots under one heading; with `findings`, a key of the norms that occur (at `place`)."""
     if not plots:
         return ""
-    panels = "".join(
-        f"<figure><figcaption>{escape(plot.heading)}</figcaption>"
-        f'<div role="img" aria-label="{escape(plot.alt_text)}">{plot.svg}</div></figure>\n'
-        for plot in plots
-    )
     key = write_key(findings, place) if findings is not None else ""
     start = f"<p>{escape(lead)}</p>" if lead else ""
     tag = "section" if level == 2 else "div"
-    return f'<{tag}><h{level}>{escape(heading)}</h{level}>{start}{key}<div class="plots">{panels}</div></{tag}>\n'
+    return f"<{tag}><h{level}>{escape(heading)}</h{level}>{start}{key}{write_figures(plots)}</{tag}>\n"
 
 
 def write_key(findings: Findings, place: tuple[str, str] | None) -> str:

@@ -6,12 +6,13 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 CHUNK = 5e-4  # seconds: cheaper calls are timed many at once, or the clock would be what is measured
 CHEAP = 5e-3  # seconds: a cheaper call runs once untimed first, because its predecessor emptied the caches
 PAUSE = 0.01  # seconds until threads of another runtime, which wait for work by spinning, have gone to sleep
 LONGEST = 12.0  # seconds after which the fewest rounds need not be complete
+FEWEST_VALUES = 6  # fewer say nothing about their median with 95 %
 SLOW = 0.5  # of the time there is: a first call that takes more is not called once more to estimate it
 
 TimedCall = Callable[[], object]
@@ -39,6 +40,10 @@ class InterleavedTimings:
         """Return the median of the ratios; above 1 `base` is the faster one."""
         return statistics.median(self.ratios(name, base))
 
+    def interval(self, name: str, base: str) -> tuple[float, float]:
+        """Return a 95 % interval of that median."""
+        return find_interval(self.ratios(name, base))
+
 
 def find_quartiles(values: list[float]) -> tuple[float, float]:
     """Return the first and the third quartile."""
@@ -46,6 +51,21 @@ def find_quartiles(values: list[float]) -> tuple[float, float]:
         return values[0], values[0]
     first, _, third = statistics.quantiles(values, n=4, method="inclusive")
     return first, third
+
+
+def find_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Return a 95 % interval of the median, from order statistics: no shape is assumed. Of few values it is endless."""
+    values = sorted(values)
+    n = len(values)
+    if n < FEWEST_VALUES:
+        return 0.0, math.inf
+    # Below the k-th smallest value lies the median with probability P(Binomial(n, 1/2) < k).
+    chance, k = 0.0, 0
+    while chance + math.comb(n, k) / 2**n <= 0.025:
+        chance += math.comb(n, k) / 2**n
+        k += 1
+    lower = max(k - 1, 0)
+    return values[lower], values[n - 1 - lower]
 
 
 def time_interleaved(

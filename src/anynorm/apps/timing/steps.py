@@ -1,7 +1,6 @@
 """Time a training step of two models in turn, so that a noisy machine disturbs both alike."""
 
 import dataclasses
-import math
 import statistics
 import time
 
@@ -9,9 +8,10 @@ import torch
 from torch import nn
 
 from anynorm.apps.models.call import Call, find_tensors
+from anynorm.apps.timing.interleaved import FEWEST_VALUES, find_interval
 from anynorm.randomness import keep_randomness
 
-FEWEST_PAIRS = 6  # fewer say nothing about the median with 95 %
+FEWEST_PAIRS = FEWEST_VALUES
 MOST_PAIRS = 2000
 
 
@@ -47,18 +47,8 @@ class PairedTimings:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Return a 95 % interval of the median ratio, from order statistics: no shape is assumed."""
-        ratios = self.ratios
-        n = len(ratios)
-        if n < FEWEST_PAIRS:
-            return 0.0, math.inf
-        # Below the k-th smallest value lies the median with probability P(Binomial(n, 1/2) < k).
-        chance, k = 0.0, 0
-        while chance + math.comb(n, k) / 2**n <= 0.025:
-            chance += math.comb(n, k) / 2**n
-            k += 1
-        lower = max(k - 1, 0)
-        return ratios[lower], ratios[n - 1 - lower]
+        """Return a 95 % interval of the median ratio."""
+        return find_interval(self.ratios)
 
 
 def time_steps(before: nn.Module, after: nn.Module, call: Call, seconds: float) -> PairedTimings:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import platform
 import re
 from pathlib import Path
 
 from anynorm.apps.timing.cases import Case, needs_grad
 
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+ASSUMED_CACHE = 32 << 20  # bytes, where the system does not say how large its last-level cache is
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
@@ -21,6 +23,18 @@ def find_caches(root: Path = CACHES) -> dict[str, int]:
         if kind != "Instruction" and match:
             found[f"L{level}"] = int(match[1]) * UNITS[match[2]]
     return found
+
+
+def find_last_level(caches: dict[str, int]) -> int:
+    """Bytes of the last-level cache."""
+    return caches[max(caches)] if caches else ASSUMED_CACHE
+
+
+def find_cpu(path: Path = Path("/proc/cpuinfo")) -> str:
+    """The processor's name as the system states it."""
+    text = path.read_text() if path.exists() else ""
+    match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return match[1].strip() if match else platform.processor() or platform.machine()
 
 
 def find_span(case: Case) -> int:
