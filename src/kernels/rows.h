@@ -25,8 +25,6 @@ struct Rows : Pools {
     // Of the positions that count, where there are holes between them; and which they are, in blocks of eight.
     Scratch<int64_t> indices{statistics.needs_mask() ? call.n * call.s : 0};
     Scratch<uint8_t> bits{statistics.needs_mask() ? call.n * divide_up(call.s, 8) : 0};
-    // Holes are cleared behind the loop, which is cheap while its results are in a cache.
-    bool bypasses_caches = call.bypasses_caches && !statistics.needs_mask();
 
     explicit Rows(const Call& call) : Pools{call, nullptr}, statistics(call) {
         extents = statistics.extents;
@@ -146,13 +144,15 @@ struct Rows : Pools {
     INLINE void apply_line(Line<Compute> line, int64_t pool, int64_t run, int64_t from, int64_t at, const Runs& all) const {
         if constexpr (kHasPlain<Compute, T>) {
             if (!call.is_active()) {
-                run_apply<Compute, false>(x + at, out + at, all, line, [](int64_t) { return Epilogue<T>{}; }, bypasses_caches);
-                return clear_holes(out, pool, run, at, from, all);
+                return each_dense(pool, run, at, from, all,
+                              [&](int64_t here, const Runs& runs, T* to, bool bypasses) INLINE_LAMBDA {
+                    run_apply<Compute, false>(x + here, to, runs, line, [](int64_t) { return Epilogue<T>{}; }, bypasses);
+                });
             }
         }
         run_apply<Compute, true>(x + at, out + at, all, line, [&](int64_t r) {
             return epilogue(pool, run + r, at + r * all.stride, from);
-        }, bypasses_caches);
+        }, call.bypasses_caches);
     }
 
     void forward() {
@@ -231,7 +231,24 @@ struct Rows : Pools {
         });
         return sums;
     }
-    // Behind a loop that knows no holes: one of its own would round otherwise than that for dense runs.
+    // body(at, runs, to, bypasses caches) by a loop that knows no holes: one of its own would round otherwise than that for
+    // dense runs. Where there are holes it writes into a buffer, and what counts is copied from there.
+    template <class Body>
+    INLINE void each_dense(int64_t pool, int64_t run, int64_t at, int64_t from, const Runs& all, Body body) const {
+        if (!statistics.needs_mask()) return body(at, all, out + at, call.bypasses_caches);
+        constexpr int64_t kSize = 1024;
+        alignas(64) T buffer[kSize];
+        for (int64_t r = 0; r < all.count; ++r, at += all.stride) {
+            const float* counts = mask_of(pool, run + r) + from;
+            const int64_t length = all.size(r);
+            for (int64_t i = 0; i < length; i += kSize) {
+                const int64_t size = least(kSize, length - i);
+                body(at + i, Runs{1, 0, size}, buffer, false);
+                copy_counted(buffer, counts + i, size, out + at + i, all.length - i, call.bypasses_caches);
+            }
+            clear_run<VectorOf<PlainOf<T>>>(out + at, length, all.length, call.bypasses_caches);
+        }
+    }
     void clear_holes(T* to, int64_t pool, int64_t run, int64_t at, int64_t from, const Runs& all) const {
         if (!statistics.needs_mask()) return;
         for (int64_t r = 0; r < all.count; ++r, at += all.stride) {
@@ -244,20 +261,24 @@ struct Rows : Pools {
         with_line(of, pool, run, [&](auto line) {
             using Compute = ComputeOf<decltype(line)>;
             if (call.has_given_statistics() && !call.is_active()) {
-                run_scale<Compute>(grad + at, out + at, all, line.scale, bypasses_caches);
-                return clear_holes(out, pool, run, at, from, all);
+                return each_dense(pool, run, at, from, all,
+                              [&](int64_t here, const Runs& runs, T* to, bool bypasses) INLINE_LAMBDA {
+                    run_scale<Compute>(grad + here, to, runs, line.scale, bypasses);
+                });
             }
             const Line<Compute> slope = slope_of<Compute>(of, pool, run);
             if constexpr (kHasPlain<Compute, T>) {
                 if (!call.is_active()) {
-                    run_dx<Compute, false>(grad + at, x + at, out + at, all, line, slope, [](int64_t) { return Epilogue<T>{}; },
-                                           bypasses_caches);
-                    return clear_holes(out, pool, run, at, from, all);
+                    return each_dense(pool, run, at, from, all,
+                                  [&](int64_t here, const Runs& runs, T* to, bool bypasses) INLINE_LAMBDA {
+                        const auto nothing = [](int64_t) { return Epilogue<T>{}; };
+                        run_dx<Compute, false>(grad + here, x + here, to, runs, line, slope, nothing, bypasses);
+                    });
                 }
             }
             run_dx<Compute, true>(grad + at, x + at, out + at, all, line, slope, [&](int64_t r) {
                 return epilogue(pool, run + r, at + r * all.stride, from);
-            }, bypasses_caches, call.has_given_statistics());
+            }, call.bypasses_caches, call.has_given_statistics());
         });
     }
 

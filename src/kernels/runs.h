@@ -131,6 +131,20 @@ INLINE void clear_run(T* y, int64_t size, int64_t length, bool bypasses_caches) 
     clear(y, i, length);
 }
 
+// What a value is copied in without a change.
+template <class T>
+using PlainOf = std::conditional_t<sizeof(T) == sizeof(double), double, float>;
+
+// to[i] = mask[i] > 0 ? from[i] : 0, with `room` elements in `to`
+template <class T>
+INLINE void copy_counted(const T* from, const float* mask, int64_t size, T* to, int64_t room, bool bypasses_caches) {
+    using V = VectorOf<PlainOf<T>>;
+    sweep<kWidth<PlainOf<T>>>(size, [&](int64_t i, auto some, int) INLINE_LAMBDA {
+        const V v = load_as<PlainOf<T>>(mask + i, some) > 0 ? load_as<PlainOf<T>>(from + i, some) : V{};
+        store_run(to + i, v, some, room - i, bypasses_caches);
+    });
+}
+
 // first = sum(x[i] - shift), second = sum((x[i] - shift)^2)
 template <class T>
 Sums run_moments(const T* x, const Runs& runs, double shift, bool restart) {
