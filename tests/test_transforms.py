@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -125,6 +127,45 @@ def test_higher_derivatives_and_other_transforms(name):
         f = lambda z: (anynorm.functional.instance_norm(z[None]) ** 3).sum()  # noqa: E731
         torch.testing.assert_close(hessian(f)(small), jacrev(jacrev(f))(small))
         torch.testing.assert_close(jacfwd(f)(small), jacrev(f)(small))
+
+
+@pytest.mark.skipif(bool(kernels.OFF), reason="without kernels the formula serves")
+@pytest.mark.parametrize("name", ["group", "layer", "rms", "instance", "batch", "fused"])
+def test_two_derivatives_are_the_kernels(name, monkeypatch):
+    """*Equals the formula* in float64, and does without it: forward, double backward, forward over reverse."""
+    norm, parameters, buffers, x = make(name, ratio=100.0)
+    g, t = (torch.randn(x[0].shape, generator=torch.Generator().manual_seed(seed)) for seed in (3, 4))
+    loss = find_loss(norm, buffers, g)
+    wide = find_loss(copy.deepcopy(norm).double(), buffers, g.double())
+
+    def measure(loss, parameters, one, t):
+        leaf, weight = one.clone().requires_grad_(), parameters["weight"].clone().requires_grad_()
+        (first,) = torch.autograd.grad(loss(parameters | {"weight": weight}, leaf).square(), leaf, create_graph=True)
+        second = torch.autograd.grad((first * t).sum(), [leaf, weight])
+        along = jvp(lambda z: loss(parameters, z), (one,), (t,))[1]
+        over = jvp(lambda z: grad(lambda z: loss(parameters, z).square())(z), (one,), (t,))[1]
+        return [first.detach(), *second, along, over]
+
+    true = measure(wide, {k: v.double() for k, v in parameters.items()}, x[0].double(), t.double())
+    monkeypatch.setattr(plain, "compose", None)
+    for mine, its in zip(measure(loss, parameters, x[0], t), true, strict=True):
+        assert float((mine - its).abs().max()) <= 1e-5 * float(its.abs().max())
+
+
+@pytest.mark.parametrize("name", ["instance", "layer", "rms"])
+def test_a_third_derivative(name):
+    """*Equals the formula*: from there on `plain.compose` is differentiated."""
+    norm, _, _, x = make(name, dtype=torch.float64)
+    t = torch.randn(x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    found = []
+    positions = x.shape[:1] + x.shape[2:] if name == "instance" else x.shape[:-1]
+    for mask in (None, torch.ones(positions)):  # with a mask no kernel serves the second
+        leaf = x.clone().requires_grad_()
+        y = norm(leaf, mask=mask).pow(3).sum()
+        for _ in range(3):
+            (y,) = torch.autograd.grad((y * t).sum() if y.dim() else y, leaf, create_graph=True)
+        found.append(y.detach())
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
 
 
 def test_backward_through_per_sample_gradients():

@@ -66,8 +66,8 @@ def find_wide_dtype(x: Tensor) -> torch.dtype:
 class Centred(NamedTuple):
     """An opened tensor about the mean of its pools, in the precision it came in.
 
-    x * unit = centred + shift + rest, with `unit` a power of two. Shift and rest are the mean in two parts: at a mean
-    of 1e6 standard deviations the first alone would cost all digits of a float32.
+    x * unit = centred + shift + rest, with `unit` a power of two that brings values near 1. Shift and rest are the mean
+    in two parts: at a mean of 1e6 standard deviations the first alone would cost all digits of a float32.
 
     Attributes:
         scaled: x * unit.
@@ -120,19 +120,21 @@ def centre(view: Tensor, pooling: Pooling, counted: Tensor | None = None) -> Cen
     return Centred(scaled, blank(moved - rest, counted), shift, rest, unit, pooling, counted, count)
 
 
-# Between these squares and sums of squares are ordinary floats, and so are those of deviations of one rounding.
-SMALL, LARGE = 2.0**-36, 2.0**50
-
-
 def find_range(view: Tensor, pooling: Pooling) -> tuple[Tensor, Tensor, Tensor]:
-    """The least and largest value of each pool, and a power of two that brings them where squares are floats."""
+    """The least and largest value of each pool, and the power of two that brings the larger of their sizes to 1 or 2.
+
+    So no square leaves the range of floats, nor does a gradient times a deviation where the gradient does not.
+    """
     if not view.numel():
         zeros = view.sum(pooling.pooled, keepdim=True)
         return zeros, zeros, zeros + 1
     least, most = view.amin(pooling.pooled, keepdim=True), view.amax(pooling.pooled, keepdim=True)
     size = torch.maximum(-least, most)
-    unit = torch.where(size > LARGE, 2.0**-80, torch.where(size < SMALL, 2.0**80, 1.0)).to(view.dtype)
-    return least, most, unit
+    # The bits of an exponent alone are that power of two: exactly, as no logarithm is on every device.
+    kind, exponent, limit = (torch.int64, 0x7FF << 52, 2.0**900)
+    if view.dtype is torch.float32:
+        kind, exponent, limit = (torch.int32, 0xFF << 23, 2.0**100)
+    return least, most, (size.view(kind) & exponent).view(view.dtype).clamp(1 / limit, limit).reciprocal()
 
 
 def find_moments(found: Centred) -> Moments:

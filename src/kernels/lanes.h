@@ -198,18 +198,17 @@ INLINE void sweep(int64_t length, Body body) {
 }
 
 // The same where each element is written by itself: a vector at the end takes some of the one before once more, which costs
-// less than a part.
+// less than a part. Where `room` elements are to be written, it is a part that padding can be stored with.
 template <int Width, bool Long = false, class Body>
-INLINE void sweep_results(int64_t length, Body body) {
-    if (length < Width) {
-        if (length > 0) body(int64_t{0}, Part{length});
-        return;
-    }
+INLINE void sweep_results(int64_t length, int64_t room, Body body) {
     int64_t i = 0;
     for (; !Long && i + 4 * Width <= length; i += 4 * Width) {
         for (int u = 0; u < 4; ++u) body(i + u * Width, Full{});
     }
-    for (; i < length; i += Width) body(i + Width <= length ? i : length - Width, Full{});
+    for (; i < length; i += Width) {
+        if (i + Width > length && (length < Width || i + Width <= room)) return body(i, Part{length - i});
+        body(i + Width <= length ? i : length - Width, Full{});
+    }
 }
 
 }  // namespace anynorm::ANYNORM_TARGET

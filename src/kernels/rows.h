@@ -22,13 +22,15 @@ struct Rows : Pools {
     T* gradient = static_cast<T*>(call.dresidual);
     int64_t channels = by_sample ? 1 : runs;  // of a pool
     Spots spots = find_spots();
-    // Of the positions that count, where there are holes between them.
+    // Of the positions that count, where there are holes between them; and which they are, in blocks of eight.
     Scratch<int64_t> indices{statistics.needs_mask() ? call.n * call.s : 0};
+    Scratch<uint8_t> bits{statistics.needs_mask() ? call.n * divide_up(call.s, 8) : 0};
 
     explicit Rows(const Call& call) : Pools{call, nullptr}, statistics(call) {
         extents = statistics.extents;
         for (int64_t n = 0; statistics.needs_mask() && n < call.n; ++n) {
             find_counted_indices(call.mask + n * call.s, call.s, &indices[n * call.s]);
+            find_counted_bits(call.mask + n * call.s, call.s, &bits[n * divide_up(call.s, 8)]);
         }
     }
 
@@ -77,7 +79,7 @@ struct Rows : Pools {
         return found_here ? sum / found_here : 0;
     }
 
-    // body(at, indices, how many) over runs of a pool that have holes, in segments of positions that count:
+    // body(at, bits, indices, how many) over runs of a pool that have holes, in segments of positions that count:
     // those are brought together before they are summed, so that no sum depends on where the holes are.
     template <class Body>
     void each_gathered(int64_t pool, int64_t run, int64_t from, const Runs& all, Body body) const {
@@ -85,7 +87,8 @@ struct Rows : Pools {
         for (int64_t r = run; r < run + all.count; ++r) {
             const int64_t n = sample(pool, r), end = least(self.statistics.counted[n], from + all.length);
             for (int64_t f = from; f < end; f += kSegment) {
-                body(start(pool) + r * stride(), &self.indices[n * call.s + f], least(kSegment, end - f));
+                body(start(pool) + r * stride(), &self.bits[n * divide_up(call.s, 8)], &self.indices[n * call.s + f],
+                     least(kSegment, end - f));
             }
         }
     }
@@ -95,9 +98,9 @@ struct Rows : Pools {
             return run_moments(x + start(pool) + run * stride() + from, all, shift, call.mask != nullptr);
         }
         Sums sums;
-        Scratch<T> scratch(least(kSegment, call.s));
-        each_gathered(pool, run, from, all, [&](int64_t at, const int64_t* chosen, int64_t size) {
-            gather(x + at, chosen, size, scratch.get());
+        Scratch<T> scratch(least(kSegment, call.s) + kGatherSlack);
+        each_gathered(pool, run, from, all, [&](int64_t at, const uint8_t* counted, const int64_t* chosen, int64_t size) {
+            gather(x + at, counted, call.s, chosen, size, scratch.get());
             sums.add(run_moments(scratch.get(), {1, 0, size}, shift, false));
         });
         return sums;
@@ -142,8 +145,10 @@ struct Rows : Pools {
         const auto line_of = [&](int64_t) INLINE_LAMBDA { return line; };
         if constexpr (kHasPlain<Compute, T>) {
             if (!call.is_active()) {
-                run_apply<Compute, false>(x + at, out + at, all, line_of, [](int64_t) { return Epilogue<T>{}; }, call.bypasses_caches);
-                return clear_holes(out, pool, run, at, from, all);
+                return each_dense(pool, run, at, from, all,
+                              [&](int64_t here, const Runs& runs, T* to, bool bypasses) INLINE_LAMBDA {
+                    run_apply<Compute, false>(x + here, to, runs, line_of, [](int64_t) { return Epilogue<T>{}; }, bypasses);
+                });
             }
         }
         run_apply<Compute, true>(x + at, out + at, all, line_of, [&](int64_t r) {
@@ -225,15 +230,15 @@ struct Rows : Pools {
         const int64_t size = least(kSegment, call.s);
         const double mean = statistics.mean[pool];
         Sums sums;
-        Scratch<T> scratch(4 * size);
+        Scratch<T> scratch(4 * size + kGatherSlack);  // gathered in this order
         T *xs = scratch.get(), *gs = xs + size, *residuals = gs + size, *gradients = residuals + size;
         if (gradient && from == 0) {
             clear_holes(gradient, pool, run, start(pool) + run * stride(), 0, {all.count, all.stride, call.s});
         }
-        each_gathered(pool, run, from, all, [&](int64_t at, const int64_t* chosen, int64_t count) {
-            gather(x + at, chosen, count, xs);
-            gather(grad + at, chosen, count, gs);
-            if (residual) gather(residual + at, chosen, count, residuals);
+        each_gathered(pool, run, from, all, [&](int64_t at, const uint8_t* counted, const int64_t* chosen, int64_t count) {
+            gather(x + at, counted, call.s, chosen, count, xs);
+            gather(grad + at, counted, call.s, chosen, count, gs);
+            if (residual) gather(residual + at, counted, call.s, chosen, count, residuals);
             const Epilogue<T> epilogue{call.activation, residual ? residuals : nullptr, nullptr, gradient ? gradients : nullptr};
             const auto epilogue_of = [&](int64_t) { return epilogue; };
             const Runs runs{1, 0, count};
@@ -247,14 +252,29 @@ struct Rows : Pools {
         });
         return sums;
     }
-    // Behind a loop that knows no holes: one of its own would round otherwise than that for dense runs.
+    // body(at, runs, to, bypasses caches) by a loop that knows no holes: one of its own would round otherwise than that for
+    // dense runs. Where there are holes it writes into a buffer, and what counts is copied from there.
+    template <class Body>
+    INLINE void each_dense(int64_t pool, int64_t run, int64_t at, int64_t from, const Runs& all, Body body) const {
+        if (!statistics.needs_mask()) return body(at, all, out + at, call.bypasses_caches);
+        constexpr int64_t kSize = 1024;
+        alignas(64) T buffer[kSize];
+        for (int64_t r = 0; r < all.count; ++r, at += all.stride) {
+            const float* counts = mask_of(pool, run + r) + from;
+            const int64_t length = all.size(r);
+            for (int64_t i = 0; i < length; i += kSize) {
+                const int64_t size = least(kSize, length - i);
+                body(at + i, Runs{1, 0, size}, buffer, false);
+                copy_counted(buffer, counts + i, size, out + at + i, all.length - i, call.bypasses_caches);
+            }
+            clear_run<VectorOf<PlainOf<T>>>(out + at, length, all.length, call.bypasses_caches);
+        }
+    }
     void clear_holes(T* to, int64_t pool, int64_t run, int64_t at, int64_t from, const Runs& all) const {
         if (!statistics.needs_mask()) return;
         for (int64_t r = 0; r < all.count; ++r, at += all.stride) {
             const float* counts = mask_of(pool, run + r) + from;
-            for (int64_t i = 0; i < all.length; ++i) {
-                if (!(counts[i] > 0)) clear(to + at, i, i + 1);
-            }
+            for (int64_t i = 0; i < all.length; ++i) to[at + i] = counts[i] > 0 ? to[at + i] : T{};
         }
     }
     void write_dx(const Coefficients<T>& of, int64_t pool, int64_t run, int64_t from, const Runs& all) const {
@@ -262,17 +282,21 @@ struct Rows : Pools {
         with_line(of, pool, run, [&](auto line) {
             using Compute = ComputeOf<decltype(line)>;
             if (call.has_given_statistics() && !call.is_active()) {
-                run_scale<Compute>(grad + at, out + at, all, line.scale, call.bypasses_caches);
-                return clear_holes(out, pool, run, at, from, all);
+                return each_dense(pool, run, at, from, all,
+                              [&](int64_t here, const Runs& runs, T* to, bool bypasses) INLINE_LAMBDA {
+                    run_scale<Compute>(grad + here, to, runs, line.scale, bypasses);
+                });
             }
             const Line<Compute> slope = slope_of<Compute>(of, pool, run);
             const auto line_of = [&](int64_t) INLINE_LAMBDA { return line; };
             const auto slopes_of = [&](int64_t) INLINE_LAMBDA { return slope; };
             if constexpr (kHasPlain<Compute, T>) {
                 if (!call.is_active()) {
-                    run_dx<Compute, false>(grad + at, x + at, out + at, all, line_of, slopes_of, [](int64_t) { return Epilogue<T>{}; },
-                                           call.bypasses_caches);
-                    return clear_holes(out, pool, run, at, from, all);
+                    return each_dense(pool, run, at, from, all,
+                                  [&](int64_t here, const Runs& runs, T* to, bool bypasses) INLINE_LAMBDA {
+                        const auto nothing = [](int64_t) { return Epilogue<T>{}; };
+                        run_dx<Compute, false>(grad + here, x + here, to, runs, line_of, slopes_of, nothing, bypasses);
+                    });
                 }
             }
             run_dx<Compute, true>(grad + at, x + at, out + at, all, line_of, slopes_of, [&](int64_t r) {

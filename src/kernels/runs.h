@@ -46,19 +46,103 @@ struct Epilogue {
     }
 };
 
-// to[i] = from[indices[i]]; indices ascend, so eight are neighbours where the last is the first plus seven: one copy
-template <class T>
-INLINE void gather(const T* from, const int64_t* indices, int64_t size, T* to) {
-    int64_t i = 0;
-    while (i < size) {
-        if (i + 8 <= size && indices[i + 7] == indices[i] + 7) {
-            std::memcpy(to + i, from + indices[i], 8 * sizeof(T));
-            i += 8;
-        } else {
-            to[i] = from[indices[i]];
-            ++i;
+// Which of eight positions count, as bits, for all blocks of eight; the last may be shorter.
+INLINE void find_counted_bits(const float* mask, int64_t size, uint8_t* bits) {
+    for (int64_t i = 0; i < size; i += 8) {
+        unsigned found = 0;
+        for (int64_t j = 0; j < 8 && i + j < size; ++j) found |= (mask[i + j] > 0 ? 1u : 0u) << j;
+        bits[i / 8] = static_cast<uint8_t>(found);
+    }
+}
+
+// For each pattern of bits the places of those that are set, in order.
+struct Places {
+    uint8_t of[256][8] = {};
+    constexpr Places() {
+        for (int bits = 0; bits < 256; ++bits) {
+            for (int from = 0, to = 0; from < 8; ++from) {
+                if (bits >> from & 1) of[bits][to++] = static_cast<uint8_t>(from);
+            }
         }
     }
+};
+inline constexpr Places kPlaces;
+constexpr int64_t kGatherSlack = 8;  // `pack` writes eight values, of which some are there
+
+// to = the values whose bit is set, one after the other, and then anything.
+template <class T>
+INLINE void pack(const T* from, unsigned bits, T* to) {
+    const uint8_t* places = kPlaces.of[bits];
+#if defined(__AVX2__)
+    const __m128i eight = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(places));
+    if constexpr (sizeof(T) == 4) {
+        const __m256i values = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+        const __m256i packed = _mm256_permutevar8x32_epi32(values, _mm256_cvtepu8_epi32(eight));
+        return _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), packed);
+    }
+    if constexpr (sizeof(T) == 2) {  // each place is two bytes
+        const __m128i first = _mm_mullo_epi16(_mm_cvtepu8_epi16(eight), _mm_set1_epi16(0x0202));
+        const __m128i bytes = _mm_add_epi16(first, _mm_set1_epi16(0x0100));
+        const __m128i values = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+        return _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_shuffle_epi8(values, bytes));
+    }
+#endif
+    for (int i = 0; i < 8; ++i) to[i] = from[places[i]];
+}
+
+// to[i] = from[indices[i]]; `bits` says the same of a whole run, `length` long. Up to kGatherSlack values more are written.
+template <class T>
+INLINE void gather(const T* from, const uint8_t* bits, int64_t length, const int64_t* indices, int64_t size, T* to) {
+    const int64_t begin = indices[0], end = indices[size - 1] + 1;
+    for (int64_t i = begin / 8 * 8; i < end; i += 8) {
+        unsigned chosen = bits[i / 8];
+        if (i < begin) chosen &= 0xffu << (begin - i);
+        if (i + 8 > end) chosen &= 0xffu >> (i + 8 - end);
+        if (i + 8 <= length) {
+            pack(from + i, chosen, to);
+            to += __builtin_popcount(chosen);
+        } else {
+            for (int64_t j = i; j < end; ++j) {
+                if (chosen >> (j - i) & 1) *to++ = from[j];
+            }
+        }
+    }
+}
+
+// Stores a vector of a run's result. The last one is filled up with zeros where padding has room for them.
+template <class T, class V>
+INLINE void store_run(T* p, V v, Full, int64_t, bool bypasses_caches) {
+    store_result(p, v, Full{}, bypasses_caches);
+}
+template <class T, class V>
+INLINE void store_run(T* p, V v, Part part, int64_t room, bool bypasses_caches) {
+    constexpr int64_t width = std::is_same_v<V, Lanes> ? W : 2 * W;
+    if (room < width) return store_result(p, v, part, bypasses_caches);
+    store_result(p, clear_unused(v, part), Full{}, bypasses_caches);
+}
+// Zeros behind it. Memory that was written past the caches is written so to the end: a line that is written both ways
+// costs several times as much.
+template <class V, class T>
+INLINE void clear_run(T* y, int64_t size, int64_t length, bool bypasses_caches) {
+    constexpr int64_t width = std::is_same_v<V, Lanes> ? W : 2 * W;
+    int64_t i = (size + width - 1) / width * width;
+    if (!bypasses_caches || i > length) return clear(y, size, length);
+    for (; i + width <= length; i += width) store_result(y + i, V{}, Full{}, bypasses_caches);
+    clear(y, i, length);
+}
+
+// What a value is copied in without a change.
+template <class T>
+using PlainOf = std::conditional_t<sizeof(T) == sizeof(double), double, float>;
+
+// to[i] = mask[i] > 0 ? from[i] : 0, with `room` elements in `to`
+template <class T>
+INLINE void copy_counted(const T* from, const float* mask, int64_t size, T* to, int64_t room, bool bypasses_caches) {
+    using V = VectorOf<PlainOf<T>>;
+    sweep<kWidth<PlainOf<T>>>(size, [&](int64_t i, auto some, int) INLINE_LAMBDA {
+        const V v = load_as<PlainOf<T>>(mask + i, some) > 0 ? load_as<PlainOf<T>>(from + i, some) : V{};
+        store_run(to + i, v, some, room - i, bypasses_caches);
+    });
 }
 
 // first = sum(x[i] - shift), second = sum((x[i] - shift)^2)
@@ -92,12 +176,12 @@ void run_apply(const T* x, T* y, const Runs& runs, LineOf line_of, EpilogueOf ep
         const Line<Compute> line = line_of(r);
         const Epilogue<T> epilogue = epilogue_of(r);
         const int64_t size = runs.size(r);
-        sweep_results<kWidth<Compute>, Active>(size, [&](int64_t i, auto some) INLINE_LAMBDA {
+        sweep_results<kWidth<Compute>, Active>(size, runs.length, [&](int64_t i, auto some) INLINE_LAMBDA {
             V v = (load_as<Compute>(x + i, some) - line.high) * line.scale + line.shift;
             if constexpr (Active) v = epilogue.template forward<V, Compute>(v, i, some);
-            store_result(y + i, v, some, bypasses_caches);
+            store_run(y + i, v, some, runs.length - i, bypasses_caches);
         });
-        clear(y, size, runs.length);
+        clear_run<V>(y, size, runs.length, bypasses_caches);
         prefetch_padding(x, size, runs.length);
     }
 }
@@ -142,7 +226,7 @@ void run_dx(const T* g, const T* x, T* dx, const Runs& runs, LineOf line_of, Slo
         Epilogue<T> epilogue = epilogue_of(r);
         epilogue.gradient = nullptr;
         const int64_t size = runs.size(r);
-        sweep_results<kWidth<Compute>, Active>(size, [&](int64_t i, auto some) INLINE_LAMBDA {
+        sweep_results<kWidth<Compute>, Active>(size, runs.length, [&](int64_t i, auto some) INLINE_LAMBDA {
             const V centred = load_as<Compute>(x + i, some) - line.high;
             V before = load_as<Compute>(g + i, some);
             if constexpr (Active) before = epilogue.template backward<V, Compute>(before, centred * line.scale + line.shift, i, some);
@@ -150,9 +234,9 @@ void run_dx(const T* g, const T* x, T* dx, const Runs& runs, LineOf line_of, Slo
             if constexpr (Active) {
                 if (epilogue.mask) v = load_as<Compute>(epilogue.mask + i, some) > 0 ? v : V{};
             }
-            store_result(dx + i, v, some, bypasses_caches);
+            store_run(dx + i, v, some, runs.length - i, bypasses_caches);
         });
-        clear(dx, size, runs.length);
+        clear_run<V>(dx, size, runs.length, bypasses_caches);
         prefetch_padding(g, size, runs.length);
         prefetch_padding(x, size, runs.length);
     }
@@ -164,10 +248,10 @@ void run_scale(const T* g, T* dx, const Runs& runs, double a, bool bypasses_cach
     const Compute scale = static_cast<Compute>(a);
     for (int64_t r = 0; r < runs.count; ++r, g += runs.stride, dx += runs.stride) {
         const int64_t size = runs.size(r);
-        sweep_results<kWidth<Compute>>(size, [&](int64_t i, auto some) INLINE_LAMBDA {
-            store_result(dx + i, load_as<Compute>(g + i, some) * scale, some, bypasses_caches);
+        sweep_results<kWidth<Compute>>(size, runs.length, [&](int64_t i, auto some) INLINE_LAMBDA {
+            store_run(dx + i, load_as<Compute>(g + i, some) * scale, some, runs.length - i, bypasses_caches);
         });
-        clear(dx, size, runs.length);
+        clear_run<VectorOf<Compute>>(dx, size, runs.length, bypasses_caches);
         prefetch_padding(g, size, runs.length);
     }
 }

@@ -10,7 +10,7 @@ template <class Compute, bool Active, bool Beta, class T, class P>
 void run_apply_table(const T* x, T* y, int64_t length, Line<Compute> line, const P* gamma, const P* beta, Epilogue<T> epilogue,
                      bool bypasses_caches) {
     using V = VectorOf<Compute>;
-    sweep_results<kWidth<Compute>, Active>(length, [&](int64_t i, auto some) INLINE_LAMBDA {
+    sweep_results<kWidth<Compute>, Active>(length, length, [&](int64_t i, auto some) INLINE_LAMBDA {
         V v = (load_as<Compute>(x + i, some) - line.high) * line.scale + line.shift;
         v *= load_as<Compute>(gamma + i, some);
         if constexpr (Beta) v += load_as<Compute>(beta + i, some);
@@ -67,7 +67,7 @@ void run_dx_table(const T* g, const T* x, T* dx, int64_t length, Line<Compute> l
                   const P* beta, Epilogue<T> epilogue, bool bypasses_caches) {
     using V = VectorOf<Compute>;
     epilogue.gradient = nullptr;
-    sweep_results<kWidth<Compute>, Active>(length, [&](int64_t i, auto some) INLINE_LAMBDA {
+    sweep_results<kWidth<Compute>, Active>(length, length, [&](int64_t i, auto some) INLINE_LAMBDA {
         const V scale = load_as<Compute>(gamma + i, some);
         const V centred = load_as<Compute>(x + i, some) - line.high;
         V before = load_as<Compute>(g + i, some);

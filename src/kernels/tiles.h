@@ -128,10 +128,10 @@ template <class Compute, bool Long = false, class Body>
 INLINE void sweep_tile(const Tile& tile, Body body) {
     int64_t r = 0;
     for (; !Long && (tile.width <= kWide || tile.is_near) && r + kApplyRows <= tile.rows; r += kApplyRows) {
-        sweep_results<kWidth<Compute>>(tile.width, [&](int64_t i, auto some) INLINE_LAMBDA { body(r, i, some, kApplyRows); });
+        sweep_results<kWidth<Compute>>(tile.width, tile.width, [&](int64_t i, auto some) INLINE_LAMBDA { body(r, i, some, kApplyRows); });
     }
     for (; r < tile.rows; ++r) {
-        sweep_results<kWidth<Compute>, Long>(tile.width, [&](int64_t i, auto some) INLINE_LAMBDA { body(r, i, some, 1); });
+        sweep_results<kWidth<Compute>, Long>(tile.width, tile.width, [&](int64_t i, auto some) INLINE_LAMBDA { body(r, i, some, 1); });
     }
 }
 

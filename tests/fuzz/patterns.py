@@ -107,7 +107,7 @@ def check_pattern(p: Pattern) -> None:
         centred=p.centred,
         given=tuple(old) if p.tracked and not p.training else None,
         # Given statistics under a mode are in the precision of x, see plain.compose.
-        sums=1e-6 if p.tracked and not p.training and p.path == "watched" else 4e-8,
+        sums=1e-6,  # what has no walk is summed in the precision of x
     )  # fmt: skip
     truth = answer(q)
     for name, value in got.items():

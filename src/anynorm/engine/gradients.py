@@ -10,7 +10,7 @@ from torch._C._functorch import is_legacy_batchedtensor
 
 from ..pooling import Pooling
 from ..sources import BATCH, Given
-from . import kernels, memory, plain
+from . import kernels, memory, plain, transforms
 from .kernels import Saved
 from .merge import backward_uncompiled
 from .request import Request
@@ -117,7 +117,10 @@ def backward_differentiable(
             bias = torch.zeros(bias_like[0], dtype=bias_like[1], device=g.device, requires_grad=True)
         residual = more[0] if more else None
         assert x is not None
-        y, _ = plain.compose(x, weight, bias, residual, request, pooling)
+        if create_graph and request.source is BATCH and mask is None and transforms.serves_twice(x, g, pooling):
+            y = transforms.normalize(x, weight, bias, residual, request, pooling)
+        else:
+            y, _ = plain.compose(x, weight, bias, residual, request, pooling)
     leaves = (x, weight, bias, residual)[: len(inputs)]
     needed = ctx.needs_input_grad[: len(inputs)]
     wanted = [t for t, need in zip(leaves, needed, strict=True) if need and t is not None]

@@ -79,6 +79,20 @@ def find_plan(x: Tensor, pooling: Pooling, statistics: int = 0, masked: bool = F
         return plan
 
 
+def arrange_for(x: Tensor, pooling: Pooling, statistics: int = 0, masked: bool = False) -> tuple[Tensor, Plan | None]:
+    """x as `arrange` leaves it, or a contiguous copy where only that has a plan, and the plan.
+
+    A copy costs less than the formula in torch operations; its results are contiguous, too.
+    """
+    x = arrange(x)
+    plan = find_plan(x, pooling, statistics, masked)
+    if plan is None and not x.is_contiguous():
+        flat = x.contiguous()
+        plan = find_plan(flat, pooling, statistics, masked)
+        x = x if plan is None else flat
+    return x, plan
+
+
 def forward(
     x: Tensor,
     weight: Tensor | None,

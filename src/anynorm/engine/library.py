@@ -79,30 +79,30 @@ def forward_cpu(x: Tensor, weight: Any, bias: Any, residual: Any, mask: Any, *ho
     text, eps, activation = how
     mask = mask if mask is None else mask.contiguous()
     pooling, request = read_pooling(text), Request(BATCH, eps, activation or None, mask)
-    x = kernels.arrange(x)
-    plan = kernels.find_plan(x, pooling, masked=mask is not None)
+    memory_format = plain.find_memory_format(x)
+    x, plan = kernels.arrange_for(x, pooling, masked=mask is not None)
     if plan is not None:
         y, statistics = kernels.forward(x, weight, bias, residual, request, plan, keep=True)
         assert isinstance(statistics, Tensor)
-        return y, statistics.view(2 if pooling.centred else 1, -1)
+        return y.contiguous(memory_format=memory_format), statistics.view(2 if pooling.centred else 1, -1)
     y, moments = plain.compose(x, weight, bias, residual, request, pooling)
     parts = [t.double().flatten() for t in (moments.mean, moments.m2) if t is not None]
     return torch.empty_like(x).copy_(y), torch.stack(parts)
 
 
-def backward_cpu(
-    g: Tensor, x: Tensor, statistics: Tensor, weight: Any, bias: Any, residual: Any, mask: Any, *how: Any
-) -> tuple[Tensor, ...]:
-    text, eps, activation, needs = how
+def backward_cpu(g: Tensor, x: Tensor, statistics: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    weight, bias, residual, mask, text, eps, activation, needs = rest
+    memory_format = plain.find_memory_format(x)
     mask = mask if mask is None else mask.contiguous()
     pooling = read_pooling(text)
-    x = kernels.arrange(x)
-    plan = kernels.find_plan(x, pooling, masked=mask is not None)
+    x, plan = kernels.arrange_for(x, pooling, masked=mask is not None)
     inputs = (x, weight, bias, residual)
     found: tuple[Tensor | None, ...]
     if plan is not None:
         saved = kernels.Saved(x, weight, bias, residual, mask, statistics)
-        found = kernels.backward(g, saved, plan, eps, activation or None, needs)
+        dx, dgamma, dbeta, dresidual = kernels.backward(g, saved, plan, eps, activation or None, needs)
+        dx, dresidual = (t if t is None else t.contiguous(memory_format=memory_format) for t in (dx, dresidual))
+        found = dx, dgamma, dbeta, dresidual
     else:
         outer = SimpleNamespace(needs_input_grad=needs)
         leaves = tuple(t if t is None else t.detach().requires_grad_() for t in inputs)
@@ -154,7 +154,7 @@ def differentiate(ctx: Any, g: Tensor, _: Any) -> tuple[Any, ...]:
         torch.is_grad_enabled()
         or is_legacy_batchedtensor(g)
         # Inside an operation autograd records nothing, so a formula cannot be differentiated there.
-        or kernels.find_plan(kernels.arrange(x), read_pooling(text), masked=mask is not None) is None
+        or kernels.arrange_for(x, read_pooling(text), masked=mask is not None)[1] is None
     ):
         outer = SimpleNamespace(needs_input_grad=needs)
         request = Request(BATCH, eps, activation or None, mask)

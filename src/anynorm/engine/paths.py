@@ -126,22 +126,15 @@ def normalize(
     if not is_plain(x, weight, bias, residual, mask, *source[:2]):
         found = protocol.hand_over(normalize, (x, weight, bias, residual, request, pooling), {})
         return compose(x, weight, bias, residual, request, pooling) if found is None else found
-    arranged = kernels.arrange(x)
-    key = key if arranged is x else None
-    x, is_given = arranged, int(type(source) is Given)
-    plan = kernels.find_plan(x, pooling, is_given, mask is not None)
-    if plan is None and not x.is_contiguous():  # A copy costs less than the formula in torch operations.
-        flat = x.contiguous()
-        plan = kernels.find_plan(flat, pooling, is_given, mask is not None)
-        if plan is not None:
-            return plain.lay_out(run(flat, weight, bias, residual, request, plan), plain.find_memory_format(x))
+    arranged, plan = kernels.arrange_for(x, pooling, int(type(source) is Given), mask is not None)
     if plan is None:
         for name, t in (("input", x), ("weight", weight), ("bias", bias), *zip(source._fields[:2], source[:2])):
             memory.check_storage(name, t)
-        return compose(x, weight, bias, residual, request, pooling)
-    if key is not None:
+        return compose(arranged, weight, bias, residual, request, pooling)
+    if key is not None and arranged is x:
         remember(key, plan)
-    return run(x, weight, bias, residual, request, plan)
+    y, memory_format = run(arranged, weight, bias, residual, request, plan), plain.find_memory_format(x)
+    return y if plan.memory_format == memory_format else plain.lay_out(y, memory_format)
 
 
 def run(
