@@ -20,6 +20,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # ---- activations -----------------------------------------------------------------------------------------------------
 
 TAILS = [-INF, -3.4e38, -1e37, -1e30, -1e4, -104, -89, -60, 60, 89, 1e4, 1e30, 1e37, 3.4e38, INF, NAN, 0.5, -0.5]
+TAILS += [0.0, -0.0, 3, -3, 6, 1e-40, -1e-40]  # kinks
 
 
 @pytest.mark.parametrize("as_residual", [False, True], ids=["", "residual"])
