@@ -12,6 +12,7 @@ from torch.func import jvp, vmap
 
 import anynorm
 from anynorm import accumulate, functional
+from anynorm.engine import kernels
 from fused_specimens import TORCHS, apply_torch
 
 INF, NAN = float("inf"), float("nan")
@@ -20,6 +21,10 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # ---- activations -----------------------------------------------------------------------------------------------------
 
 TAILS = [-INF, -3.4e38, -1e37, -1e30, -1e4, -104, -89, -60, 60, 89, 1e4, 1e30, 1e37, 3.4e38, INF, NAN, 0.5, -0.5]
+TAILS += [0.0, -0.0, 3, -3, 6, 1e-40, -1e-40]  # kinks
+# Without kernels torch's own functions follow, in x's precision: two overflow, and the place decides of these at NaN.
+OVERFLOWING = ("gelu_tanh", "hardswish") if kernels.OFF else ()
+PLACED = ("relu6", "hardswish", "elu", "elu(0.5)") if kernels.OFF else ()
 
 
 @pytest.mark.parametrize("as_residual", [False, True], ids=["", "residual"])
@@ -32,6 +37,10 @@ def test_far_tails_are_torchs(activation, dtype, shape, as_residual):
     values = TAILS + ([-far, far, -709.5, 709.5] if dtype == torch.float64 else [])
     x = torch.tensor(values, dtype=dtype).view(shape)
     norm = anynorm.BatchNormAct1d(1, activation=activation, eps=1e-20, dtype=dtype).eval()  # the identity here
+    if activation in OVERFLOWING:
+        x = x[(x.abs() < 1e19) | x.isinf()].view(shape)
+    if activation in PLACED:
+        x = x[~x.isnan()].view(shape)
     if as_residual:
         x = x[x.abs() < 3e38].view(shape)  # Inf + Inf is another question
     leaf, wide = x.clone().requires_grad_(), x.double().requires_grad_()
@@ -83,6 +92,8 @@ def test_infinite_inputs_in_evaluation(activation, with_residual, form, layout):
     got = torch.autograd.grad(y, leaves[:inputs], g)
     want = torch.autograd.grad(z, theirs[:inputs], g)
     for a, b in zip((y, *got), (z, *want), strict=True):
+        if activation in PLACED and a is not y:
+            a, b = a.where(~z.isnan(), 0), b.where(~z.isnan(), 0)
         b = b if form is None else torch.where(real, b, 0)
         torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5, equal_nan=True)
 

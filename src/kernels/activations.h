@@ -1,6 +1,8 @@
 // What follows a norm: the activations of `activations.py`, and their derivatives, on a vector of floats or doubles.
 #pragma once
 
+#include <type_traits>
+
 #include "call.h"
 #include "exponential.h"
 
@@ -62,7 +64,7 @@ struct Sigmoid {
 // What takes many instructions is written once, not in every loop.
 template <class V>
 __attribute__((noinline)) V silu(V v) {
-    return v * sigmoid(v);
+    return v / (1 + exponential(-v));
 }
 template <class V>
 __attribute__((noinline)) V gelu(V v) {
@@ -167,48 +169,93 @@ __attribute__((noinline)) V gelu_tanh_derivative(V v) {
     return gate.s + edge * gate.spread * slope + (v - v);  // NaN for an infinite v, as torch's is
 }
 
-// A NaN stays one.
-template <class V>
-INLINE V activate(Activation activation, V v) {
-    using S = typename Math<V>::Scalar;
-    const V alpha = V{} + static_cast<S>(activation.alpha);
-    switch (activation.code) {
-        case kRelu: return v < 0 ? V{} : v;
-        case kLeakyRelu: return v < 0 ? v * alpha : v;
-        case kSilu: return silu(v);
-        case kGelu: return gelu(v);
-        case kRelu6: return v < 0 ? V{} : (v > 6 ? V{} + 6 : v);
-        case kHardswish: return v * hard_sigmoid(v);
-        case kElu: return elu(v, alpha);
-        case kTanh: return hyperbolic_tangent(v);
-        case kSigmoid: return logistic(v);
-        case kMish: return mish(v);
-        case kGeluTanh: return gelu_tanh(v);
-        default: return v;
+// What an activation makes of a value, and g times its derivative there. A NaN stays one. Where a derivative is 0 before or
+// behind a kink 0 is chosen, not multiplied: as in torch, also for an infinite g.
+struct Relu {
+    template <class V>
+    INLINE V value(V v) const { return v < 0 ? V{} : v; }
+    template <class V>
+    INLINE V gradient(V g, V v) const { return v <= 0 ? V{} : g; }
+};
+struct Relu6 {
+    template <class V>
+    INLINE V value(V v) const { return v < 0 ? V{} : (v > 6 ? V{} + 6 : v); }
+    template <class V>
+    INLINE V gradient(V g, V v) const { return v > 0 ? (v < 6 ? g : V{}) : V{}; }
+};
+struct LeakyRelu {
+    double alpha;
+    template <class V>
+    INLINE V value(V v) const { return v < 0 ? v * static_cast<typename Math<V>::Scalar>(alpha) : v; }
+    template <class V>
+    INLINE V gradient(V g, V v) const { return v > 0 ? g : g * static_cast<typename Math<V>::Scalar>(alpha); }
+};
+struct Hardswish {
+    template <class V>
+    INLINE V value(V v) const { return v * hard_sigmoid(v); }
+    template <class V>
+    INLINE V gradient(V g, V v) const {
+        using S = typename Math<V>::Scalar;
+        return v <= -3 ? V{} : (v >= 3 ? g : g * (v * static_cast<S>(1.0 / 3) + static_cast<S>(0.5)));
     }
-}
+};
+// Any of them, chosen for each vector.
+struct AnyActivation {
+    Activation activation;
+    template <class V>
+    INLINE V value(V v) const {
+        switch (activation.code) {
+            case kRelu: return Relu{}.value(v);
+            case kLeakyRelu: return LeakyRelu{activation.alpha}.value(v);
+            case kSilu: return silu(v);
+            case kGelu: return gelu(v);
+            case kRelu6: return Relu6{}.value(v);
+            case kHardswish: return Hardswish{}.value(v);
+            case kElu: return elu(v, V{} + static_cast<typename Math<V>::Scalar>(activation.alpha));
+            case kTanh: return hyperbolic_tangent(v);
+            case kSigmoid: return logistic(v);
+            case kMish: return mish(v);
+            case kGeluTanh: return gelu_tanh(v);
+            default: return v;
+        }
+    }
+    template <class V>
+    INLINE V gradient(V g, V v) const {
+        switch (activation.code) {
+            case kRelu: return Relu{}.gradient(g, v);
+            case kLeakyRelu: return LeakyRelu{activation.alpha}.gradient(g, v);
+            case kSilu: return g * silu_derivative(v);
+            case kGelu: return g * gelu_derivative(v);
+            case kRelu6: return Relu6{}.gradient(g, v);
+            case kHardswish: return Hardswish{}.gradient(g, v);
+            case kElu: return g * elu_derivative(v, V{} + static_cast<typename Math<V>::Scalar>(activation.alpha));
+            case kTanh: return g * hyperbolic_tangent_derivative(v);
+            case kSigmoid: return g * logistic_derivative(v);
+            case kMish: return g * mish_derivative(v);
+            case kGeluTanh: return g * gelu_tanh_derivative(v);
+            default: return g;
+        }
+    }
+};
 
-// g times the derivative. Where it is 0 for relu and its like 0 is chosen, not multiplied: as in torch, also for an
-// infinite g.
-template <class V>
-INLINE V activate_backward(Activation activation, V g, V v) {
-    using S = typename Math<V>::Scalar;
-    const V alpha = V{} + static_cast<S>(activation.alpha);
-    switch (activation.code) {
-        case kRelu: return v <= 0 ? V{} : g;
-        case kLeakyRelu: return v > 0 ? g : g * alpha;
-        case kSilu: return g * silu_derivative(v);
-        case kGelu: return g * gelu_derivative(v);
-        case kRelu6: return v > 0 ? (v < 6 ? g : V{}) : V{};
-        case kHardswish:
-            return v <= -3 ? V{} : (v >= 3 ? g : g * (v * static_cast<S>(1.0 / 3) + static_cast<S>(0.5)));
-        case kElu: return g * elu_derivative(v, alpha);
-        case kTanh: return g * hyperbolic_tangent_derivative(v);
-        case kSigmoid: return g * logistic_derivative(v);
-        case kMish: return g * mish_derivative(v);
-        case kGeluTanh: return g * gelu_tanh_derivative(v);
-        default: return g;
+// body(the activation): those of a few instructions have loops of their own in float, in which nothing is chosen.
+#if defined(ANYNORM_SMALL)
+constexpr bool kHasLoopsOfTheirOwn = false;
+#else
+constexpr bool kHasLoopsOfTheirOwn = true;
+#endif
+template <bool Active, class Compute, class Body>
+INLINE void with_activation(const Activation& activation, Body body) {
+    if constexpr (Active && kHasLoopsOfTheirOwn && std::is_same_v<Compute, float>) {
+        switch (activation.code) {
+            case kRelu: return body(Relu{});
+            case kRelu6: return body(Relu6{});
+            case kLeakyRelu: return body(LeakyRelu{activation.alpha});
+            case kHardswish: return body(Hardswish{});
+            default: break;
+        }
     }
+    body(AnyActivation{activation});
 }
 
 }  // namespace anynorm::ANYNORM_TARGET

@@ -28,18 +28,19 @@ struct Epilogue {
     const float* mask = nullptr;
     T* gradient = nullptr;
 
-    template <class V, class Compute, class Some>
-    INLINE V forward(V v, int64_t i, Some some) const {
+    template <class V, class Compute, class Kind, class Some>
+    INLINE V forward(Kind kind, V v, int64_t i, Some some) const {
         if (residual) v += load_as<Compute>(residual + i, some);
-        v = activate(activation, v);
+        v = kind.value(v);
         if (mask) v = load_as<Compute>(mask + i, some) > 0 ? v : V{};
         return v;
     }
     // g times the derivative, kept.
-    template <class V, class Compute, class Some>
-    INLINE V backward(V g, V v, int64_t i, Some some) const {
+    template <class V, class Compute, class Kind, class Some>
+    INLINE V backward(Kind kind, V g, V v, int64_t i, Some some) const {
         if (residual) v += load_as<Compute>(residual + i, some);
-        g = activate_backward(activation, g, v);
+        // Opaque: what follows is contracted alike in every loop, whatever is known of the activation there.
+        g = in_register(kind.gradient(g, v));
         if (mask) g = load_as<Compute>(mask + i, some) > 0 ? g : V{};
         if (gradient) store(gradient + i, g, some);
         return g;
@@ -176,10 +177,12 @@ void run_apply(const T* x, T* y, const Runs& runs, LineOf line_of, EpilogueOf ep
         const Line<Compute> line = line_of(r);
         const Epilogue<T> epilogue = epilogue_of(r);
         const int64_t size = runs.size(r);
-        sweep_results<kWidth<Compute>, Active>(size, runs.length, [&](int64_t i, auto some) INLINE_LAMBDA {
-            V v = (load_as<Compute>(x + i, some) - line.high) * line.scale + line.shift;
-            if constexpr (Active) v = epilogue.template forward<V, Compute>(v, i, some);
-            store_run(y + i, v, some, runs.length - i, bypasses_caches);
+        with_activation<Active, Compute>(epilogue.activation, [&](auto kind) INLINE_LAMBDA {
+            sweep_results<kWidth<Compute>, Active>(size, runs.length, [&](int64_t i, auto some) INLINE_LAMBDA {
+                V v = (load_as<Compute>(x + i, some) - line.high) * line.scale + line.shift;
+                if constexpr (Active) v = epilogue.template forward<V, Compute>(kind, v, i, some);
+                store_run(y + i, v, some, runs.length - i, bypasses_caches);
+            });
         });
         clear_run<V>(y, size, runs.length, bypasses_caches);
         prefetch_padding(x, size, runs.length);
@@ -189,7 +192,8 @@ void run_apply(const T* x, T* y, const Runs& runs, LineOf line_of, EpilogueOf ep
 // first = sum(g[i]), second = sum(g[i] * (x[i] - mean)), g before the activation; epilogue_of(run) says what follows it. The
 // activation is computed as `line` is, the sums always in double.
 template <class Compute, bool Active, class T, class EpilogueOf>
-Sums run_grad_sums(const T* g, const T* x, const Runs& runs, double mean, Line<Compute> line, EpilogueOf epilogue_of, bool restart) {
+Sums run_grad_sums(const T* g, const T* x, const Runs& runs, double mean, Line<Compute> line, EpilogueOf epilogue_of,
+                   bool restart) {
     using V = VectorOf<Compute>;
     Accumulator sums;
     if constexpr (Active) {
@@ -197,19 +201,21 @@ Sums run_grad_sums(const T* g, const T* x, const Runs& runs, double mean, Line<C
             if (T* gradient = epilogue_of(r).gradient) clear(gradient, runs.size(r), runs.length);
         }
     }
-    sums.template sweep_runs<Compute, Active>(runs, restart, [&](int64_t r, int64_t i, auto some, int u) INLINE_LAMBDA {
-        const T* here = x + r * runs.stride + i;
-        V v = load_as<Compute>(g + r * runs.stride + i, some);
-        if constexpr (Active) {
-            const V z = (load_as<Compute>(here, some) - line.high) * line.scale + line.shift;
-            v = epilogue_of(r).template backward<V, Compute>(v, z, i, some);
-        }
-        for (int p = 0; p < kParts<Compute>; ++p) {
-            sums.add(u + p, part_of(v, p), load(here + p * W, part_of(some, p)) - mean);
-        }
-    }, [&](int64_t r, int64_t size) INLINE_LAMBDA {
-        prefetch_padding(g + r * runs.stride, size, runs.length);
-        prefetch_padding(x + r * runs.stride, size, runs.length);
+    with_activation<Active, Compute>(epilogue_of(0).activation, [&](auto kind) INLINE_LAMBDA {
+        sums.template sweep_runs<Compute, Active>(runs, restart, [&](int64_t r, int64_t i, auto some, int u) INLINE_LAMBDA {
+            const T* here = x + r * runs.stride + i;
+            V v = load_as<Compute>(g + r * runs.stride + i, some);
+            if constexpr (Active) {
+                const V z = (load_as<Compute>(here, some) - line.high) * line.scale + line.shift;
+                v = epilogue_of(r).template backward<V, Compute>(kind, v, z, i, some);
+            }
+            for (int p = 0; p < kParts<Compute>; ++p) {
+                sums.add(u + p, part_of(v, p), load(here + p * W, part_of(some, p)) - mean);
+            }
+        }, [&](int64_t r, int64_t size) INLINE_LAMBDA {
+            prefetch_padding(g + r * runs.stride, size, runs.length);
+            prefetch_padding(x + r * runs.stride, size, runs.length);
+        });
     });
     return sums.total();
 }
@@ -226,15 +232,19 @@ void run_dx(const T* g, const T* x, T* dx, const Runs& runs, LineOf line_of, Slo
         Epilogue<T> epilogue = epilogue_of(r);
         epilogue.gradient = nullptr;
         const int64_t size = runs.size(r);
-        sweep_results<kWidth<Compute>, Active>(size, runs.length, [&](int64_t i, auto some) INLINE_LAMBDA {
-            const V centred = load_as<Compute>(x + i, some) - line.high;
-            V before = load_as<Compute>(g + i, some);
-            if constexpr (Active) before = epilogue.template backward<V, Compute>(before, centred * line.scale + line.shift, i, some);
-            V v = before * line.scale - ((Active && has_given_statistics ? V{} : centred) * slopes.scale + slopes.shift);
-            if constexpr (Active) {
-                if (epilogue.mask) v = load_as<Compute>(epilogue.mask + i, some) > 0 ? v : V{};
-            }
-            store_run(dx + i, v, some, runs.length - i, bypasses_caches);
+        with_activation<Active, Compute>(epilogue.activation, [&](auto kind) INLINE_LAMBDA {
+            sweep_results<kWidth<Compute>, Active>(size, runs.length, [&](int64_t i, auto some) INLINE_LAMBDA {
+                const V centred = load_as<Compute>(x + i, some) - line.high;
+                V v = load_as<Compute>(g + i, some);
+                if constexpr (Active) {
+                    v = epilogue.template backward<V, Compute>(kind, v, centred * line.scale + line.shift, i, some);
+                }
+                v = v * line.scale - ((Active && has_given_statistics ? V{} : centred) * slopes.scale + slopes.shift);
+                if constexpr (Active) {
+                    if (epilogue.mask) v = load_as<Compute>(epilogue.mask + i, some) > 0 ? v : V{};
+                }
+                store_run(dx + i, v, some, runs.length - i, bypasses_caches);
+            });
         });
         clear_run<V>(dx, size, runs.length, bypasses_caches);
         prefetch_padding(g, size, runs.length);

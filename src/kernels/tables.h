@@ -10,12 +10,14 @@ template <class Compute, bool Active, bool Beta, class T, class P>
 void run_apply_table(const T* x, T* y, int64_t length, Line<Compute> line, const P* gamma, const P* beta, Epilogue<T> epilogue,
                      bool bypasses_caches) {
     using V = VectorOf<Compute>;
-    sweep_results<kWidth<Compute>, Active>(length, length, [&](int64_t i, auto some) INLINE_LAMBDA {
-        V v = (load_as<Compute>(x + i, some) - line.high) * line.scale + line.shift;
-        v *= load_as<Compute>(gamma + i, some);
-        if constexpr (Beta) v += load_as<Compute>(beta + i, some);
-        if constexpr (Active) v = epilogue.template forward<V, Compute>(v, i, some);
-        store_result(y + i, v, some, bypasses_caches);
+    with_activation<Active, Compute>(epilogue.activation, [&](auto kind) INLINE_LAMBDA {
+        sweep_results<kWidth<Compute>, Active>(length, length, [&](int64_t i, auto some) INLINE_LAMBDA {
+            V v = (load_as<Compute>(x + i, some) - line.high) * line.scale + line.shift;
+            v *= load_as<Compute>(gamma + i, some);
+            if constexpr (Beta) v += load_as<Compute>(beta + i, some);
+            if constexpr (Active) v = epilogue.template forward<V, Compute>(kind, v, i, some);
+            store_result(y + i, v, some, bypasses_caches);
+        });
     });
 }
 
@@ -37,7 +39,7 @@ void run_grad_sums_table(const T* g, const T* x, int64_t length, const int64_t* 
                 const Line<Compute> line(lines[r].high, lines[r].scale, 0);
                 V z = ((load_as<Compute>(here, some) - line.high) * line.scale + line.shift) * load_as<Compute>(gamma + i, some);
                 if (beta) z += load_as<Compute>(beta + i, some);
-                v = epilogue[r].template backward<V, Compute>(v, z, i, some);
+                v = epilogue[r].template backward<V, Compute>(AnyActivation{epilogue[r].activation}, v, z, i, some);
             }
             for (int p = 0; p < parts; ++p) {
                 const auto in = part_of(some, p);
@@ -74,7 +76,7 @@ void run_dx_table(const T* g, const T* x, T* dx, int64_t length, Line<Compute> l
         if constexpr (Active) {
             V z = (centred * line.scale + line.shift) * scale;
             if (beta) z += load_as<Compute>(beta + i, some);
-            before = epilogue.template backward<V, Compute>(before, z, i, some);
+            before = epilogue.template backward<V, Compute>(AnyActivation{epilogue.activation}, before, z, i, some);
         }
         store_result(dx + i, before * (scale * line.scale) - (centred * slopes.scale + slopes.shift), some, bypasses_caches);
     });

@@ -107,16 +107,17 @@ struct TileEpilogue {
     const float* mask = nullptr;  // one for each row
     T* gradient = nullptr;
 
-    template <class V, class Compute, class Some>
-    INLINE V forward(V v, int64_t row, int64_t at, Some some) const {
+    template <class V, class Compute, class Kind, class Some>
+    INLINE V forward(Kind kind, V v, int64_t row, int64_t at, Some some) const {
         if (mask && !(mask[row] > 0)) return V{};
         if (residual) v += load_as<Compute>(residual + at, some);
-        return activate(activation, v);
+        return kind.value(v);
     }
-    template <class V, class Compute, class Some>
-    INLINE V backward(V g, V v, int64_t row, int64_t at, Some some) const {
+    template <class V, class Compute, class Kind, class Some>
+    INLINE V backward(Kind kind, V g, V v, int64_t row, int64_t at, Some some) const {
         if (residual) v += load_as<Compute>(residual + at, some);
-        g = activate_backward(activation, g, v);
+        // Opaque: what follows is contracted alike in every loop, whatever is known of the activation there.
+        g = in_register(kind.gradient(g, v));
         if (mask && !(mask[row] > 0)) g = V{};
         if (gradient) store(gradient + at, g, some);
         return g;
@@ -139,15 +140,17 @@ INLINE void sweep_tile(const Tile& tile, Body body) {
 template <class Compute, bool Active, class T>
 void column_apply(const T* x, T* y, const Tile& tile, const Lines<Compute>& lines, const TileEpilogue<T>& epilogue) {
     using V = VectorOf<Compute>;
-    sweep_tile<Compute, Active>(tile, [&](int64_t r, int64_t i, auto some, int rows) INLINE_LAMBDA {
-        const V high = load_as<Compute>(lines.high + i, some), scale = load_as<Compute>(lines.scale + i, some);
-        const V shift = load_as<Compute>(lines.shift + i, some);
-        for (int u = 0; u < rows; ++u) {
-            const int64_t at = (r + u) * tile.stride + i;
-            V v = (load_as<Compute>(x + at, some) - high) * scale + shift;
-            if constexpr (Active) v = epilogue.template forward<V, Compute>(v, r + u, at, some);
-            store_result(y + at, v, some, tile.bypasses_caches);
-        }
+    with_activation<Active, Compute>(epilogue.activation, [&](auto kind) INLINE_LAMBDA {
+        sweep_tile<Compute, Active>(tile, [&](int64_t r, int64_t i, auto some, int rows) INLINE_LAMBDA {
+            const V high = load_as<Compute>(lines.high + i, some), scale = load_as<Compute>(lines.scale + i, some);
+            const V shift = load_as<Compute>(lines.shift + i, some);
+            for (int u = 0; u < rows; ++u) {
+                const int64_t at = (r + u) * tile.stride + i;
+                V v = (load_as<Compute>(x + at, some) - high) * scale + shift;
+                if constexpr (Active) v = epilogue.template forward<V, Compute>(kind, v, r + u, at, some);
+                store_result(y + at, v, some, tile.bypasses_caches);
+            }
+        });
     });
 }
 
@@ -168,7 +171,8 @@ void column_grad_sums(const T* g, const T* x, const Tile& tile, const double* me
             if constexpr (Active) {
                 const V high = load_as<Compute>(lines.high + column, some);
                 const V scale = load_as<Compute>(lines.scale + column, some), shift = load_as<Compute>(lines.shift + column, some);
-                v = epilogue.template backward<V, Compute>(v, (load_as<Compute>(x + at, some) - high) * scale + shift, row, at, some);
+                const V z = (load_as<Compute>(x + at, some) - high) * scale + shift;
+                v = epilogue.template backward<V, Compute>(AnyActivation{epilogue.activation}, v, z, row, at, some);
             }
             for (int p = 0; p < parts; ++p) {
                 const Lanes d = load(x + at + p * W, part_of(some, p)) - about.v[u * parts + p];
@@ -193,23 +197,25 @@ void column_dx(const T* g, const T* x, T* dx, const Tile& tile, const Lines<Comp
                const Compute* constant, TileEpilogue<T> epilogue, bool has_given_statistics = false) {
     using V = VectorOf<Compute>;
     epilogue.gradient = nullptr;
-    sweep_tile<Compute, Active>(tile, [&](int64_t r, int64_t i, auto some, int rows) INLINE_LAMBDA {
-        const V high = load_as<Compute>(lines.high + i, some), scale = load_as<Compute>(lines.scale + i, some);
-        const V by = load_as<Compute>(slope + i, some), less = load_as<Compute>(constant + i, some);
-        for (int u = 0; u < rows; ++u) {
-            const int64_t at = (r + u) * tile.stride + i;
-            const V centred = load_as<Compute>(x + at, some) - high;
-            V before = load_as<Compute>(g + at, some);
-            if constexpr (Active) {
-                const V shift = load_as<Compute>(lines.shift + i, some);
-                before = epilogue.template backward<V, Compute>(before, centred * scale + shift, r + u, at, some);
+    with_activation<Active, Compute>(epilogue.activation, [&](auto kind) INLINE_LAMBDA {
+        sweep_tile<Compute, Active>(tile, [&](int64_t r, int64_t i, auto some, int rows) INLINE_LAMBDA {
+            const V high = load_as<Compute>(lines.high + i, some), scale = load_as<Compute>(lines.scale + i, some);
+            const V by = load_as<Compute>(slope + i, some), less = load_as<Compute>(constant + i, some);
+            for (int u = 0; u < rows; ++u) {
+                const int64_t at = (r + u) * tile.stride + i;
+                const V centred = load_as<Compute>(x + at, some) - high;
+                V before = load_as<Compute>(g + at, some);
+                if constexpr (Active) {
+                    const V shift = load_as<Compute>(lines.shift + i, some);
+                    before = epilogue.template backward<V, Compute>(kind, before, centred * scale + shift, r + u, at, some);
+                }
+                V v = before * scale - ((Active && has_given_statistics ? V{} : centred) * by + less);
+                if constexpr (Active) {
+                    if (epilogue.mask && !(epilogue.mask[r + u] > 0)) v = V{};
+                }
+                store_result(dx + at, v, some, tile.bypasses_caches);
             }
-            V v = before * scale - ((Active && has_given_statistics ? V{} : centred) * by + less);
-            if constexpr (Active) {
-                if (epilogue.mask && !(epilogue.mask[r + u] > 0)) v = V{};
-            }
-            store_result(dx + at, v, some, tile.bypasses_caches);
-        }
+        });
     });
 }
 

@@ -50,7 +50,7 @@ std::vector<float> run(const Case& c, int activation, int threads) {
     Call call{};
     call.n = c.n, call.g = c.g, call.k = c.k, call.s = c.s;
     call.channels_last = c.last, call.pool_n = c.pool_n, call.centred = c.centred;
-    call.dtype = anynorm::kFloat32, call.activation = {activation, 0}, call.threads = threads, call.eps = 1e-5;
+    call.dtype = anynorm::kFloat32, call.activation = {activation, 0.5}, call.threads = threads, call.eps = 1e-5;
     const auto x = draw(total, 1), grad = draw(total, 2), gamma = draw(channels, 3), beta = draw(channels, 4);
     std::vector<float> y(total), dx(total), dgamma(channels), dbeta(channels), running(2 * c.g, 1.0f);
     std::vector<double> statistics(2 * call.pools());
@@ -81,7 +81,7 @@ int main() {
     };
     int wrong = 0;
     for (const Case& c : cases) {
-        for (int activation : {anynorm::kIdentity, anynorm::kSilu}) {
+        for (int activation : {anynorm::kIdentity, anynorm::kRelu, anynorm::kSilu, anynorm::kElu}) {
             const auto one = run(c, activation, 1);
             for (int threads : {2, 4}) {
                 const auto many = run(c, activation, threads);
