@@ -9,7 +9,6 @@ import torch
 
 import anynorm
 from anynorm import FAMILY
-from anynorm.engine import plain
 from specimens import LAYOUTS, SPECIMENS, TRACKING, Specimen, assert_close, wide
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -77,15 +76,6 @@ def test_running_source(specimen, layout, dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_float32_parameters_with_half_input(specimen, dtype):
     check(specimen, specimen.make(dtype=torch.float32), specimen.draw("contiguous", dtype))
-
-
-@pytest.mark.parametrize("block", [1, 50, 400])
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("specimen", SPECIMENS, ids=str)
-def test_blocks_are_merged(specimen, layout, block, monkeypatch):
-    """Blocks from a single index of the first axis to several of them, the last one short."""
-    monkeypatch.setattr(plain, "BLOCK", block)
-    check(specimen, specimen.make(), specimen.draw(layout))
 
 
 def find_options() -> list[tuple[Specimen, dict]]:

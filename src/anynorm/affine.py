@@ -20,3 +20,14 @@ def scale_shift(xhat: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tens
     """xhat * gamma + beta, either of them absent."""
     y = xhat if gamma is None else xhat * gamma
     return y if beta is None else y + beta
+
+
+def expand_in_turn(t: Tensor, view: Tensor) -> Tensor:
+    """t as large as the view, without memory: one axis after the other, so that autograd sums its gradient likewise.
+
+    torch cascades along one axis, and not across several.
+    """
+    for axis, size in enumerate(view.shape):
+        if t.shape[axis] != size:
+            t = t.expand([size if a == axis else n for a, n in enumerate(t.shape)])
+    return t

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..activations import finish
-from ..affine import scale_shift, spread
+from ..affine import expand_in_turn, scale_shift, spread
 from ..pooling import Pooling
 from ..sources import Given, Merged, read_given
 from ..statistics import Moments, blank, centre, find_moments
@@ -47,7 +47,8 @@ def compose(
     gamma, beta = (spread(p, pooling, view, dtype) for p in (weight, bias))
     if gamma is not None and not set(pooling.pooled) <= set(pooling.affine):  # then the product is small
         scale, gamma = scale * gamma, None
-    y = scale_shift(centred * scale, gamma, beta)
+    gamma, beta = (None if t is None else expand_in_turn(t, view) for t in (gamma, beta))
+    y = scale_shift(centred * expand_in_turn(scale, view), gamma, beta)
     y = finish(y, activation, None if residual is None else blank(pooling.open(residual).to(dtype), counted))
     return blank(y, counted).to(x.dtype).reshape(x.shape), moments
 
