@@ -121,8 +121,9 @@ INLINE void store_run(T* p, V v, Part part, int64_t room, bool bypasses_caches) 
     if (room < width) return store_result(p, v, part, bypasses_caches);
     store_result(p, clear_unused(v, part), Full{}, bypasses_caches);
 }
-// Zeros behind it. Memory that was written past the caches is written so to the end: a line that is written both ways
-// costs several times as much.
+// Zeros behind it. Memory that was written past the caches is written so to the end, where its last vector was filled up: a
+// line that is written both ways costs several times as much. Behind an activation it is not, for a part might round otherwise
+// than without padding.
 template <class V, class T>
 INLINE void clear_run(T* y, int64_t size, int64_t length, bool bypasses_caches) {
     constexpr int64_t width = std::is_same_v<V, Lanes> ? W : 2 * W;
@@ -178,13 +179,13 @@ void run_apply(const T* x, T* y, const Runs& runs, LineOf line_of, EpilogueOf ep
         const Epilogue<T> epilogue = epilogue_of(r);
         const int64_t size = runs.size(r);
         with_activation<Active, Compute>(epilogue.activation, [&](auto kind) INLINE_LAMBDA {
-            sweep_results<kWidth<Compute>, Active>(size, runs.length, [&](int64_t i, auto some) INLINE_LAMBDA {
+            sweep_results<kWidth<Compute>, Active>(size, Active ? size : runs.length, [&](int64_t i, auto some) INLINE_LAMBDA {
                 V v = (load_as<Compute>(x + i, some) - line.high) * line.scale + line.shift;
                 if constexpr (Active) v = epilogue.template forward<V, Compute>(kind, v, i, some);
                 store_run(y + i, v, some, runs.length - i, bypasses_caches);
             });
         });
-        clear_run<V>(y, size, runs.length, bypasses_caches);
+        clear_run<V>(y, size, runs.length, bypasses_caches && !Active);
         prefetch_padding(x, size, runs.length);
     }
 }
@@ -233,7 +234,7 @@ void run_dx(const T* g, const T* x, T* dx, const Runs& runs, LineOf line_of, Slo
         epilogue.gradient = nullptr;
         const int64_t size = runs.size(r);
         with_activation<Active, Compute>(epilogue.activation, [&](auto kind) INLINE_LAMBDA {
-            sweep_results<kWidth<Compute>, Active>(size, runs.length, [&](int64_t i, auto some) INLINE_LAMBDA {
+            sweep_results<kWidth<Compute>, Active>(size, Active ? size : runs.length, [&](int64_t i, auto some) INLINE_LAMBDA {
                 const V centred = load_as<Compute>(x + i, some) - line.high;
                 V v = load_as<Compute>(g + i, some);
                 if constexpr (Active) {
@@ -246,7 +247,7 @@ void run_dx(const T* g, const T* x, T* dx, const Runs& runs, LineOf line_of, Slo
                 store_run(dx + i, v, some, runs.length - i, bypasses_caches);
             });
         });
-        clear_run<V>(dx, size, runs.length, bypasses_caches);
+        clear_run<V>(dx, size, runs.length, bypasses_caches && !Active);
         prefetch_padding(g, size, runs.length);
         prefetch_padding(x, size, runs.length);
     }

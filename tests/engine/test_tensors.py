@@ -246,6 +246,7 @@ def test_nothing_that_is_given_ends_the_process():
 
     def work(seed: int) -> None:
         draw = random.Random(seed)
+        torch.set_grad_enabled(False)  # in this thread; gradients that are to be differentiable are left to Python
         for _ in range(1000):
             for (call, good), found in zip(calls, answers, strict=True):
                 names = draw.sample(sorted(may_be_strange & set(good)), draw.randint(0, 2))
@@ -261,5 +262,5 @@ def test_nothing_that_is_given_ends_the_process():
         thread.start()
     for thread in threads:
         thread.join()
-    assert answers[0] >= {"None", "TypeError"}
-    assert all(found >= {"None", "an answer", "TypeError", "ValueError"} for found in answers[1:]), answers
+    assert answers[0] >= {"None", "TypeError"}  # no such call is known
+    assert all(found >= {"None", "an answer", "TypeError"} for found in answers[1:]), answers

@@ -27,7 +27,8 @@ class Choices(dict[str | None, tuple[int, float]]):
 
     def __missing__(self, text: str) -> tuple[int, float]:
         found = find_activation(text)
-        assert found is not None
+        if found is None:
+            raise KeyError(text)
         return self[found[0].name][0], found[1]
 
 
