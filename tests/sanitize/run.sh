@@ -32,5 +32,5 @@ LD_PRELOAD="$(${CXX:-g++} -print-file-name=libasan.so) $(${CXX:-g++} -print-file
 ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
   "$python" tests/sanitize/with_module.py "$module" -q -p no:cacheprovider -k "not compile" \
     tests/engine/test_kernels.py tests/engine/test_kernel_arguments.py tests/engine/test_kernel_masks.py \
-    tests/engine/test_kernel_process.py tests/engine/test_tensors.py tests/engine/test_memory.py tests/padding/test_masks.py tests/padding/test_mask_invariants.py \
+    tests/engine/test_kernel_process.py tests/engine/test_tensors.py tests/engine/test_memory.py tests/padding/test_masks.py tests/padding/test_opened_masks.py tests/padding/test_mask_invariants.py \
     tests/padding/test_mask_context.py tests/padding/test_ragged.py
