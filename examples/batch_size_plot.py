@@ -8,8 +8,8 @@ import re
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
+from anynorm.apps.document import STYLE
 from anynorm.apps.studies.intervals import Interval
-from anynorm.apps.studies.plots import STYLE
 
 TITLES = {
     "mlp": "fully connected: a statistic is over N values",

@@ -88,7 +88,8 @@ def test_same_bits_under_the_same_name(name, how, monkeypatch):
         for key, parameter in list(norm._parameters.items()):
             norm._parameters[key] = None if parameter is None else Named(parameter.detach().clone())
     expected = find_all(twin, x, **options)
-    monkeypatch.setattr(plain, "compose", forbid)
+    if name != "any":  # its pattern has no walk
+        monkeypatch.setattr(plain, "compose", forbid)
     given = {key: tag(value) for key, value in options.items()}
     found = find_all(norm, x if how == "parameters" else tag(x), **given)
     assert how == "parameters" or (type(found[0]) is Tagged and found[0].note == "spacing")

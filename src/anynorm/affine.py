@@ -27,6 +27,8 @@ def expand_in_turn(t: Tensor, view: Tensor) -> Tensor:
 
     torch cascades along one axis, and not across several.
     """
+    if not view.numel():  # torch lays out what is empty as its factors are
+        return t
     for axis, size in enumerate(view.shape):
         if t.shape[axis] != size:
             t = t.expand([size if a == axis else n for a, n in enumerate(t.shape)])

@@ -50,7 +50,8 @@ def compose(
     gamma, beta = (None if t is None else expand_in_turn(t, view) for t in (gamma, beta))
     y = scale_shift(centred * expand_in_turn(scale, view), gamma, beta)
     y = finish(y, activation, None if residual is None else blank(pooling.open(residual).to(dtype), counted))
-    return blank(y, counted).to(x.dtype).reshape(x.shape), moments
+    y = blank(y, counted).to(x.dtype)
+    return y if y.shape == x.shape else y.reshape(x.shape), moments
 
 
 def open_counted(x: Tensor, pooling: Pooling, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
 import anynorm
 from anynorm.apps.models.call import Call
@@ -45,7 +45,7 @@ def print_steps(console: Console, images: tuple[int, int], end: float) -> list[S
     """Print training steps of both models, then once more after `anynorm.tune_allocator()`, until about `end`."""
     most, side = images
     count = find_count(most, end - time.perf_counter(), lambda count: _time_step(count, side))
-    models = {name: _make_forms(make, torch.randn(count, 3, side, side)) for name, make in MODELS.items()}
+    models = {name: _make_forms(make, _draw_images(count, side)) for name, make in MODELS.items()}
     heading(console, f"A training step (forward and backward), {count}x3x{side}x{side}")
     if count < most:
         say(console, f"{count} images instead of {most}, to keep to the time: the machine is slow, or busy.")
@@ -74,9 +74,14 @@ def find_count(most: int, seconds: float, time_step: Callable[[int], float]) -> 
     return max(fewest, min(most, int(seconds / STEPS / each)))
 
 
+def _draw_images(count: int, side: int) -> Tensor:
+    """Return random images, (count, 3, side, side)."""
+    return torch.randn(count, 3, side, side, dtype=torch.float32, device="cpu")
+
+
 def _time_step(count: int, side: int) -> float:
     """Return the seconds of the first model's training step; the faster of two, as the first one sets up."""
-    model, call = next(iter(MODELS.values()))().train(), Call((torch.randn(count, 3, side, side),))
+    model, call = next(iter(MODELS.values()))().train(), Call((_draw_images(count, side),))
     found = []
     for _ in range(2):
         start = time.perf_counter()
