@@ -13,9 +13,11 @@ namespace {
 
 // libgomp's entry point, which libomp and libiomp offer too.
 using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+using Number = int (*)();
 
 struct Runtime {
     Parallel parallel = nullptr;
+    Number number = nullptr;  // of the thread that asks, in its team
     char path[4096] = "";
 };
 
@@ -29,6 +31,7 @@ Runtime find_runtime() {
 #if defined(__unix__) || defined(__APPLE__)
     // torch makes its runtime's symbols global when it is imported, so whatever it uses is what is found here.
     found.parallel = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+    found.number = reinterpret_cast<Number>(dlsym(RTLD_DEFAULT, "omp_get_thread_num"));
     Dl_info info;
     if (found.parallel && dladdr(reinterpret_cast<void*>(found.parallel), &info) && info.dli_fname) {
         std::strncpy(found.path, info.dli_fname, sizeof(found.path) - 1);
@@ -43,7 +46,8 @@ const Runtime& runtime() {
     return found;
 }
 
-// Each thread has a range of tasks of its own, neighbours in memory, and helps with another's when it is done.
+// Each thread has a range of tasks of its own, neighbours in memory, and helps with another's when it is done. A thread's
+// range goes by its number, as that of torch's loops does: what the layer before left in its core's cache is there.
 struct Work {
     void (*body)(void*, int64_t);
     void* context;
@@ -58,7 +62,7 @@ struct Work {
 
 void take_tasks(void* argument) {
     auto* work = static_cast<Work*>(argument);
-    const int64_t own = work->joined++;
+    const int64_t own = runtime().number ? runtime().number() % work->team : work->joined++;
     for (int64_t helped = 0; helped < work->team; ++helped) {
         const int64_t member = (own + helped) % work->team, begin = work->begin(member), end = work->begin(member + 1);
         auto& next = work->next[member].task;
