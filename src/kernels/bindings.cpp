@@ -5,6 +5,7 @@
 
 #include "calls.h"
 #include "dispatch.h"
+#include "keys.h"
 #include "masks.h"
 #include "memory.h"
 #include "plan.h"

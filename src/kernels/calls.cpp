@@ -1,95 +1,10 @@
 #include "calls.h"
 
-#include "tensors.h"
+#include "call_tensors.h"
+#include "keys.h"
 
 namespace anynorm {
 namespace {
-
-nb::object take(PyObject* made) {
-    if (!made) throw nb::python_error();
-    return nb::steal(made);
-}
-
-Address find_address(const nb::object& made) {
-    View view;
-    if (!read_new_tensor(made.ptr(), view)) throw std::runtime_error("kernels: torch made a tensor that is not plain memory");
-    return view.begin;
-}
-
-// The tensors of one call, looked at one after the other.
-class Tensors {
-  public:
-    explicit Tensors(const Plan& plan) : plan_(plan), parameter_(plan.call.dtype == kFloat64 ? kFloat64 : kFloat32) {}
-
-    // What the plan walks: x, which a view of is kept, and what must be laid out as x.
-    bool read_input(nb::handle tensor, Address& to) { return read_all(tensor, x_, to); }
-    bool read_alike(nb::handle tensor, Address& to) const {
-        View view;
-        return tensor.is_none() || (read_all(tensor, view, to) && view.is_laid_out_as(x_));
-    }
-    bool read_parameter(nb::handle tensor, Address& to) const {
-        return read_flat(tensor, parameter_, plan_.call.channels(), to);
-    }
-    bool read_mask(nb::handle tensor, Address& to) const {
-        return read_flat(tensor, kFloat32, plan_.call.n * plan_.call.s, to);
-    }
-    bool read_running(nb::handle tensor, Address& to) const { return read_flat(tensor, parameter_, plan_.call.g, to); }
-    bool read_given(nb::handle tensor, Address& to) const {
-        const int dtype = plan_.call.statistics == kGivenAsDouble ? +kFloat64 : parameter_;
-        return !tensor.is_none() && read_flat(tensor, dtype, plan_.call.g, to);
-    }
-    // Those that `make_statistics` made.
-    bool read_statistics(nb::handle tensor, Arguments& given) const {
-        Address start = 0;
-        if (tensor.is_none() || !read_flat(tensor, kFloat64, count_statistics(), start)) return false;
-        place_statistics(start, given);
-        return true;
-    }
-    nb::object make_statistics(Arguments& given) const {
-        nb::object made = take(make_flat(count_statistics(), true));
-        place_statistics(find_address(made), given);
-        return made;
-    }
-    nb::object make_gradient(Address& to) const {
-        nb::object made = take(make_flat(plan_.call.channels(), parameter_ == kFloat64));
-        to = find_address(made);
-        return made;
-    }
-    bool has_layout(nb::handle sizes, nb::handle strides) const {
-        if (!PyTuple_Check(sizes.ptr()) || !PyTuple_Check(strides.ptr())) return false;
-        if (nb::len(sizes) != size_t(x_.axes) || nb::len(strides) != size_t(x_.axes)) return false;
-        for (int i = 0; i < x_.axes; ++i) {
-            if (PyLong_AsLongLong(PyTuple_GET_ITEM(sizes.ptr(), i)) != x_.sizes[i]) return false;
-            if (PyLong_AsLongLong(PyTuple_GET_ITEM(strides.ptr(), i)) != x_.strides[i]) return false;
-        }
-        return true;
-    }
-
-  private:
-    bool read_all(nb::handle tensor, View& view, Address& to) const {
-        if (!read_tensor(tensor.ptr(), view) || view.dtype != plan_.call.dtype) return false;
-        if (view.count() * plan_.element != plan_.all() || !holds(tensor.ptr(), view, plan_.all())) return false;
-        to = view.begin;
-        return true;
-    }
-    bool read_flat(nb::handle tensor, int dtype, int64_t count, Address& to) const {
-        if (tensor.is_none()) return true;
-        View view;
-        if (!read_tensor(tensor.ptr(), view) || view.dtype != dtype || view.count() != count) return false;
-        if (!view.is_contiguous() || !holds(tensor.ptr(), view, count * (dtype == kFloat64 ? 8 : 4))) return false;
-        to = view.begin;
-        return true;
-    }
-    int64_t count_statistics() const { return plan_.call.pools() * (plan_.call.centred ? 2 : 1); }
-    void place_statistics(Address start, Arguments& given) const {
-        given.mean = plan_.call.centred ? start : 0;
-        given.m2 = plan_.call.centred ? start + static_cast<Address>(plan_.per_pool()) : start;
-    }
-
-    const Plan& plan_;
-    const int parameter_;
-    View x_{};
-};
 
 // Names of attributes, made once.
 struct Names {
@@ -110,21 +25,6 @@ const Names& names() {
     return made;
 }
 nb::object get(nb::handle of, PyObject* name) { return take(PyObject_GetAttr(of.ptr(), name)); }
-
-// The fields of a request (engine/request.py) that kernels look at.
-struct Request {
-    nb::handle source, eps, activation, mask, sizes;
-    explicit Request(nb::handle request) {
-        if (!PyTuple_Check(request.ptr()) || PyTuple_GET_SIZE(request.ptr()) != 6) throw nb::type_error("kernels: no request");
-        source = item(request, 0), eps = item(request, 1), activation = item(request, 2), mask = item(request, 3);
-        sizes = item(request, 5);
-        if (!PyTuple_Check(source.ptr()) || PyTuple_GET_SIZE(source.ptr()) < 2) throw nb::type_error("kernels: no source");
-    }
-    static nb::handle item(nb::handle tuple, Py_ssize_t i) { return PyTuple_GET_ITEM(tuple.ptr(), i); }
-    nb::handle mean() const { return item(source, 0); }
-    nb::handle var() const { return item(source, 1); }
-    nb::handle momentum() const { return PyTuple_GET_SIZE(source.ptr()) > 2 ? item(source, 2) : nb::handle(Py_None); }
-};
 
 PyObject* activations = nullptr;
 
@@ -148,52 +48,6 @@ bool read_running(const Tensors& tensors, const Plan& plan, nb::handle mean, nb:
            tensors.read_running(var, given.running_var);
 }
 
-nb::object describe(PyObject* const* tensors, size_t count) {
-    constexpr int kMostTensors = 7, kMostAxes = 8;
-    int64_t found[kMostTensors * (1 + kMostAxes) + kMostAxes];
-    int size = 0;
-    View first{};
-    if (count > kMostTensors) return nb::none();
-    for (size_t i = 0; i < count; ++i) {
-        PyObject* tensor = tensors[i];
-        if (tensor == Py_None) {
-            found[size++] = -1;
-            continue;
-        }
-        View view;
-        if (!read_tensor(tensor, view) || view.axes > kMostAxes) return nb::none();
-        if (i == 0) first = view;
-        found[size++] = view.dtype + 4 * view.axes;
-        for (int axis = 0; axis < view.axes; ++axis) found[size++] = view.sizes[axis];
-    }
-    for (int axis = 0; axis < first.axes; ++axis) found[size++] = first.strides[axis];
-    return nb::bytes(found, static_cast<size_t>(size) * sizeof *found);
-}
-
-// The types of sizes, which 7.0 and True equal; null where `watch.find_key` must look.
-PyObject* find_kinds(nb::handle sizes) {
-    PyObject* given = sizes.ptr();
-    if (given == Py_None) return Py_NewRef(Py_None);
-    if (PyLong_CheckExact(given)) return Py_NewRef(reinterpret_cast<PyObject*>(Py_TYPE(given)));
-    if (!PyTuple_CheckExact(given)) return nullptr;
-    PyObject* kinds = PyTuple_New(PyTuple_GET_SIZE(given));
-    for (Py_ssize_t i = 0; kinds && i < PyTuple_GET_SIZE(given); ++i) {
-        PyTuple_SET_ITEM(kinds, i, Py_NewRef(reinterpret_cast<PyObject*>(Py_TYPE(PyTuple_GET_ITEM(given, i)))));
-    }
-    return kinds;
-}
-
-// What `watch.find_key` makes, or an invalid object.
-nb::object find_key(nb::handle function, nb::handle x, nb::handle weight, nb::handle bias, nb::handle residual,
-                    const Request& request) {
-    PyObject* tensors[] = {x.ptr(), weight.ptr(), bias.ptr(), residual.ptr(), request.mask.ptr(), request.mean().ptr(),
-                           request.var().ptr()};
-    const nb::object found = describe(tensors, 7), kinds = nb::steal(find_kinds(request.sizes));
-    if (found.is_none() || !kinds.is_valid()) return {};
-    return take(PyTuple_Pack(7, function.ptr(), Py_TYPE(request.source.ptr()), request.eps.ptr(), request.activation.ptr(),
-                             request.sizes.ptr(), kinds.ptr(), found.ptr()));
-}
-
 // Shape and dtype of a parameter, `like` where it is flat and its dtype, which was looked at, the kernels' own.
 nb::object find_like(nb::handle parameter, const nb::object& like) {
     View view;
@@ -215,10 +69,6 @@ bool read_saved(const Tensors& tensors, const Plan& plan, nb::handle saved, Argu
 }
 
 }  // namespace
-
-nb::object describe(nb::args tensors) {
-    return describe(reinterpret_cast<PyTupleObject*>(tensors.ptr())->ob_item, tensors.size());
-}
 
 void set_activations(nb::dict known) { activations = known.release().ptr(); }
 

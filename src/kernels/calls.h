@@ -10,9 +10,6 @@ namespace anynorm {
 
 namespace nb = nanobind;
 
-// Dtypes and sizes of up to seven tensors, and the first one's strides, as bytes; None if one may not be plain memory.
-nb::object describe(nb::args tensors);
-
 // y as `Front.normalize` says, of a call whose checks have passed before: one whose key, see `watch.find_key`, is in `plans`.
 // Where a gradient is wanted `apply` makes y. None where there is no such key, or something follows the operations.
 nb::object normalize_known(nb::handle plans, nb::handle function, nb::handle apply, nb::handle x, nb::handle weight,

@@ -36,6 +36,7 @@ struct Torch {
     PyObject *is_inference, *increment_version, *is_grad_enabled, *get_num_threads;
     // Each says whether, or how often, something follows the operations.
     PyObject *is_tracing, *transforms, *dispatch_modes, *function_modes, *forward_ad;
+    PyObject *function_mode_stack, *default_device;  // the modes themselves, and the one that only says where to make tensors
     PyObject* is_batched;
     PyObject *requires_grad, *current_level;  // names
 } torch;
@@ -82,6 +83,10 @@ bool read_torch(PyObject* module) {
     torch.dispatch_modes = attribute(module, "_C", "_len_torch_dispatch_stack");
     torch.function_modes = attribute(module, "_C", "_len_torch_function_stack");
     torch.forward_ad = attribute(module, "autograd", "forward_ad");
+    torch.function_mode_stack = attribute(module, "overrides", "_get_current_function_mode_stack");
+    PyObject* of_devices = PyImport_ImportModule("torch.utils._device");
+    torch.default_device = attribute(of_devices, "DeviceContext");
+    Py_XDECREF(of_devices);
     torch.requires_grad = PyUnicode_InternFromString("requires_grad");
     torch.current_level = PyUnicode_InternFromString("_current_level");
     if (PyErr_Occurred()) return false;
@@ -99,6 +104,18 @@ int64_t read_answer(PyObject* found) {
 // What a method of torch's without arguments, or a function, answers.
 int64_t ask(PyObject* method, PyObject* tensor) { return read_answer(PyObject_CallOneArg(method, tensor)); }
 int64_t ask(PyObject* function) { return read_answer(PyObject_CallNoArgs(function)); }
+
+// As `watch.only_default_device`.
+bool has_only_default_device() {
+    PyObject* modes = PyObject_CallNoArgs(torch.function_mode_stack);
+    bool is_so = modes && PyList_Check(modes);
+    for (Py_ssize_t i = 0; is_so && i < PyList_GET_SIZE(modes); ++i) {
+        is_so = reinterpret_cast<PyObject*>(Py_TYPE(PyList_GET_ITEM(modes, i))) == torch.default_device;
+    }
+    Py_XDECREF(modes);
+    PyErr_Clear();
+    return is_so;
+}
 
 int find_dtype(const DlTensor& t) {
     if (t.lanes != 1) return -1;
@@ -227,7 +244,7 @@ PyObject* view_as(PyObject* tensor, const int64_t* sizes, int axes) {
 
 bool is_watched() {
     return ask(torch.is_tracing) != 0 || ask(torch.transforms) != 0 || ask(torch.dispatch_modes) != 0 ||
-           ask(torch.function_modes) != 0 || read_answer(PyObject_GetAttr(torch.forward_ad, torch.current_level)) != -1;
+           (ask(torch.function_modes) != 0 && !has_only_default_device()) || read_answer(PyObject_GetAttr(torch.forward_ad, torch.current_level)) != -1;
 }
 bool is_grad_enabled() { return ask(torch.is_grad_enabled) != 0; }
 bool is_batched(PyObject* tensor) { return ask(torch.is_batched, tensor) != 0; }

@@ -38,7 +38,7 @@ class Norm(nn.Module):
         """
         if isinstance(input, Proxy):
             return record_call(self, input, **drop_none(mask=mask, lengths=lengths))
-        if mask is None and lengths is None and masked.was_opened and may_be_masked():  # The last is a guess.
+        if mask is None and lengths is None and masked.was_opened and may_be_masked():
             mask = self.find_mask(input)
         if self._forward_hooks and not (mask is None and lengths is None):
             check_hooks(self, "mask")
