@@ -34,7 +34,7 @@ $(VENV)/.bench: pyproject.toml constraints.txt | $(READY)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt $$($(BIN)/python -c '$(EXTRA)')
 	@touch $@
 
-bench: $(READY) $(VENV)/.bench ## the benchmark, and docs/speed.md (15 minutes; ARGS=--quick: 4)
+bench: $(READY) $(VENV)/.bench ## the benchmark, and docs/speed.md (30 minutes; ARGS=--quick is shorter)
 	$(BIN)/python -m benchmarks.bench $(ARGS)
 
 masked: $(READY) ## what a mask costs, and the table in docs/padding.md

@@ -35,3 +35,12 @@ def no_hooks_on_all_modules(request):
         modules._global_backward_hooks,
     ):
         left.clear()
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Time on one thread, so that tests side by side disturb one another less."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

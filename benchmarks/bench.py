@@ -61,7 +61,7 @@ def bench(
     ] = None,
     minutes: Annotated[
         float, typer.Option("--minutes", help="The last cases are left out where they would take more.")
-    ] = 15,
+    ] = 45,
     models: Annotated[bool, typer.Option("--models/--no-models", help="Whether to time whole models.")] = True,
     docs: Annotated[
         bool | None, typer.Option("--docs/--no-docs", help="Write docs/speed.md; the complete run does.")

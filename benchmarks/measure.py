@@ -55,7 +55,7 @@ def measure(
             except BrokenExecutor as problem:
                 complain(f"the second process ended: {in_one_line(problem)}; the rest is timed without it")
                 process = None
-            except Exception as problem:  # one case must not end a run of a quarter of an hour
+            except Exception as problem:  # one case must not end a run of half an hour
                 complain(f"{case.name} {case.layout} ({mode}) was not timed: {in_one_line(problem)}")
         yield rows
 

@@ -57,7 +57,7 @@ def find_arguments(norm: nn.Module) -> tuple[int, ...]:
         return tuple(norm.normalized_shape)
     if isinstance(norm, nn.GroupNorm):
         return norm.num_groups, norm.num_channels
-    return (norm.num_features,)  # type: ignore[return-value]
+    return (norm.num_features,)  # type: ignore[return-value] # torch annotates it as Tensor | Module
 
 
 def time_norms(cases: Counter[Case], mode: str, seconds: float = SECONDS) -> NormTimes | None:

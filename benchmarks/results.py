@@ -134,7 +134,8 @@ def read_table(path: Path, kind: type[T]) -> tuple[list[T], dict[str, str]]:
     """What `write_table` wrote of this dataclass."""
     lines = path.read_text().splitlines()
     facts = dict(line.removeprefix("# ").split(": ", 1) for line in lines if line.startswith("# "))
-    kinds = {field.name: READERS[str(field.type)] for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    fields = dataclasses.fields(kind)  # type: ignore[arg-type] # T is a dataclass, which typing cannot say
+    kinds = {field.name: READERS[str(field.type)] for field in fields}
     table = csv.DictReader(line for line in lines if not line.startswith("# "))
     return [kind(**{name: kinds[name](value) for name, value in line.items()}) for line in table], facts
 

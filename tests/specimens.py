@@ -11,6 +11,7 @@ from math import prod
 import numpy as np
 import torch
 import torch.nn as nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import anynorm
 from anynorm import FAMILY, reference
@@ -19,6 +20,18 @@ SIZES = {"n": (5,), "c": (6,), "g": (3,), "k": (2,), "d": (4, 9)}
 SPATIAL = {"BatchNorm1d": (7,), "InstanceNorm1d": (9,), "GroupNorm": (3, 5)}
 ARGUMENTS = {"LayerNorm": (SIZES["d"],), "RMSNorm": (SIZES["d"],), "GroupNorm": (3, 6)}
 LAYOUTS = ("contiguous", "channels_last", "transposed", "strided", "expanded")
+
+
+class Operations(TorchDispatchMode):
+    """Which operations are seen by a mode of somebody's."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.append(str(function))
+        return function(*args, **(kwargs or {}))
 
 
 @dataclass(frozen=True)

@@ -40,14 +40,7 @@ from benchmarks.results import Row
 CACHE = 32 << 20
 TINY = Case("tiny", "BatchNorm1d", (4,), (6, 4))
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # The grid
 

@@ -22,13 +22,7 @@ from bench_rows import make_model_row
 from benchmarks import bench, model_norms, page, report, steps, verdicts
 from benchmarks.models import MODELS, QUICK
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make_small() -> tuple[nn.Module, torch.Tensor]:

@@ -7,21 +7,11 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import anynorm
 from anynorm.engine import kernels
-
-
-class Operations(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.seen.append(str(function))
-        return function(*args, **(kwargs or {}))
+from specimens import Operations
 
 
 @pytest.mark.parametrize("make", [lambda: anynorm.BatchNorm2d(4), lambda: anynorm.GroupNorm(2, 4)])

@@ -9,11 +9,10 @@ import torch
 import torch.nn as nn
 from torch.func import vmap
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import anynorm
 from anynorm.engine import kernels, watch
-from specimens import assert_same
+from specimens import Operations, assert_same
 
 X = torch.randn(5, 6, 4, 3, generator=torch.Generator().manual_seed(0))
 
@@ -29,16 +28,6 @@ class Functions(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         self.seen.append(getattr(function, "__name__", ""))
-        return function(*args, **(kwargs or {}))
-
-
-class Operations(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.seen.append(str(function))
         return function(*args, **(kwargs or {}))
 
 
