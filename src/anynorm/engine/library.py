@@ -1,6 +1,6 @@
 """How compilers see the kernels: two operations of torch.library, with shapes and gradients registered.
 
-torch.compile cannot look into a compiled module, so `ops.normalize` puts one of these into the graph where statistics
+torch.compile cannot look into a compiled module, so `paths.compose` puts one of these into the graph where statistics
 come from x. Given statistics leave one multiplication, which compilers join with what stands around it. Eager calls
 never come here: an operation of torch.library costs more than a small norm.
 """

@@ -40,7 +40,8 @@ from .request import Request
 from .walks import CODES
 from .watch import PLAIN_KEYS, is_plain
 
-# Below this many elements, over all samples, what torch.func does around an autograd function costs more than float64.
+# Below this many elements, over all samples, what torch.func does around an autograd function costs more than the
+# kernels save.
 LEAST = 1 << 14
 HALVES = (torch.bfloat16, torch.float16)
 
