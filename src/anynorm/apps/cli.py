@@ -126,7 +126,7 @@ def compare_norms(
     out: Annotated[str, typer.Option("--out", help="Where journal, results and report go.")] = "anynorm-compare",
 ) -> None:
     """Which normalization should this network use, on this data, at this batch size? Trains it with each."""
-    from anynorm.apps.studies.options import read_options
+    from anynorm.apps.studies.compare.options import read_options
 
     options = read_options(
         data=data,
@@ -139,7 +139,7 @@ def compare_norms(
         minutes=minutes,
         out=out,
     )
-    from anynorm.apps.studies.compare import compare, process_start
+    from anynorm.apps.studies.compare.compare import compare, process_start
 
     raise typer.Exit(compare(options, started=process_start()))
 

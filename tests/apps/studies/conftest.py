@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from anynorm.apps.studies.judge import Findings, choose_all
-from anynorm.apps.studies.plan import Study
-from anynorm.apps.studies.train import Run
+from anynorm.apps.studies.compare.judge import Findings, choose_all
+from anynorm.apps.studies.compare.plan import Plan
+from anynorm.apps.studies.compare.train import Run
 
 MEANS = {"none": 0.80, "batch": 0.90, "layer": 0.89, "instance": 0.86, "group": 0.88, "rms": 0.885}
 
@@ -48,7 +48,7 @@ def make_findings():
 
     def make(models=("cnn", "mlp"), *, seeds=3, batches=("64", "2"), finished=lambda run: True, rates=(0.01, 0.1, 1.0)):
         impossible = {(model, batch, "instance"): "no room" for model in models[1:] for batch in batches}
-        study = Study(tuple(models), tuple(MEANS), tuple(batches), tuple(rates), seeds, 2048, impossible)
+        plan = Plan(tuple(models), tuple(MEANS), tuple(batches), tuple(rates), seeds, 2048, impossible)
         records = {}
 
         def find(run):
@@ -56,7 +56,7 @@ def make_findings():
                 return None
             return records.setdefault(run, invent(run))
 
-        findings = Findings(study, find, (3500, 500, 1000))
+        findings = Findings(plan, find, (3500, 500, 1000))
         return findings, choose_all(findings)
 
     return make
@@ -65,8 +65,8 @@ def make_findings():
 @pytest.fixture(scope="session")
 def make_results():
     """The content of results.json for invented findings."""
-    from anynorm.apps.studies.effects import say_effects
-    from anynorm.apps.studies.sentences import say_unjudged, say_verdict
+    from anynorm.apps.studies.compare.effects import say_effects
+    from anynorm.apps.studies.compare.sentences import say_unjudged, say_verdict
 
     def make(findings, choices, data="mnist"):
         return {
@@ -79,7 +79,7 @@ def make_results():
             "data_sizes": [3500, 500, 1000],
             "sample_shape": [1, 28, 28],
             "classes": 10,
-            "about": {model: f"the network {model}" for model in findings.study.models},
+            "about": {model: f"the network {model}" for model in findings.plan.models},
             "versions": {"anynorm": "0", "torch": "0", "numpy": "0", "python": "0"},
             "machine": {"system": "here", "cores": 2, "torch_threads_per_run": 1},
         }

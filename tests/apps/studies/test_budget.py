@@ -8,10 +8,12 @@ import pytest
 from rich.console import Console
 
 from anynorm.apps.studies import session as sessions
-from anynorm.apps.studies.compare import compare
+from anynorm.apps.studies.compare import agenda
+from anynorm.apps.studies.compare.agenda import Comparison
+from anynorm.apps.studies.compare.compare import compare, identify
+from anynorm.apps.studies.compare.options import Options
+from anynorm.apps.studies.compare.plan import Plan
 from anynorm.apps.studies.journal import Journal
-from anynorm.apps.studies.options import Options
-from anynorm.apps.studies.plan import Study
 from anynorm.apps.studies.progress import LiveProgress
 from anynorm.apps.studies.session import Session
 
@@ -73,15 +75,15 @@ class PretendedWorkers:
 @pytest.fixture
 def sit(tmp_path, monkeypatch):
     """Run one sitting with this budget; returns its journal, its workers and when it ended."""
-    monkeypatch.setattr(sessions, "say_first", lambda *_: [])
+    monkeypatch.setattr(agenda, "say_first", lambda *_: [])
 
     def run(budget, seeds=4):
         clock = Clock()
         monkeypatch.setattr(sessions, "time", clock)
-        study = Study(("mlp",), tuple(RUN_SECONDS), ("8",), (0.1,), seeds, 64)
-        journal, workers = Journal(tmp_path, CONTEXT), PretendedWorkers(clock)
+        plan = Plan(("mlp",), tuple(RUN_SECONDS), ("8",), (0.1,), seeds, 64)
+        journal, workers = Journal(tmp_path, lambda run: identify(run, CONTEXT)), PretendedWorkers(clock)
         progress = LiveProgress(Console(quiet=True), budget)
-        session = Session(study, journal, workers, progress, 0.0, budget, plot_seconds=0.0)
+        session = Session(Comparison(plan, journal, CONTEXT, 0.0), journal, workers, progress, 0.0, budget)
         session.run()
         journal.close()
         return journal, workers, clock.now

@@ -235,7 +235,7 @@ class NoWorkers:
 @pytest.mark.parametrize(("option", "value", "said"), BAD, ids=[f"{o}={v}" for o, v, _ in BAD])
 def test_bad_input_ends_in_one_sentence(monkeypatch, capsys, tmp_path, option, value, said):
     monkeypatch.setattr(NoWorkers, "started", [], raising=False)
-    monkeypatch.setattr("anynorm.apps.studies.compare.Workers", NoWorkers)
+    monkeypatch.setattr("anynorm.apps.studies.compare.compare.Workers", NoWorkers)
     (tmp_path / "broken.npz").write_bytes(b"no archive")
     (tmp_path / "broken_module.py").write_text("def make(:\n")
     (tmp_path / "leaving_module.py").write_text("raise SystemExit(7)\n")

@@ -5,13 +5,13 @@ import dataclasses
 import numpy as np
 import pytest
 
-from anynorm.apps.studies.check import find_impossible
+from anynorm.apps.studies.compare.check import find_impossible
+from anynorm.apps.studies.compare.judge import choose_all
+from anynorm.apps.studies.compare.plan import Plan
+from anynorm.apps.studies.compare.sentences import say_choice, say_unjudged, say_verdict
+from anynorm.apps.studies.compare.tables import write_cell_text
 from anynorm.apps.studies.data import check_labels, load_data
-from anynorm.apps.studies.judge import choose_all
 from anynorm.apps.studies.models import NORMS, find_model
-from anynorm.apps.studies.plan import Study
-from anynorm.apps.studies.sentences import say_choice, say_unjudged, say_verdict
-from anynorm.apps.studies.tables import write_cell_text
 from anynorm.errors import UserError
 
 FACTORIES = """
@@ -38,7 +38,7 @@ def right(norm):
 
 
 @pytest.fixture
-def study(tmp_path, monkeypatch):
+def plan(tmp_path, monkeypatch):
     """A function that checks one of the factories above, named by its file, with two norms."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "own_nets.py").write_text(FACTORIES)
@@ -48,7 +48,7 @@ def study(tmp_path, monkeypatch):
     data = load_data("d.npz")
 
     def check(name):
-        asked = Study((f"own_nets.py:{name}",), ("batch", "layer"), ("16",), (0.1,), 2, 128)
+        asked = Plan((f"own_nets.py:{name}",), ("batch", "layer"), ("16",), (0.1,), 2, 128)
         return find_impossible(asked, data)
 
     return check
@@ -65,25 +65,25 @@ def study(tmp_path, monkeypatch):
         ),
     ],
 )
-def test_a_factory_that_cannot_answer_is_refused(study, name, said):
+def test_a_factory_that_cannot_answer_is_refused(plan, name, said):
     with pytest.raises(UserError, match=said) as caught:
         study(name)
     assert "<locals>" not in str(caught.value)
 
 
-def test_a_file_names_a_network(study):
+def test_a_file_names_a_network(plan):
     assert study("right") == {}
     assert find_model("own_nets.py:right", (8,), 3).fingerprint != find_model("own_nets.py:never", (8,), 3).fingerprint
 
 
-def test_a_network_of_copies_runs_its_norms(study):
+def test_a_network_of_copies_runs_its_norms(plan):
     """As nn.TransformerEncoder, which copies the layer that it is given and never runs that one."""
     assert study("cloned") == {}
 
 
-def test_one_norm_alone_needs_no_call(study, monkeypatch):
+def test_one_norm_alone_needs_no_call(plan, monkeypatch):
     data = load_data("d.npz")
-    assert find_impossible(Study(("own_nets.py:never",), ("batch",), ("16",), (0.1,), 2, 128), data) == {}
+    assert find_impossible(Plan(("own_nets.py:never",), ("batch",), ("16",), (0.1,), 2, 128), data) == {}
 
 
 def change(findings, values):

@@ -3,8 +3,9 @@ from dataclasses import replace
 
 import pytest
 
+from anynorm.apps.studies.compare.compare import identify
+from anynorm.apps.studies.compare.train import Run
 from anynorm.apps.studies.journal import JOURNAL, REPORT, RESULTS, Journal, set_aside, write_atomically
-from anynorm.apps.studies.train import Run
 from anynorm.errors import UserError
 
 RUN = Run("mlp", "batch", "8", 0.1, 0, 64, True)
@@ -12,7 +13,7 @@ CONTEXT = {"data": "d", "models": {"mlp": "m"}, "versions": {"anynorm": "1", "to
 
 
 def make(path, context=CONTEXT):
-    return Journal(path, context)
+    return Journal(path, lambda run: identify(run, context))
 
 
 def test_runs_come_back_and_a_torn_line_does_not_hurt(tmp_path):

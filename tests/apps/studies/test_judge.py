@@ -1,16 +1,16 @@
 import pytest
 from scipy import stats
 
-from anynorm.apps.studies.effects import say_effects
-from anynorm.apps.studies.intervals import Interval, compare_pair, find_interval
-from anynorm.apps.studies.judge import Choice, choose_all, cover, find_common
-from anynorm.apps.studies.sentences import (
+from anynorm.apps.studies.compare.effects import say_effects
+from anynorm.apps.studies.compare.judge import Choice, choose_all, cover, find_common
+from anynorm.apps.studies.compare.sentences import (
     say_choice,
     say_model_verdict,
     say_unjudged,
     say_verdict,
     signed,
 )
+from anynorm.apps.studies.intervals import Interval, compare_pair, find_interval
 from anynorm.apps.terminal import join_words
 
 

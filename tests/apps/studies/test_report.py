@@ -7,9 +7,9 @@ import subprocess
 
 import pytest
 
-from anynorm.apps.studies.judge import plain_sizes
-from anynorm.apps.studies.plots import COLOURS, find_limits
-from anynorm.apps.studies.report import write_report
+from anynorm.apps.studies.compare.judge import plain_sizes
+from anynorm.apps.studies.compare.plots import COLOURS, find_limits
+from anynorm.apps.studies.compare.report import write_report
 
 EVIL = ["<img src=x onerror=alert(1)>", "a\"b'c&lt;</svg><script>alert(2)</script>$x_1$"]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -103,8 +103,8 @@ def test_limits_keep_every_seed_in_sight():
 
 def test_colours_differ_for_every_norm(make_findings):
     findings, _ = make_findings()
-    assert len({COLOURS[norm] for norm in findings.study.norms}) == 6
-    assert plain_sizes(findings.study) == ["64", "2"]
+    assert len({COLOURS[norm] for norm in findings.plan.norms}) == 6
+    assert plain_sizes(findings.plan) == ["64", "2"]
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed: apt install chromium")

@@ -3,12 +3,12 @@ import pytest
 import torch
 from torch import nn
 
-from anynorm.apps.studies.check import find_impossible
+from anynorm.apps.studies.compare.check import find_impossible
+from anynorm.apps.studies.compare.plan import Plan
+from anynorm.apps.studies.compare.train import Run, compare_modes, is_hopeless, probe, train, untouched
 from anynorm.apps.studies.data import split
 from anynorm.apps.studies.models import build
 from anynorm.apps.studies.norms import NORMS, CannotNormalize, choose_groups
-from anynorm.apps.studies.plan import Study
-from anynorm.apps.studies.train import Run, compare_modes, is_hopeless, probe, train, untouched
 
 
 @pytest.fixture(scope="module")
@@ -122,8 +122,8 @@ def test_norms_without_running_statistics_do_the_same_in_both_modes(data):
 
 
 def test_what_cannot_exist_has_a_reason(data):
-    study = Study(("cnn", "mlp"), tuple(NORMS), ("8", "1", "8:1"), (0.1,), 1, 64)
-    found = find_impossible(study, data)
+    plan = Plan(("cnn", "mlp"), tuple(NORMS), ("8", "1", "8:1"), (0.1,), 1, 64)
+    found = find_impossible(plan, data)
     assert {(model, batch) for model, batch, norm in found if norm == "instance"} == {
         ("mlp", batch) for batch in ("8", "1", "8:1")
     }

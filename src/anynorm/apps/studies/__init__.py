@@ -1,1 +1,1 @@
-"""`anynorm compare`: a network trained with each norm, judged over seeds, and reported."""
+"""Studies: networks trained with each norm, judged over seeds, and reported."""

@@ -31,8 +31,8 @@ class Interval:
         return "lower" if self.high < 0 else "no clear difference"
 
 
-def find_interval(values: Sequence[float], least: float = 0.0) -> Interval | None:
-    """Mean and 95 % t-interval of values from different seeds; None without values.
+def find_interval(values: Sequence[float], least: float = 0.0, confidence: float = CONFIDENCE) -> Interval | None:
+    """Mean and t-interval, of 95 % if not said, of values from different seeds; None without values.
 
     Their standard deviation counts as `least` where it is smaller.
     """
@@ -46,7 +46,7 @@ def find_interval(values: Sequence[float], least: float = 0.0) -> Interval | Non
     from scipy.special import stdtrit
 
     deviation = max(float(np.std(values, ddof=1)), least)
-    half = float(stdtrit(count - 1, (1 + CONFIDENCE) / 2)) * deviation / count**0.5
+    half = float(stdtrit(count - 1, (1 + confidence) / 2)) * deviation / count**0.5
     return Interval(mean, mean - half, mean + half, count)
 
 

@@ -5,20 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
 from anynorm.errors import UserError
 
-from .train import CHECKPOINTS, HOPELESS_LOSS, HOPELESS_STEPS, MOMENTUM, PROBE, Run
+from .workers import Record, Run
 
-# Raise it when train.py changes what a run measures: older runs are then left alone and not reused.
-PROTOCOL = 1
 JOURNAL, RESULTS, REPORT = "journal.jsonl", "results.json", "report.html"
-
-Record = dict[str, Any]
 
 
 class Journal:
@@ -26,11 +21,12 @@ class Journal:
 
     Args:
         directory: created where absent; held by one process at a time.
-        context: what defines a run beside `Run`: data, model sources, versions.
+        identify: gives all that defines a run: its options, data, sources and versions, as JSON holds them.
+        command: what the user called, for messages.
     """
 
-    def __init__(self, directory: Path, context: Mapping[str, Any]) -> None:
-        self.directory, self.context = directory, context
+    def __init__(self, directory: Path, identify: Callable[[Run], Any], command: str = "compare") -> None:
+        self.directory, self.identify, self.command = directory, identify, command
         self.path = directory / JOURNAL
         self.file = self.open()
         self.keys: dict[Run, str] = {}
@@ -43,10 +39,10 @@ class Journal:
             file = self.path.open("a+b")
         except OSError as problem:
             raise UserError(
-                f"compare --out: takes a directory that can be written; {str(self.directory)!r} cannot "
+                f"{self.command} --out: takes a directory that can be written; {str(self.directory)!r} cannot "
                 f"({problem.strerror}); give another --out."
             ) from problem
-        lock(file, self.directory)
+        lock(file, self.directory, self.command)
         if file.seek(0, os.SEEK_END):
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":
@@ -54,17 +50,10 @@ class Journal:
         return file
 
     def key(self, run: Run) -> str:
-        """Fingerprint of a run: equal where data, network, versions and every option of the run are equal."""
-        if run in self.keys:
-            return self.keys[run]
-        whole = {
-            "protocol": [PROTOCOL, MOMENTUM, CHECKPOINTS, PROBE, HOPELESS_STEPS, HOPELESS_LOSS],
-            "run": asdict(run),
-            "data": self.context["data"],
-            "model": self.context["models"][run.model],
-            "versions": {name: self.context["versions"][name] for name in ("anynorm", "torch")},
-        }
-        self.keys[run] = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:20]
+        """Fingerprint of a run: equal where everything that defines it is equal."""
+        if run not in self.keys:
+            whole = json.dumps(self.identify(run), sort_keys=True)
+            self.keys[run] = hashlib.sha256(whole.encode()).hexdigest()[:20]
         return self.keys[run]
 
     def find(self, run: Run) -> Record | None:
@@ -97,7 +86,7 @@ def read_records(path: Path) -> dict[str, Record]:
     return records
 
 
-def lock(file: IO[bytes], directory: Path) -> None:
+def lock(file: IO[bytes], directory: Path, command: str) -> None:
     """Keep a second process out of the directory; the lock ends with the process, however it ends."""
     try:
         import fcntl
@@ -107,7 +96,7 @@ def lock(file: IO[bytes], directory: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as problem:
         raise UserError(
-            f"compare --out: one process at a time may write a directory; another one is at work in "
+            f"{command} --out: one process at a time may write a directory; another one is at work in "
             f"{str(directory)!r}; wait for it or give another --out."
         ) from problem
 

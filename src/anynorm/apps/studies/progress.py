@@ -17,10 +17,10 @@ class LiveProgress:
 
     Args:
         console: where to write.
-        deadline: when the command ends, by time.monotonic().
+        deadline: when the command ends, by time.monotonic(); None where it ends when all is done.
     """
 
-    def __init__(self, console: Console, deadline: float) -> None:
+    def __init__(self, console: Console, deadline: float | None) -> None:
         self.console, self.deadline = console, deadline
         self.leaders: list[str] = []  # who is ahead so far, a line for each network
         self.live = Live(console=console, refresh_per_second=4, transient=True)
@@ -38,14 +38,15 @@ class LiveProgress:
         """A line that stays; names in it are never read as markup."""
         self.console.print(Text(text), soft_wrap=True)
 
-    def show(self, done: int, total: int, state: str, running: Sequence[str]) -> None:
-        """Redraw the progress."""
+    def show(self, done: int, total: int, state: str, running: Sequence[str], needed: float = 0.0) -> None:
+        """Redraw the progress; `needed` are the seconds that what is left is expected to take."""
         if not self.console.is_terminal:
             return
-        left = max(0.0, self.deadline - time.monotonic())
+        left = needed if self.deadline is None else max(0.0, self.deadline - time.monotonic())
+        about = "about " if self.deadline is None else ""
         bar = Table.grid(padding=(0, 1))
         bar.add_row(
-            Text(f"{int(left) // 60}:{int(left) % 60:02d} left", style="bold"),
+            Text(f"{about}{int(left) // 60}:{int(left) % 60:02d} left", style="bold"),
             ProgressBar(total=max(total, 1), completed=done, width=30),
             Text(f"{done} of {total} runs · {state}" if total else state),
         )

@@ -1,60 +1,86 @@
-"""One sitting of a study: workers kept busy until the plan is finished or the time is up."""
+"""One sitting: workers kept busy until nothing is left to do, or the time is up."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Iterable, Sequence
+from typing import Protocol
 
 from .journal import Journal
-from .judge import Findings, choose_all
-from .plan import RunCosts, Study
 from .progress import LiveProgress
-from .sentences import say_first
-from .train import Run
-from .workers import Workers
-
-# A first recommendation is given when every cell has had its first look, or after this many seconds.
-FIRST_AFTER = 36.0
-# How often the recommendation on the screen is brought up to date, in seconds.
-REFRESH = 5.0
+from .workers import Run, Workers
 
 
-@dataclass
+class Agenda(Protocol):
+    """What is to be done: the runs, which are known only as far as finished ones decide on them."""
+
+    def order(self) -> Sequence[Run]:
+        """Every run known to be needed, finished ones too, in the order of its use."""
+        ...
+
+    def count(self) -> int:
+        """Runs altogether, as far as it is known."""
+        ...
+
+    def name(self, run: Run) -> str:
+        """What a run is called while it is under way."""
+        ...
+
+    def price(self, run: Run) -> tuple[Hashable, float]:
+        """(kind, size): runs of a kind take time in proportion to their size."""
+        ...
+
+    def reserve(self, finished: Sequence[Run]) -> float:
+        """Seconds to keep free at the end."""
+        ...
+
+    def state(self, elapsed: float, progress: LiveProgress) -> str:
+        """A word for the display; lines that are to be said are said here."""
+        ...
+
+
 class Session:
-    """What a sitting works with.
+    """A sitting.
 
-    `started` is by time.monotonic(); `budget` is in seconds from then, report included; `plot_seconds` is what a plot
-    of the report takes.
+    Args:
+        agenda: what is to be done.
+        journal: where finished runs are.
+        workers: who does it; they have their task.
+        progress: the display.
+        started: when the time began, by time.monotonic().
+        budget: seconds from then, or None where all is to be done.
     """
 
-    study: Study
-    journal: Journal
-    workers: Workers
-    progress: LiveProgress
-    started: float
-    budget: float
-    plot_seconds: float
-    costs: RunCosts = field(default_factory=RunCosts)
-    refreshed: float | None = None
+    def __init__(
+        self,
+        agenda: Agenda,
+        journal: Journal,
+        workers: Workers,
+        progress: LiveProgress,
+        started: float,
+        budget: float | None,
+    ) -> None:
+        self.agenda, self.journal, self.workers, self.progress = agenda, journal, workers, progress
+        self.started, self.budget = started, float("inf") if budget is None else budget
+        self.costs = RunCosts(agenda)
 
     def run(self) -> None:
-        """Train until nothing is left to do or to fit in."""
+        """Perform runs until nothing is left to do or to fit in."""
         while True:
-            order = self.study.order(self.journal.find)
+            order = self.agenda.order()
+            finished = [run for run in order if self.journal.find(run) is not None]
             elapsed = time.monotonic() - self.started
-            until = self.budget - self.estimate_report(order)
-            self.announce(elapsed)
+            until = self.budget - self.agenda.reserve(finished)
+            state = self.agenda.state(elapsed, self.progress)
             self.assign(order, until - elapsed)
             if not self.workers.busy or elapsed > until:
                 return
             for run, record, wall in self.workers.wait(min(0.25, until - elapsed)):
                 self.journal.add(run, record)
                 self.costs.learn(run, wall)
-            names = [f"{r.model}, {r.norm}, batch {r.batch}, rate {r.rate:g}, seed {r.seed}" for r in self.workers.busy]
-            done = sum(self.journal.find(run) is not None for run in order)
-            state = "first look" if self.refreshed is None else "refining"
-            self.progress.show(done, self.study.count(), state, sorted(names))
+            names = sorted(self.agenda.name(run) for run in self.workers.busy)
+            left = self.costs.total(run for run in order if self.journal.find(run) is None) / len(self.workers.all)
+            self.progress.show(len(finished), self.agenda.count(), state, names, left)
 
     def assign(self, order: Sequence[Run], seconds: float) -> None:
         """Give each idle worker the next run that can be expected to end within `seconds`."""
@@ -65,45 +91,30 @@ class Session:
                 worker.start(run)
                 break
 
-    def announce(self, elapsed: float) -> None:
-        """Say the first recommendation in lines that stay, and bring it up to date from then on."""
-        study, first = self.study, self.refreshed is None
-        if self.refreshed is None:
-            due = elapsed > FIRST_AFTER or study.first_look_done(self.journal.find)
-        else:
-            due = elapsed > self.refreshed + REFRESH
-        if not due:
-            return
-        self.refreshed = elapsed
-        context = self.journal.context
-        findings = Findings(study, self.journal.find, context["data_sizes"], context["guessing"])
-        lines = say_first(findings, choose_all(findings)) if len(study.norms) > 1 else []
-        self.progress.leaders = lines
-        if first and lines:
-            self.progress.say(
-                f"First look after {elapsed:.0f} s: who is ahead; short runs are of one seed and decide nothing:"
-            )
-            for line in lines:
-                self.progress.say(f"  {line}")
 
-    def estimate_report(self, order: Sequence[Run]) -> float:
-        """Seconds to keep free for the report, from the plots that it will have."""
-        runs = [run for run in order if self.journal.find(run) is not None]
-        batches = self.study.batches
-        searched = {(run.model, run.batch) for run in runs if not run.final}
-        finished = {(run.model, run.batch) for run in runs if run.final}
-        curves = [place for place in finished if place[1] in (batches[0], batches[-1])]
-        plots = len(searched) + 4 * len(curves) + 4 * len({model for model, _ in finished})
-        return 2.0 + plots * self.plot_seconds
+class RunCosts:
+    """What runs cost here, learned from those that are finished.
 
+    A cost is kept for each kind, in seconds for each unit of its size; the largest of the last few is used, because a
+    run that does not fit is lost.
+    """
 
-def time_plot() -> float:
-    """Import what draws the report while the workers start; seconds that a plot takes here and now."""
-    from . import report  # noqa: F401
-    from .plots import draw
+    def __init__(self, agenda: Agenda) -> None:
+        self.price = agenda.price
+        self.costs: dict[Hashable, list[float]] = {}
 
-    draw("", "", lambda axes: None)  # The first drawing loads fonts.
-    began = time.monotonic()
-    draw("", "", lambda axes: None)
-    # A real plot takes up to twice an empty one; half as much again for a machine that gets busier.
-    return 3 * (time.monotonic() - began)
+    def learn(self, run: Run, wall: float) -> None:
+        """Note that a run took `wall` seconds."""
+        kind, size = self.price(run)
+        self.costs.setdefault(kind, []).append(wall / size)
+
+    def estimate(self, run: Run) -> float:
+        """Seconds that a run will take; 0 where nothing like it has run yet."""
+        kind, size = self.price(run)
+        return max(self.costs.get(kind, [0.0])[-4:]) * size
+
+    def total(self, runs: Iterable[Run]) -> float:
+        """Seconds that runs will take; those whose like has not run yet cost what is usual here."""
+        seconds = [self.estimate(run) for run in runs]
+        known = [value for value in seconds if value]
+        return sum(known) + (len(seconds) - len(known)) * (sum(known) / len(known) if known else 0.0)

@@ -8,16 +8,16 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from .train import Run
-
 Record = dict[str, Any]
+Run = Any  # a frozen dataclass that says what is to be done; its fields go into the record
 
 
 def work(connection: Connection) -> None:
-    """A worker's life: receive the data, then train one run after the other until the parent goes away."""
+    """A worker's life: receive what performs a run and on what, then one run after the other until the parent goes."""
     # Ctrl-C reaches the whole process group; only the parent answers it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
@@ -26,15 +26,14 @@ def work(connection: Connection) -> None:
     import torch
 
     from .models import describe
-    from .train import train
 
     torch.set_num_threads(1)
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
-        data = connection.recv()
+        perform, setting = connection.recv()
         while (run := connection.recv()) is not None:
             try:
-                record = train(run, data)
-            # The user's network may raise anything; the study goes on without this run.
+                record = perform(run, setting)
+            # What users give may raise anything; the study goes on without this run.
             except Exception as problem:
                 record = {**vars(run), "status": "failed", "reason": describe(problem)}
             connection.send(record)
@@ -90,14 +89,14 @@ class Workers:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         with interrupts_ignored():
             self.all = [Worker(number) for number in range(max(1, min(most, cores)))]
-        self.data: Any = None
+        self.task: Any = None
 
-    def send_data(self, data: Any) -> None:
-        """Give every worker the data."""
-        self.data = data
+    def send_task(self, perform: Callable[[Run, Any], Record], setting: Any) -> None:
+        """Give every worker the function that performs a run, found by its name, and what it performs it on."""
+        self.task = perform, setting
         for worker in self.all:
             with contextlib.suppress(OSError):
-                worker.connection.send(data)
+                worker.connection.send(self.task)
 
     @property
     def idle(self) -> list[Worker]:
@@ -126,7 +125,7 @@ class Workers:
         with interrupts_ignored():
             fresh = Worker(self.all.index(dead))
         with contextlib.suppress(OSError):
-            fresh.connection.send(self.data)
+            fresh.connection.send(self.task)
         self.all[self.all.index(dead)] = fresh
 
     def stop(self) -> None:

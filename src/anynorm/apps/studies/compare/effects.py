@@ -14,14 +14,14 @@ def say_effects(findings: Findings) -> list[str]:
     """The visible effects in a fixed order: small batches, the two modes, normalization or none, learning rates."""
     kinds = (say_batch_effect, say_mode_effect, say_gain, say_rates)
     # The network where batch norm depends most on the batch size comes first.
-    effects = {model: findings.batch_effect(model, "batch") for model in findings.study.models}
+    effects = {model: findings.batch_effect(model, "batch") for model in findings.plan.models}
     models = sorted(effects, key=lambda model: -abs(effect.mean) if (effect := effects[model]) else 0.0)
     return [sentence for say in kinds for model in models if (sentence := say(findings, model))]
 
 
 def say_batch_effect(findings: Findings, model: str) -> str:
     """Test accuracy of batch norm at the smallest against the largest batch, beside the other norms."""
-    sizes, effect = plain_sizes(findings.study), findings.batch_effect(model, "batch")
+    sizes, effect = plain_sizes(findings.plan), findings.batch_effect(model, "batch")
     if effect is None:
         return ""
     verbs = {"lower": "loses accuracy", "higher": "gains accuracy", "no clear difference": "shows no clear change"}
@@ -31,7 +31,7 @@ def say_batch_effect(findings: Findings, model: str) -> str:
     )
     others = [
         f"{name_norm(norm)} {signed(other.mean)}"
-        for norm in findings.study.norms
+        for norm in findings.plan.norms
         if norm != "batch" and (other := findings.batch_effect(model, norm)) is not None
     ]
     return text + (f"; for comparison: {join_words(others)}." if others else ".")
@@ -39,7 +39,7 @@ def say_batch_effect(findings: Findings, model: str) -> str:
 
 def say_mode_effect(findings: Findings, model: str) -> str:
     """Batch norm on the same images with running statistics and with the batch's own, where they differ most."""
-    cells = [(model, batch, "batch") for batch in findings.study.batches]
+    cells = [(model, batch, "batch") for batch in findings.plan.batches]
     found = [(cell, effect) for cell in cells if (effect := findings.mode_effect(cell)) is not None]
     if not found:
         return ""
@@ -62,7 +62,7 @@ def say_mode_effect(findings: Findings, model: str) -> str:
 def say_gain(findings: Findings, model: str) -> str:
     """The best norm against none, batch size by batch size."""
     parts = []
-    for batch in findings.study.batches:
+    for batch in findings.plan.batches:
         values = {
             norm: findings.values((model, batch, norm), "validation_accuracy") for norm in findings.norms(model, batch)
         }
@@ -84,10 +84,10 @@ def say_gain(findings: Findings, model: str) -> str:
 def say_rates(findings: Findings, model: str) -> str:
     """How many learning rates work without a norm and with the most tolerant one."""
     parts = []
-    for batch in findings.study.batches:
+    for batch in findings.plan.batches:
         counts = {
             norm: len(working[0])
-            for norm in findings.study.norms
+            for norm in findings.plan.norms
             if (model, batch, norm) in findings.rates
             and (working := findings.working_rates((model, batch, norm))) is not None
         }
@@ -99,6 +99,6 @@ def say_rates(findings: Findings, model: str) -> str:
     if not parts:
         return ""
     return (
-        f"Learning rates: of {len(findings.study.rates)} tried in the {model}, those that work are "
+        f"Learning rates: of {len(findings.plan.rates)} tried in the {model}, those that work are "
         f"{join_words(parts)} (short runs of one seed, not judged)."
     )

@@ -17,7 +17,7 @@ SECOND_SHARE, SECOND_RATES = 1 / 4, 2
 
 
 @dataclass(frozen=True)
-class Study:
+class Plan:
     """What is asked: every combination of these, except the cells that cannot exist.
 
     `images` is what a final run sees; `impossible` maps a cell (model, batch, norm) to its reason.
@@ -122,22 +122,3 @@ def rank(record: dict[str, Any]) -> tuple[bool, float, float]:
     loss = record.get("validation_loss")
     accuracy = record.get("validation_accuracy") or 0.0
     return record["status"] != "finished", -accuracy, float("inf") if loss is None else loss
-
-
-class RunCosts:
-    """What runs cost here, learned from those that are finished.
-
-    A cost is kept per model, norm and batch size, in seconds per image; the largest of the last few is used,
-    because a run that does not fit is lost.
-    """
-
-    def __init__(self) -> None:
-        self.costs: dict[Cell, list[float]] = {}
-
-    def learn(self, run: Run, wall: float) -> None:
-        """Note that a run took `wall` seconds."""
-        self.costs.setdefault(run.cell, []).append(wall / run.images)
-
-    def estimate(self, run: Run) -> float:
-        """Seconds that a run will take; 0 where nothing like it has run yet."""
-        return max(self.costs.get(run.cell, [0.0])[-4:]) * run.images

@@ -16,21 +16,26 @@ from rich.console import Console
 from anynorm.apps.terminal import open_console
 from anynorm.errors import UserError
 
-from .data import Data, load_data
+from ..data import Data, load_data
+from ..fit import MOMENTUM
+from ..journal import REPORT, RESULTS, Journal, set_aside, write_atomically
+from ..progress import LiveProgress
+from ..session import Session
+from ..workers import Workers
+from .agenda import Comparison, time_plot
 from .effects import say_effects
-from .journal import REPORT, RESULTS, Journal, set_aside, write_atomically
 from .judge import Choice, Findings, choose_all
 from .options import Options
-from .plan import Study
-from .progress import LiveProgress
+from .plan import Plan
 from .sentences import say_choice, say_unjudged, say_verdict
-from .session import Session, time_plot
 from .tables import print_tables
-from .train import parse_batch
-from .workers import Workers
+from .train import CHECKPOINTS, HOPELESS_LOSS, HOPELESS_STEPS, PROBE, Run, parse_batch, train
 
 if TYPE_CHECKING:
-    from .models import Model
+    from ..models import Model
+
+# Raise it when train.py changes what a run measures: older runs are then left alone and not reused.
+PROTOCOL = 1
 
 
 def compare(options: Options, *, started: float | None = None, console: Console | None = None) -> int:
@@ -52,12 +57,13 @@ def compare(options: Options, *, started: float | None = None, console: Console 
         with LiveProgress(console, started + budget) as progress:
             progress.show(0, 0, "loading torch, data and networks", [])
             data = load_data(options.data)
-            study, context = prepare(options, data)
-            journal = Journal(options.out, context)
+            plan, context = prepare(options, data)
+            journal = Journal(options.out, lambda run: identify(run, context))
             for name in set_aside(options.out, context["configuration"]):
                 progress.say(f"Results of other options were kept as {name}.")
-            workers.send_data(data)
-            session = Session(study, journal, workers, progress, started, budget, time_plot())
+            workers.send_task(train, data)
+            agenda = Comparison(plan, journal, context, time_plot())
+            session = Session(agenda, journal, workers, progress, started, budget)
             code = 0
             try:
                 session.run()
@@ -65,7 +71,7 @@ def compare(options: Options, *, started: float | None = None, console: Console 
                 code = 130
             workers.stop()
             progress.show(0, 0, "writing the report", [])
-            findings = Findings(study, journal.find, context["data_sizes"], context["guessing"])
+            findings = Findings(plan, journal.find, context["data_sizes"], context["guessing"])
             choices = choose_all(findings)
             facts = {"options": describe_options(options), "seconds": time.monotonic() - started, **context}
             write_results(options, journal, findings, choices, facts)
@@ -79,19 +85,30 @@ def compare(options: Options, *, started: float | None = None, console: Console 
             journal.close()
 
 
-def prepare(options: Options, data: Data) -> tuple[Study, dict[str, Any]]:
+def identify(run: Run, context: dict[str, Any]) -> dict[str, Any]:
+    """All that defines a run."""
+    return {
+        "protocol": [PROTOCOL, MOMENTUM, CHECKPOINTS, PROBE, HOPELESS_STEPS, HOPELESS_LOSS],
+        "run": asdict(run),
+        "data": context["data"],
+        "model": context["models"][run.model],
+        "versions": {name: context["versions"][name] for name in ("anynorm", "torch")},
+    }
+
+
+def prepare(options: Options, data: Data) -> tuple[Plan, dict[str, Any]]:
     """Return the plan with what cannot exist left out, and what identifies and describes the study."""
+    from ..models import find_model
     from .check import find_impossible
-    from .models import find_model
 
     models = [find_model(name, data.sample_shape, data.classes) for name in options.models]
     check_sizes(options, data)
-    study = Study(options.models, options.norms, options.batches, options.rates, options.seeds, options.images)
-    study.impossible.update(find_impossible(study, data))
-    if not study.cells:
-        reasons = "; ".join(dict.fromkeys(study.impossible.values()))
+    plan = Plan(options.models, options.norms, options.batches, options.rates, options.seeds, options.images)
+    plan.impossible.update(find_impossible(plan, data))
+    if not plan.cells:
+        reasons = "; ".join(dict.fromkeys(plan.impossible.values()))
         raise UserError(f"compare: nothing can be run, because {reasons}; change --model, --norms or --data.")
-    return study, describe_study(options, data, models)
+    return plan, describe_study(options, data, models)
 
 
 def check_sizes(options: Options, data: Data) -> None:
@@ -159,17 +176,17 @@ def write_results(
     """Write results.json and report.html, each replaced in one step."""
     from .report import write_report
 
-    study = findings.study
-    runs = [record for run in study.order(journal.find) if (record := journal.find(run)) is not None]
+    plan = findings.plan
+    runs = [record for run in plan.order(journal.find) if (record := journal.find(run)) is not None]
     results = {
         **facts,
-        "planned_runs": study.count(),
+        "planned_runs": plan.count(),
         "finished_runs": len(runs),
         "verdict": say_verdict(findings, choices),
         "not_judged": say_unjudged(findings, choices),
         "choices": [asdict(choice) | {"said": say_choice(findings, choice)} for choice in choices],
         "effects": say_effects(findings),
-        "impossible": [[*cell, reason] for cell, reason in study.impossible.items()],
+        "impossible": [[*cell, reason] for cell, reason in plan.impossible.items()],
         "failed": [[*cell, reason] for cell, reason in findings.failures.items()],
         "runs": runs,
     }

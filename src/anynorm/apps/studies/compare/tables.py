@@ -19,20 +19,20 @@ KEY = "▲ leads on validation   ▼ clearly worse than the leader   unmarked: n
 
 def tabulate(findings: Findings, model: str, choices: Sequence[Choice]) -> Table:
     """Test accuracy of every norm at every batch size."""
-    study = findings.study
+    plan = findings.plan
     table = Table(title=Text(f"{model}: test accuracy, %"), title_justify="left", title_style="bold")
     table.add_column("norm")
-    for batch in study.batches:
+    for batch in plan.batches:
         table.add_column(say_batch(batch), justify="right")
     here = {choice.batch: choice for choice in choices if choice.model == model}
-    for norm in study.norms:
-        table.add_row(norm, *(write_cell_text(findings, (model, b, norm), here.get(b)) for b in study.batches))
+    for norm in plan.norms:
+        table.add_row(norm, *(write_cell_text(findings, (model, b, norm), here.get(b)) for b in plan.batches))
     return table
 
 
 def write_cell_text(findings: Findings, cell: tuple[str, str, str], choice: Choice | None) -> Text:
     """One cell: mean and half interval, marked where the norm leads or is clearly worse."""
-    if cell in findings.study.impossible:
+    if cell in findings.plan.impossible:
         return Text("n/a", style="dim")
     interval = findings.interval(cell)
     if interval is None:
@@ -55,9 +55,9 @@ def write_cell_text(findings: Findings, cell: tuple[str, str, str], choice: Choi
 
 def print_tables(console: Console, findings: Findings, choices: Sequence[Choice]) -> None:
     """All tables with their key and the reasons for what is missing."""
-    study = findings.study
-    for model in study.models:
-        if any(cell[0] == model for cell in study.cells):
+    plan = findings.plan
+    for model in plan.models:
+        if any(cell[0] == model for cell in plan.cells):
             console.print(tabulate(findings, model, choices))
     console.print(
         Text(
@@ -66,7 +66,7 @@ def print_tables(console: Console, findings: Findings, choices: Sequence[Choice]
             style="dim",
         )
     )
-    for reason, cells in group_reasons(study.impossible).items():
+    for reason, cells in group_reasons(plan.impossible).items():
         console.print(Text(f"n/a, {cells}: {reason}.", style="dim"), soft_wrap=True)
     for reason, cells in group_reasons(findings.failures).items():
         console.print(Text(f"failed, {cells}: {reason}.", style="yellow"), soft_wrap=True)

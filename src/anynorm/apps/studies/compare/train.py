@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from .data import Data
-from .models import build
-from .norms import NORMS
+from ..data import Data
+from ..fit import draw_order, evaluate, find_status, finite, fit_steps, untouched
+from ..models import build
+from ..norms import NORMS
 
-MOMENTUM = 0.9
 CHECKPOINTS = 8
 PROBE = 256
-EVALUATION_BATCH = 500
 HOPELESS_STEPS, HOPELESS_LOSS = 10, 1.5
 
 
@@ -55,13 +50,6 @@ def find_steps(batch: str, images: int) -> list[int]:
     return [size for size in sizes for _ in range(share // size)]
 
 
-def draw_order(samples: int, images: int, seed: int) -> np.ndarray:
-    """Which sample comes when: one permutation after the other; the same for every norm, rate and batch size."""
-    generator = np.random.default_rng([seed, 1])
-    passes = [generator.permutation(samples) for _ in range(math.ceil(images / samples))]
-    return np.concatenate(passes)[:images]
-
-
 def train(run: Run, data: Data) -> dict[str, Any]:
     """Train one network and measure it; equal arguments give equal numbers on one machine, times aside.
 
@@ -71,34 +59,23 @@ def train(run: Run, data: Data) -> dict[str, Any]:
     """
     torch.manual_seed(run.seed)
     network = build(run.model, NORMS[run.norm], data.sample_shape, data.classes).train()
-    optimizer = torch.optim.SGD(network.parameters(), lr=run.rate, momentum=MOMENTUM)
     x, y = torch.from_numpy(data.train_x), torch.from_numpy(data.train_y)
-    steps = find_steps(run.batch, run.images)
-    order = torch.from_numpy(draw_order(len(x), run.images, run.seed))
-    recorder = CurveRecorder(network, data, len(steps) if run.final else 0)
-    status, position, seconds = "finished", 0, 0.0
-    started = time.perf_counter()
-    for step, size in enumerate(steps):
-        chosen = order[position : position + size]
-        optimizer.zero_grad()
-        loss = functional.cross_entropy(network(x[chosen]), y[chosen])
-        loss.backward()
-        optimizer.step()
-        position += size
-        value = loss.item()
-        if not math.isfinite(value):
-            status = "diverged"
-            break
-        wanted = recorder.wants(step + 1, value)
-        if not run.final and is_hopeless(recorder.losses, len(steps), data.classes):
+    sizes = find_steps(run.batch, run.images)
+    order = torch.from_numpy(draw_order(len(x), run.images, run.seed))[: sum(sizes)]
+    recorder = CurveRecorder(network, data, len(sizes) if run.final else 0)
+    status, step, seconds, started = "finished", 0, 0.0, time.perf_counter()
+    for step, loss in enumerate(fit_steps(network, x, y, order.split(sizes), run.rate), 1):
+        status = find_status(loss)
+        wanted = status == "finished" and recorder.wants(step, loss)
+        if status == "finished" and not run.final and is_hopeless(recorder.losses, len(sizes), data.classes):
             status = "hopeless"
             break
         if wanted:
             seconds += time.perf_counter() - started
-            recorder.look(step + 1, position, seconds)
+            recorder.look(step, sum(sizes[:step]), seconds)
             started = time.perf_counter()
     seconds += time.perf_counter() - started
-    record = {**asdict(run), "status": status, "steps": step + 1, "seen": position, "seconds": seconds}
+    record = {**asdict(run), "status": status, "steps": step, "seen": sum(sizes[:step]), "seconds": seconds}
     return record | measure(run, recorder, data)
 
 
@@ -165,19 +142,6 @@ def find_last_layer(network: nn.Module) -> tuple[str | None, nn.Module | None]:
     return found[-1] if found else (None, None)
 
 
-@contextlib.contextmanager
-def untouched(network: nn.Module) -> Iterator[None]:
-    """Look at a network without gradients and without leaving a trace: mode, buffers and random state come back."""
-    modes = [(module, module.training) for module in network.modules()]
-    buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        yield
-        for buffer, before in buffers:
-            buffer.copy_(before)
-    for module, training in modes:
-        module.training = training
-
-
 def probe(network: nn.Module, layer: nn.Module | None, x: Tensor) -> tuple[float | None, float | None]:
     """Mean and standard deviation of a layer's inputs for fixed samples, computed as in training."""
     if layer is None:
@@ -193,21 +157,6 @@ def probe(network: nn.Module, layer: nn.Module | None, x: Tensor) -> tuple[float
     return (finite(seen[-1].mean().item()), finite(seen[-1].std().item())) if seen else (None, None)
 
 
-def evaluate(
-    network: nn.Module, x: Tensor, y: Tensor, *, batch: int = EVALUATION_BATCH, training: bool = False
-) -> tuple[float, float | None]:
-    """Share of right answers and mean cross-entropy (None where it is not finite); in evaluation mode unless asked."""
-    right, loss = 0, 0.0
-    with untouched(network):
-        network.train(training)
-        for start in range(0, len(x), batch):
-            logits, labels = network(x[start : start + batch]), y[start : start + batch]
-            # NaN outputs answer nothing, so they are never right.
-            right += int(((logits.argmax(1) == labels) & logits.isfinite().all(1)).sum())
-            loss += functional.cross_entropy(logits, labels, reduction="sum").item()
-    return right / len(x), finite(loss / len(x))
-
-
 def compare_modes(network: nn.Module, x: Tensor, y: Tensor, batch: int) -> dict[str, float | None]:
     """The same samples in training mode, in batches as in training, and in evaluation mode."""
     whole = len(x) // batch * batch
@@ -221,8 +170,3 @@ def compare_modes(network: nn.Module, x: Tensor, y: Tensor, batch: int) -> dict[
         "evaluation_accuracy": accuracy,
         "evaluation_loss": loss,
     }
-
-
-def finite(value: float) -> float | None:
-    """The value, or None where JSON has no word for it."""
-    return value if math.isfinite(value) else None

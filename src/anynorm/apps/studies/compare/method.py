@@ -7,39 +7,38 @@ from typing import Any
 
 from anynorm.apps.terminal import join_words
 
+from ..fit import MOMENTUM
 from .judge import NEGLIGIBLE, WORKING_SHARE, Findings, plain_sizes
 from .plan import FIRST_SHARE, FIRST_STEPS, SECOND_RATES, SECOND_SHARE
 from .sentences import say_batch
-from .train import HOPELESS_LOSS, MOMENTUM
+from .train import HOPELESS_LOSS
 
 
 def write_method(findings: Findings, results: dict[str, Any]) -> str:
     """How it was done, with every choice that a reader could dispute."""
-    study, versions = findings.study, results["versions"]
+    plan, versions = findings.plan, results["versions"]
     probed = {
         f"{cell[0]}: {record['probed_layer']}"
         for cell, found in findings.finals.items()
         for record in found.values()
         if record.get("probed_layer")
     }
-    rungs = {
-        say_batch(batch): join_words([f"{images:,}" for images, _ in study.rungs(batch)]) for batch in study.batches
-    }
+    rungs = {say_batch(batch): join_words([f"{images:,}" for images, _ in plan.rungs(batch)]) for batch in plan.batches}
     search = "; ".join(f"{batch}: {images} images" for batch, images in rungs.items() if images)
     rows = {
         "Networks": "; ".join(f"{name}: {about.rstrip('.')}" for name, about in results["about"].items()),
         "Norms": "Placed on a layer's output, before the activation. Layer and RMS norm share statistics over "
         "channels and positions of one sample. none is the identity.",
         "Training": f"Plain SGD with momentum {MOMENTUM}, constant learning rate, cross-entropy, no augmentation and "
-        f"no weight decay. A full run sees {study.images:,} images, rounded down to whole batches.",
+        f"no weight decay. A full run sees {plan.images:,} images, rounded down to whole batches.",
         "Pairing": "For a given seed every norm has the same initial weights and the same order of images; the "
         "differences are taken seed by seed.",
-        "Learning rates": f"{', '.join(f'{rate:g}' for rate in study.rates)}; the same grid and rule for every norm. "
+        "Learning rates": f"{', '.join(f'{rate:g}' for rate in plan.rates)}; the same grid and rule for every norm. "
         f"All get a short run ({100 * FIRST_SHARE:g} % of the images, {FIRST_STEPS} steps at least, or the whole "
         f"run, where that is shorter), the best {SECOND_RATES} another ({100 * SECOND_SHARE:g} % of the images) where "
         f"that is longer, on seed 0; the best validation accuracy wins, the lower loss where equal. {search}. A short "
         f"run is dropped a quarter through where its loss is still above {HOPELESS_LOSS:g} times that of guessing.",
-        "Seeds": f"{study.seeds} planned, numbered from 0.",
+        "Seeds": f"{plan.seeds} planned, numbered from 0.",
         "Judging": "Paired differences of test accuracy with 95 % t-intervals; their standard deviation counts as one "
         f"test sample ({100 / findings.test_samples:.2g} points) at least, because equal differences over few seeds "
         f"may be chance. A learning rate works where its short run reaches {100 * WORKING_SHARE:.0f} % of the best "
@@ -59,9 +58,9 @@ def write_method(findings: Findings, results: dict[str, Any]) -> str:
 
 def say_limits(findings: Findings, results: dict[str, Any]) -> list[str]:
     """What the numbers cannot say."""
-    study, test = findings.study, results["data_sizes"][2]
+    plan, test = findings.plan, results["data_sizes"][2]
     limits = [
-        f"Runs are short: {study.images / results['data_sizes'][0]:.1f} passes over the training samples. A norm that "
+        f"Runs are short: {plan.images / results['data_sizes'][0]:.1f} passes over the training samples. A norm that "
         "is slower at first may be ahead after more training.",
         "Each interval stands for itself. With many comparisons about one in twenty would miss 0 by chance alone.",
         f"Intervals cover the start and the order of images, not the choice of the {test:,} test samples; on these "
@@ -77,7 +76,7 @@ def say_limits(findings: Findings, results: dict[str, Any]) -> list[str]:
             f"The chosen learning rate is the smallest or largest of the grid for {join_words(edges)}; a better one "
             "may lie outside it. Widen --rates to see.",
         )
-    sizes = plain_sizes(study)
+    sizes = plain_sizes(plan)
     if len(sizes) > 1:
         limits.append(
             f"Every batch size sees the same number of images, so batch {sizes[-1]} takes "
@@ -88,7 +87,7 @@ def say_limits(findings: Findings, results: dict[str, Any]) -> list[str]:
 
 def find_edges(findings: Findings) -> list[str]:
     """Cells whose chosen rate is at an end of the grid."""
-    rates = findings.study.rates
+    rates = findings.plan.rates
     if len(rates) < 2:
         return []
     found: dict[str, list[str]] = {}

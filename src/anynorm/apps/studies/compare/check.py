@@ -7,30 +7,30 @@ from torch import nn
 
 from anynorm.errors import UserError
 
-from .data import Data
-from .models import BUILT_IN, NotBuilt, NotForThisData, build, describe
-from .norms import NORMS, CannotNormalize
-from .plan import Cell, Study
+from ..data import Data
+from ..models import BUILT_IN, NotBuilt, NotForThisData, build, describe
+from ..norms import NORMS, CannotNormalize
+from .plan import Cell, Plan
 from .train import parse_batch
 
 
-def find_impossible(study: Study, data: Data) -> dict[Cell, str]:
+def find_impossible(plan: Plan, data: Data) -> dict[Cell, str]:
     """Cells that cannot exist with their reasons; a network that cannot run with any norm raises a UserError."""
     reasons: dict[Cell, str] = {}
-    for model in study.models:
+    for model in plan.models:
         faults: dict[Cell, str] = {}
         use = Use()
-        for norm in study.norms:
-            for batch, fault in try_norm(study, data, model, norm, use).items():
+        for norm in plan.norms:
+            for batch, fault in try_norm(plan, data, model, norm, use).items():
                 faults[model, batch, norm] = fault
         if model not in BUILT_IN:
             # With no norm at all only the network itself can be at fault.
-            plain = try_norm(study, data, model, "none", use)
+            plain = try_norm(plan, data, model, "none", use)
             if plain:
                 raise UserError(
                     f"compare --model: {model!r} {next(iter(plain.values()))}; try it on one batch by hand."
                 )
-            check_use(model, use, len(study.norms))
+            check_use(model, use, len(plan.norms))
         reasons |= faults
     return reasons
 
@@ -67,10 +67,10 @@ def check_use(model: str, use: Use, norms: int) -> None:
     )
 
 
-def try_norm(study: Study, data: Data, model: str, norm: str, use: Use) -> dict[str, str]:
+def try_norm(plan: Plan, data: Data, model: str, norm: str, use: Use) -> dict[str, str]:
     """What goes wrong, by batch size, when the network is built with a norm and trained on one batch's forward pass."""
     faults = {}
-    for batch in study.batches:
+    for batch in plan.batches:
         fault = None
         for size in parse_batch(batch):
             fault = fault or try_batch(data, model, norm, size, use)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from anynorm.apps.terminal import join_words
 
-from .intervals import CONFIDENCE, Interval
+from ..intervals import CONFIDENCE, Interval
 from .judge import NEGLIGIBLE, Choice, Findings, cover, find_common
 from .plan import rank
 
@@ -47,7 +47,7 @@ def say_verdict(findings: Findings, choices: Sequence[Choice]) -> str:
     judged = [choice for choice in choices if choice.judged]
     if not judged:
         return say_no_verdict(findings, choices)
-    by_model = {model: [choice for choice in judged if choice.model == model] for model in findings.study.models}
+    by_model = {model: [choice for choice in judged if choice.model == model] for model in findings.plan.models}
     parts = [say_model_verdict(findings, model, found) for model, found in by_model.items() if found]
     worst = find_worst(judged)
     if worst is not None:
@@ -72,7 +72,7 @@ def say_no_verdict(findings: Findings, choices: Sequence[Choice]) -> str:
             f"Nothing can be said: no network is clearly better than guessing ({findings.guessing:.1f} %), so a "
             "lead is chance; give more images, seeds or rates, or see whether x tells anything about y."
         )
-    if findings.study.seeds == 1:
+    if findings.plan.seeds == 1:
         return "Nothing can be recommended from one seed: without an interval a lead may be chance; use --seeds 5."
     return (
         "Nothing can be recommended yet: nowhere have all norms finished two seeds, so a lead may be chance; "
@@ -170,13 +170,13 @@ def say_first(findings: Findings, choices: Sequence[Choice]) -> list[str]:
     """What can be recommended so far, one line for each network: judged, or ahead in the short runs of the search."""
     judged = {(choice.model, choice.batch): choice for choice in choices if choice.judged}
     lines = []
-    for model in findings.study.models:
+    for model in findings.plan.models:
         parts = []
-        for batch in findings.study.batches:
+        for batch in findings.plan.batches:
             choice = judged.get((model, batch))
             records = [
                 record
-                for norm in findings.study.norms
+                for norm in findings.plan.norms
                 if (model, batch, norm) in findings.rates
                 for record in findings.searched((model, batch, norm))
                 if record["status"] == "finished"

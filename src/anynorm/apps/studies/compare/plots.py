@@ -6,8 +6,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator
 
-from ..document import Plot, draw
-from .intervals import find_interval
+from anynorm.apps.document import Plot, draw
+
+from ..intervals import find_interval
 from .judge import Findings, plain_sizes
 
 # Okabe & Ito (2008), without its yellow, which is too light for lines on white.
@@ -36,14 +37,14 @@ def find_limits(accuracies: list[float]) -> tuple[float, float]:
 
 def plot_batches(findings: Findings, model: str) -> Plot | None:
     """Test accuracy against batch size, each norm a line of means with 95 % intervals and a dot for each seed."""
-    batches = list(findings.study.batches)
+    batches = list(findings.plan.batches)
     series = {
         norm: {
             place: list(findings.values((model, batch, norm)).values())
             for place, batch in enumerate(batches)
             if findings.finals.get((model, batch, norm))
         }
-        for norm in findings.study.norms
+        for norm in findings.plan.norms
     }
     series = {norm: values for norm, values in series.items() if values}
     if not series:
@@ -78,7 +79,7 @@ def plot_batches(findings: Findings, model: str) -> Plot | None:
 def plot_modes(findings: Findings, model: str) -> Plot | None:
     """Batch norm on the same validation images in training and in evaluation mode, against batch size."""
     points: dict[str, list[tuple[int, float]]] = {"training": [], "evaluation": []}
-    for place, batch in enumerate(findings.study.batches):
+    for place, batch in enumerate(findings.plan.batches):
         for record in findings.finals.get((model, batch, "batch"), {}).values():
             for mode, found in points.items():
                 value = (record.get("modes") or {}).get(f"{mode}_accuracy")
@@ -86,7 +87,7 @@ def plot_modes(findings: Findings, model: str) -> Plot | None:
                     found.append((place, 100 * value))
     if not points["training"]:
         return None
-    batches = [batch.replace(":", " then ") for batch in findings.study.batches]
+    batches = [batch.replace(":", " then ") for batch in findings.plan.batches]
     looks = {
         "training": ("#56b4e9", "s", "--", "training mode, batch statistics"),
         "evaluation": (COLOURS["batch"], "o", "-", "evaluation mode, running statistics"),
@@ -114,7 +115,7 @@ def plot_modes(findings: Findings, model: str) -> Plot | None:
 def average_curves(findings: Findings, model: str, batch: str) -> dict[str, dict[str, np.ndarray]]:
     """Curves of each norm, averaged over its seeds; a value that was not finite in any seed is NaN."""
     curves = {}
-    for norm in findings.study.norms:
+    for norm in findings.plan.norms:
         found = [r["curve"] for r in findings.finals.get((model, batch, norm), {}).values()]
         # A run that diverged stopped early and has fewer points: the others' points go on without it.
         length = max((len(curve["step"]) for curve in found), default=0)
@@ -156,10 +157,10 @@ def plot_curves(findings: Findings, model: str, batch: str) -> list[Plot]:
 
 def plot_rates(findings: Findings, model: str, batch: str) -> Plot | None:
     """Validation accuracy of every learning rate in the first look, norm by norm."""
-    norms = [norm for norm in findings.study.norms if findings.searched((model, batch, norm))]
+    norms = [norm for norm in findings.plan.norms if findings.searched((model, batch, norm))]
     if not norms:
         return None
-    rates = findings.study.rates
+    rates = findings.plan.rates
     working = [(findings.working_rates((model, batch, norm)) or ([], []))[0] for norm in norms]
     table = np.full((len(norms), len(rates)), np.nan)
     for row, norm in enumerate(norms):
@@ -193,7 +194,7 @@ def plot_rates(findings: Findings, model: str, batch: str) -> Plot | None:
 
 def plot_drift(findings: Findings, model: str) -> list[Plot]:
     """Mean and standard deviation of a fixed probe batch's inputs to the last layer, during training."""
-    batch = (plain_sizes(findings.study) or list(findings.study.batches))[0]
+    batch = (plain_sizes(findings.plan) or list(findings.plan.batches))[0]
     curves = average_curves(findings, model, batch)
     curves = {norm: curve for norm, curve in curves.items() if np.isfinite(curve["probe_mean"]).any()}
     plots = []

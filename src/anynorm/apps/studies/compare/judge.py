@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from .intervals import Interval, compare_pair, find_interval
-from .plan import Cell, Find, Study
+from ..intervals import Interval, compare_pair, find_interval
+from .plan import Cell, Find, Plan
 from .train import parse_batch
 
 # A rate works where its short run reaches this share of the best validation accuracy of any norm.
@@ -23,20 +23,20 @@ class Findings:
     """What the finished runs of a study say; accuracies are in percent, differences in points.
 
     Args:
-        study: what was asked.
+        plan: what was asked.
         find: gives the record of a run, or None while it is unfinished.
         sizes: numbers of training, validation and test samples.
         guessing: test accuracy, in percent, of always answering with the most frequent class.
     """
 
-    def __init__(self, study: Study, find: Find, sizes: Sequence[int], guessing: float = 0.0) -> None:
-        self.study, self.find, self.guessing = study, find, guessing
+    def __init__(self, plan: Plan, find: Find, sizes: Sequence[int], guessing: float = 0.0) -> None:
+        self.plan, self.find, self.guessing = plan, find, guessing
         _, self.validation_samples, self.test_samples = sizes
-        self.rates: dict[Cell, float | None] = {cell: study.find_rate(cell, find) for cell in study.cells}
+        self.rates: dict[Cell, float | None] = {cell: plan.find_rate(cell, find) for cell in plan.cells}
         self.finals: dict[Cell, dict[int, dict[str, Any]]] = {}
         self.failures: dict[Cell, str] = {}
         for cell, rate in self.rates.items():
-            runs = [] if rate is None else [study.final_run(cell, rate, seed) for seed in range(study.seeds)]
+            runs = [] if rate is None else [plan.final_run(cell, rate, seed) for seed in range(plan.seeds)]
             found = {run.seed: record for run in runs if (record := find(run)) is not None}
             self.finals[cell] = {seed: r for seed, r in found.items() if r["status"] != "failed"}
             reasons = [r["reason"] for r in [*found.values(), *self.searched(cell)] if r["status"] == "failed"]
@@ -45,9 +45,9 @@ class Findings:
 
     def searched(self, cell: Cell) -> list[dict[str, Any]]:
         """Finished records of the first look at a cell's rates, smallest rate first."""
-        if not self.study.rungs(cell[1]):
+        if not self.plan.rungs(cell[1]):
             return []
-        runs = self.study.search_runs(cell, 0, self.find) or []
+        runs = self.plan.search_runs(cell, 0, self.find) or []
         records = [record for run in runs if (record := self.find(run)) is not None]
         return sorted(records, key=lambda record: record["rate"])
 
@@ -71,7 +71,7 @@ class Findings:
 
     def norms(self, model: str, batch: str) -> list[str]:
         """Norms with at least one final run here."""
-        return [norm for norm in self.study.norms if self.finals.get((model, batch, norm))]
+        return [norm for norm in self.plan.norms if self.finals.get((model, batch, norm))]
 
     def working_rates(self, cell: Cell) -> tuple[list[float], list[float]] | None:
         """(rates that work, rates tried) in the first look; None while it is unfinished."""
@@ -79,13 +79,13 @@ class Findings:
         best = max(
             (
                 record.get("validation_accuracy") or 0.0
-                for norm in self.study.norms
+                for norm in self.plan.norms
                 for record in self.searched((model, batch, norm))
             ),
             default=0.0,
         )
         records = self.searched(cell)
-        if len(records) < len(self.study.rates) or not records:
+        if len(records) < len(self.plan.rates) or not records:
             return None
         least = WORKING_SHARE * best
         works = [
@@ -95,7 +95,7 @@ class Findings:
 
     def batch_effect(self, model: str, norm: str) -> Interval | None:
         """Test accuracy at the smallest batch size less that at the largest, in points."""
-        sizes = plain_sizes(self.study)
+        sizes = plain_sizes(self.plan)
         if len(sizes) < 2:
             return None
         return self.compare((model, sizes[-1], norm), (model, sizes[0], norm))
@@ -115,9 +115,9 @@ class Findings:
         return find_interval(differences, least)
 
 
-def plain_sizes(study: Study) -> list[str]:
+def plain_sizes(plan: Plan) -> list[str]:
     """Batch sizes that are one number, largest first."""
-    return sorted((batch for batch in study.batches if ":" not in batch), key=lambda batch: -int(batch))
+    return sorted((batch for batch in plan.batches if ":" not in batch), key=lambda batch: -int(batch))
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ def choose(findings: Findings, model: str, batch: str) -> Choice | None:
         interval = findings.compare(cells[leader], cell)
         if norm != leader and interval is not None:
             differences[norm] = interval
-    possible = [norm for norm in findings.study.norms if (model, batch, norm) in findings.rates]
+    possible = [norm for norm in findings.plan.norms if (model, batch, norm) in findings.rates]
     missing = [norm for norm in possible if norm not in cells and (model, batch, norm) not in findings.failures]
     gains = {norm: findings.compare(cell, cells["none"]) for norm, cell in cells.items() if "none" in cells}
     proven = [norm for norm, gain in gains.items() if gain is not None and gain.verdict == "higher"]
@@ -203,8 +203,8 @@ def choose(findings: Findings, model: str, batch: str) -> Choice | None:
 
 def choose_all(findings: Findings) -> list[Choice]:
     """Choices for every network and batch size that has final runs."""
-    study = findings.study
-    pairs = [(model, batch) for model in study.models for batch in study.batches]
+    plan = findings.plan
+    pairs = [(model, batch) for model in plan.models for batch in plan.batches]
     return [choice for pair in pairs if (choice := choose(findings, *pair)) is not None]
 
 

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
-from ..document import write_document, write_figures
+from anynorm.apps.document import write_document, write_figures
+
 from .judge import WORKING_SHARE, Choice, Findings
 from .method import say_limits, write_method
 from .plots import COLOURS, MARKERS, Plot, plot_batches, plot_curves, plot_drift, plot_modes, plot_rates
@@ -68,24 +69,24 @@ def write_head(findings: Findings, results: dict[str, Any]) -> str:
 
 def write_tables(findings: Findings, choices: Sequence[Choice]) -> str:
     """Test accuracy, one table for each network, with the reasons for cells that are not numbers."""
-    study = findings.study
+    plan = findings.plan
     tables = []
-    for model in study.models:
-        if not any(cell[0] == model for cell in study.cells):
+    for model in plan.models:
+        if not any(cell[0] == model for cell in plan.cells):
             continue
         here = {choice.batch: choice for choice in choices if choice.model == model}
-        head = "".join(f'<th scope="col">{escape(say_batch(batch))}</th>' for batch in study.batches)
+        head = "".join(f'<th scope="col">{escape(say_batch(batch))}</th>' for batch in plan.batches)
         rows = "".join(
             f'<tr><th scope="row">{norm}</th>'
-            + "".join(write_cell(findings, (model, batch, norm), here.get(batch)) for batch in study.batches)
+            + "".join(write_cell(findings, (model, batch, norm), here.get(batch)) for batch in plan.batches)
             + "</tr>\n"
-            for norm in study.norms
+            for norm in plan.norms
         )
         tables.append(
             f'<div class="scroll"><table><caption>{escape(model)}: test accuracy, %</caption>'
             f'<thead><tr><th scope="col">norm</th>{head}</tr></thead>\n<tbody>{rows}</tbody></table></div>\n'
         )
-    notes = [f"n/a, {cells}: {reason}." for reason, cells in group_reasons(study.impossible).items()]
+    notes = [f"n/a, {cells}: {reason}." for reason, cells in group_reasons(plan.impossible).items()]
     notes += [f"Failed, {cells}: {reason}." for reason, cells in group_reasons(findings.failures).items()]
     key = (
         "▲ green: leads on validation. ▼ tinted: clearly worse than the leader, its 95 % interval of paired "
@@ -118,17 +119,17 @@ def write_list(heading: str, items: Iterable[str], lead: str = "") -> str:
 
 def write_plots(findings: Findings, probed: int) -> list[str]:
     """Every section of plots that has something to show; `probed` samples made the probe."""
-    study = findings.study
+    plan = findings.plan
     return [
         write_panels(
             "Accuracy against batch size",
-            keep(plot_batches(findings, model) for model in study.models),
+            keep(plot_batches(findings, model) for model in plan.models),
             findings,
             lead="Lines join the means; bars are 95 % intervals over seeds; each pale dot is one seed.",
         ),
         write_panels(
             "Batch norm: the same images in two modes",
-            keep(plot_modes(findings, model) for model in study.models),
+            keep(plot_modes(findings, model) for model in plan.models),
             None,
             lead="In training mode batch norm uses the statistics of the batch, in evaluation mode its running "
             "averages. Both lines are the same trained networks on the same validation images, in batches of the "
@@ -138,7 +139,7 @@ def write_plots(findings: Findings, probed: int) -> list[str]:
         write_rates(findings),
         write_panels(
             "How the last layer's inputs drift",
-            [plot for model in study.models for plot in plot_drift(findings, model)],
+            [plot for model in plan.models for plot in plot_drift(findings, model)],
             findings,
             lead=f"Mean and standard deviation, over all features, of what the last layer receives for the same "
             f"{probed} validation images while the layers below it learn; computed "
@@ -149,13 +150,13 @@ def write_plots(findings: Findings, probed: int) -> list[str]:
 
 def write_curves(findings: Findings) -> str:
     """The section of training curves, at the first and the last batch size; empty where no run is finished."""
-    study = findings.study
+    plan = findings.plan
     panels = [
         write_panels(
             f"{model}, {say_batch(batch)}", plot_curves(findings, model, batch), findings, (model, batch), level=3
         )
-        for model in study.models
-        for batch in dict.fromkeys((study.batches[0], study.batches[-1]))
+        for model in plan.models
+        for batch in dict.fromkeys((plan.batches[0], plan.batches[-1]))
     ]
     if not any(panels):
         return ""
@@ -168,10 +169,10 @@ def write_curves(findings: Findings) -> str:
 
 def write_rates(findings: Findings) -> str:
     """The section of learning rates, a panel for each network and batch size."""
-    study = findings.study
+    plan = findings.plan
     return write_panels(
         "The range of learning rates that work",
-        keep(plot_rates(findings, model, batch) for model in study.models for batch in study.batches),
+        keep(plot_rates(findings, model, batch) for model in plan.models for batch in plan.batches),
         None,
         lead="Validation accuracy in percent after the first short run of every rate, one seed, so neighbours "
         f"may swap by chance. Bold: works, at {100 * WORKING_SHARE:.0f} % of the best of any norm or more. A dash "
@@ -206,7 +207,7 @@ def write_key(findings: Findings, place: tuple[str, str] | None) -> str:
     """Colour and marker of every norm that has final runs."""
     present = [
         norm
-        for norm in findings.study.norms
+        for norm in findings.plan.norms
         if any(found and cell[2] == norm and place in (None, cell[:2]) for cell, found in findings.finals.items())
     ]
     items = "".join(

@@ -1,0 +1,110 @@
+"""Training and measuring, as every study does it."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+MOMENTUM = 0.9
+EVALUATION_BATCH = 500
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def draw_order(samples: int, images: int, seed: int) -> np.ndarray:
+    """Which sample comes when: one permutation after the other; the same for every norm, rate and batch size."""
+    generator = np.random.default_rng([seed, 1])
+    passes = [generator.permutation(samples) for _ in range(math.ceil(images / samples))]
+    return np.concatenate(passes)[:images]
+
+
+def draw_batches(samples: int, batch: int, steps: int, seed: int) -> list[Tensor]:
+    """Indices of every step's samples: `steps` batches of one size, cut from `draw_order`."""
+    return list(torch.from_numpy(draw_order(samples, batch * steps, seed)).split(batch))
+
+
+def fit_steps(
+    network: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    batches: Iterable[Tensor],
+    optimizer: torch.optim.Optimizer | float,
+    loss: Loss = functional.cross_entropy,
+) -> Iterator[float]:
+    """Train step by step: gives the loss of each, and ends after one that is no number.
+
+    Args:
+        network: as it is, in training mode or not.
+        x, y: all training samples.
+        batches: indices of the samples of each step.
+        optimizer: or the learning rate of SGD with momentum 0.9.
+        loss: of outputs and targets.
+    """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        optimizer = torch.optim.SGD(network.parameters(), lr=optimizer, momentum=MOMENTUM)
+    for chosen in batches:
+        optimizer.zero_grad()
+        found = loss(network(x[chosen]), y[chosen])
+        found.backward()
+        optimizer.step()
+        value = found.item()
+        yield value
+        if not math.isfinite(value):
+            return
+
+
+def fit(
+    network: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    batches: Iterable[Tensor],
+    optimizer: torch.optim.Optimizer | float,
+    loss: Loss = functional.cross_entropy,
+) -> str:
+    """Train by `fit_steps` to the end: `finished`, or `diverged` where a loss was no number."""
+    losses = list(fit_steps(network, x, y, batches, optimizer, loss))
+    return find_status(losses[-1])
+
+
+def find_status(loss: float) -> str:
+    """How a training ended, by its last loss."""
+    return "finished" if math.isfinite(loss) else "diverged"
+
+
+@contextlib.contextmanager
+def untouched(network: nn.Module) -> Iterator[None]:
+    """Look at a network without gradients and without leaving a trace: mode, buffers and random state come back."""
+    modes = [(module, module.training) for module in network.modules()]
+    buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        yield
+        for buffer, before in buffers:
+            buffer.copy_(before)
+    for module, training in modes:
+        module.training = training
+
+
+def evaluate(
+    network: nn.Module, x: Tensor, y: Tensor, *, batch: int = EVALUATION_BATCH, training: bool = False
+) -> tuple[float, float | None]:
+    """Share of right answers and mean cross-entropy (None where it is not finite); in evaluation mode unless asked."""
+    right, loss = 0, 0.0
+    with untouched(network):
+        network.train(training)
+        for start in range(0, len(x), batch):
+            logits, labels = network(x[start : start + batch]), y[start : start + batch]
+            # NaN outputs answer nothing, so they are never right.
+            right += int(((logits.argmax(1) == labels) & logits.isfinite().all(1)).sum())
+            loss += functional.cross_entropy(logits, labels, reduction="sum").item()
+    return right / len(x), finite(loss / len(x))
+
+
+def finite(value: float) -> float | None:
+    """The value, or None where JSON has no word for it."""
+    return value if math.isfinite(value) else None
