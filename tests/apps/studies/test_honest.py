@@ -67,18 +67,18 @@ def plan(tmp_path, monkeypatch):
 )
 def test_a_factory_that_cannot_answer_is_refused(plan, name, said):
     with pytest.raises(UserError, match=said) as caught:
-        study(name)
+        plan(name)
     assert "<locals>" not in str(caught.value)
 
 
 def test_a_file_names_a_network(plan):
-    assert study("right") == {}
+    assert plan("right") == {}
     assert find_model("own_nets.py:right", (8,), 3).fingerprint != find_model("own_nets.py:never", (8,), 3).fingerprint
 
 
 def test_a_network_of_copies_runs_its_norms(plan):
     """As nn.TransformerEncoder, which copies the layer that it is given and never runs that one."""
-    assert study("cloned") == {}
+    assert plan("cloned") == {}
 
 
 def test_one_norm_alone_needs_no_call(plan, monkeypatch):
