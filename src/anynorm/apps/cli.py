@@ -144,6 +144,58 @@ def compare_norms(
     raise typer.Exit(compare(options, started=process_start()))
 
 
+studies = typer.Typer(
+    help="The claims about batch normalization put to the test, one command each.", no_args_is_help=True
+)
+app.add_typer(studies, name="study")
+
+
+@studies.command("list")
+def list_studies() -> None:
+    """Show every study and the question that it asks."""
+    from anynorm.apps.studies.find import find_studies
+    from anynorm.apps.terminal import open_console, plain_table
+
+    table = plain_table("study", "asks")
+    table.columns[1].justify, table.columns[1].no_wrap = "left", False
+    for study in find_studies():
+        table.add_row(study.name, study.title)
+    table.add_row("compare", "Which normalization should this network use, on this data, at this batch size?")
+    open_console().print(table)
+
+
+@studies.command("run")
+def run_study(
+    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Studies by name, or all.")],
+    *,
+    quick: Annotated[bool, typer.Option("--quick", help="Only see that it runs, in 20 seconds.")] = False,
+    full: Annotated[
+        bool, typer.Option("--full", help="A published experiment at its own size, which takes hours.")
+    ] = False,
+    seeds: Annotated[
+        int | None, typer.Option("--seeds", min=2, max=1000, help="Paired seeds; each study has its own number.")
+    ] = None,
+    minutes: Annotated[
+        float | None, typer.Option("--minutes", min=0.05, max=10080, help="Stop then; the same command goes on.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", metavar="mnist|digits|PATH", help="Your data; a file holds x and y.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="Your network, as module:factory or file.py:factory.")
+    ] = None,
+    norms: Annotated[str | None, typer.Option("--norms", help="Your norms, with commas between.")] = None,
+    out: Annotated[Path, typer.Option("--out", help="Where journal, results, pictures and report go.")] = Path(
+        "anynorm-studies"
+    ),
+) -> None:
+    """Put a claim to the test: its trials, its verdict, and a report."""
+    from anynorm.apps.studies.command import StudyOptions, read_study_norms, run_named
+
+    chosen = None if norms is None else read_study_norms(norms)
+    raise typer.Exit(run_named(names, StudyOptions(quick, full, seeds, minutes, data, model, chosen, out)))
+
+
 @app.command("env")
 def show_environment() -> None:
     """Show versions, whether the compiled kernels are in use, and how memory is allocated."""

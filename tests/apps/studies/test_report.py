@@ -8,8 +8,9 @@ import subprocess
 import pytest
 
 from anynorm.apps.studies.compare.judge import plain_sizes
-from anynorm.apps.studies.compare.plots import COLOURS, find_limits
+from anynorm.apps.studies.compare.plots import find_limits
 from anynorm.apps.studies.compare.report import write_report
+from anynorm.apps.studies.plots import COLOURS
 
 EVIL = ["<img src=x onerror=alert(1)>", "a\"b'c&lt;</svg><script>alert(2)</script>$x_1$"]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")

@@ -108,8 +108,9 @@ class Results:
     def __init__(self, setting: Setting, trials: Sequence[Trial], find: Find) -> None:
         self.setting, self.trials = setting, trials
         found = [(trial, find(trial)) for trial in trials]
-        self.records = [record for _, record in found if record is not None and record["status"] != "failed"]
-        self.failures = [record for _, record in found if record is not None and record["status"] == "failed"]
+        records = [{**trial.fields, **record} for trial, record in found if record is not None]
+        self.records = [record for record in records if record["status"] != "failed"]
+        self.failures = [record for record in records if record["status"] == "failed"]
         self.missing = [trial for trial, record in found if record is None]
 
     def where(self, **fields: Value) -> list[Record]:
@@ -150,7 +151,8 @@ class Study:
         published: figures of papers.
         differs: what differs from the papers.
         plan: every trial known to be needed, in order; asked again as trials finish.
-        perform: one trial, in a process of its own; what it measured, with a `status`, finished or diverged.
+        perform: one trial, in a process of its own; a record of what it measured, as JSON holds it, with a `status`,
+            finished or diverged. It must depend on nothing but its arguments.
         judge: what the finished trials say.
         paint: the picture that shows it at a glance, on axes.
         data: what it is run on if the user does not say; see `load_data`.

@@ -17,7 +17,7 @@ Run = Any  # a frozen dataclass that says what is to be done; its fields go into
 
 
 def work(connection: Connection) -> None:
-    """A worker's life: receive what performs a run and on what, then one run after the other until the parent goes."""
+    """A worker's life: receive a task, what performs a run and on what, then its runs, until the parent goes away."""
     # Ctrl-C reaches the whole process group; only the parent answers it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
@@ -29,8 +29,10 @@ def work(connection: Connection) -> None:
 
     torch.set_num_threads(1)
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
-        perform, setting = connection.recv()
         while (run := connection.recv()) is not None:
+            if isinstance(run, tuple):  # a new task
+                perform, setting = run
+                continue
             try:
                 record = perform(run, setting)
             # What users give may raise anything; the study goes on without this run.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from anynorm.apps.terminal import open_console
 from anynorm.errors import UserError
 
 from ..data import Data, load_data
+from ..describe import find_machine, find_versions
 from ..fit import MOMENTUM
 from ..journal import REPORT, RESULTS, Journal, set_aside, write_atomically
 from ..progress import LiveProgress
@@ -147,21 +147,7 @@ def describe_study(options: Options, data: Data, models: list[Model]) -> dict[st
         "models": fingerprints,
         "about": {model.name: model.about for model in models},
         "versions": versions,
-        "machine": {"system": platform.platform(), "cores": os.cpu_count(), "torch_threads_per_run": 1},
-    }
-
-
-def find_versions() -> dict[str, str]:
-    """Return the versions that the numbers of a study depend on."""
-    import torch
-
-    import anynorm
-
-    return {
-        "anynorm": getattr(anynorm, "__version__", "unknown"),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "python": platform.python_version(),
+        "machine": find_machine(),
     }
 
 

@@ -9,18 +9,8 @@ from matplotlib.ticker import LogLocator
 from anynorm.apps.document import Plot, draw
 
 from ..intervals import find_interval
+from ..plots import COLOURS, MARKERS
 from .judge import Findings, plain_sizes
-
-# Okabe & Ito (2008), without its yellow, which is too light for lines on white.
-COLOURS = {
-    "none": "#4d4d4d",
-    "batch": "#d55e00",
-    "layer": "#0072b2",
-    "instance": "#cc79a7",
-    "group": "#009e73",
-    "rms": "#e69f00",
-}
-MARKERS = {"none": "x", "batch": "o", "layer": "s", "instance": "v", "group": "D", "rms": "^"}
 
 
 def say_values(values: dict[str, float], unit: str) -> str:

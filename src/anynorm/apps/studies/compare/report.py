@@ -8,9 +8,10 @@ from typing import Any
 
 from anynorm.apps.document import write_document, write_figures
 
+from ..plots import COLOURS, MARKERS
 from .judge import WORKING_SHARE, Choice, Findings
 from .method import say_limits, write_method
-from .plots import COLOURS, MARKERS, Plot, plot_batches, plot_curves, plot_drift, plot_modes, plot_rates
+from .plots import Plot, plot_batches, plot_curves, plot_drift, plot_modes, plot_rates
 from .sentences import say_batch, say_choice
 from .tables import group_reasons, write_cell_text
 from .train import PROBE
