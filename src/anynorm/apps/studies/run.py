@@ -24,7 +24,7 @@ from .data import load_data
 from .describe import find_machine, find_versions
 from .journal import Journal, write_atomically
 from .models import find_model
-from .page import STUDIES, read_results, write_page
+from .page import PAGE, STUDIES, read_results, write_page
 from .progress import LiveProgress
 from .session import Session
 from .study import Results, Setting, Study, Trial
