@@ -10,6 +10,10 @@ from .intervals import CONFIDENCE, Interval, find_interval
 CONFIRMED, REFUTED, INCONCLUSIVE = "confirmed", "refuted", "inconclusive"
 
 
+# Title, heads and rows.
+Table = tuple[str, Sequence[str], Sequence[Sequence[str]]]
+
+
 @dataclass(frozen=True)
 class Effect:
     """A difference that is measured seed by seed, and the threshold that it must pass.
@@ -19,7 +23,9 @@ class Effect:
         values: by seed, one for each pair.
         threshold: the claim needs an effect above it; fixed before the run.
         unit: of values and threshold; % and × are common.
-        least: the standard deviation counts as this much at least, where measurement moves in steps.
+        least: the standard deviation counts as this much at least. Where measurement moves in steps, equal differences
+            over few seeds may be chance: give one test sample for accuracies, and for places on a grid the step over
+            the square root of 6, which is what rounding both sides to the grid gives a difference.
     """
 
     name: str
@@ -62,7 +68,7 @@ class Verdict:
     beside: tuple[Effect, ...] = ()
     notes: tuple[str, ...] = ()
     confidence: float = CONFIDENCE
-    tables: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, ...], ...]], ...] = ()
+    tables: tuple[Table, ...] = ()
 
 
 def share_confidence(effects: Sequence[Effect]) -> float:
@@ -80,6 +86,19 @@ def decide(effects: Sequence[Effect]) -> str:
     if REFUTED in outcomes:
         return REFUTED
     return CONFIRMED if outcomes and all(outcome == CONFIRMED for outcome in outcomes) else INCONCLUSIVE
+
+
+def conclude(
+    sentence: str,
+    effects: Sequence[Effect],
+    *,
+    beside: Sequence[Effect] = (),
+    notes: Sequence[str] = (),
+    tables: Sequence[Table] = (),
+) -> Verdict:
+    """The verdict that the effects give by `decide`."""
+    shared = share_confidence(effects)
+    return Verdict(decide(effects), sentence, tuple(effects), tuple(beside), tuple(notes), shared, tuple(tables))
 
 
 def difference(first: Mapping[int, float], second: Mapping[int, float]) -> dict[int, float]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..fit import draw_batches, evaluate, fit
 from ..plots import dots
 from ..study import Find, Published, Results, Setting, Study, Trial, try_rates
-from ..verdicts import Effect, Verdict, decide, difference
+from ..verdicts import Effect, Verdict, conclude, difference
 from ..workers import Record
 
 ARMS = ("batch", "group", "layer")
@@ -65,17 +65,18 @@ def judge(results: Results) -> Verdict:
     arms = results.setting.norms or ARMS
     first, *others = arms
     gaps = {arm: difference(*(results.values(key, arm=arm, pure=True) for key in ("seen", "accuracy"))) for arm in arms}
+    one = 100 / len(results.setting.data.test_x)
     name = "accuracy in training mode less evaluation mode"
-    effects = [Effect(f"{name}, {first}", gaps[first], ENOUGH, "points")]
+    effects = [Effect(f"{name}, {first}", gaps[first], ENOUGH, "points", one)]
     effects += [
-        Effect(f"that gap, {first} less {other}", difference(gaps[first], gaps[other]), MARGIN, "points")
+        Effect(f"that gap, {first} less {other}", difference(gaps[first], gaps[other]), MARGIN, "points", one)
         for other in others[:1]
     ]
-    beside = [Effect(f"{name}, {arm}", gaps[arm], 0.0, "points") for arm in others]
+    beside = [Effect(f"{name}, {arm}", gaps[arm], 0.0, "points", one) for arm in others]
     means = {arm: float(np.mean(list(gaps[arm].values()))) for arm in arms}
     text = ", ".join(f"{mean:+.1f} points with {arm} norm" for arm, mean in means.items())
     sentence = f"On batches of one class, accuracy in training mode is above that in evaluation mode by {text}."
-    return Verdict(decide(effects), sentence, tuple(effects), tuple(beside))
+    return conclude(sentence, effects, beside=beside)
 
 
 def paint(results: Results, axes: Axes) -> None:
