@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: batchsize ddp faults fuzz masked sanitize help setup compare vowels try speed bench explain env list test check accuracy format clean
+.PHONY: studies batchsize ddp faults fuzz masked sanitize help setup compare vowels try speed bench explain env list test check accuracy format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -50,6 +50,10 @@ vowels: $(READY) $(VENV)/.vowels ## padding counted and masked, on real utteranc
 
 batchsize: $(READY) ## what few images for each statistic cost, and docs/small-batch.md (5 minutes)
 	$(BIN)/python examples/batch_size.py --write $(ARGS)
+
+studies: $(READY) $(VENV)/.vowels ## every claim put to the test, and docs/claims.md (25 minutes)
+	$(BIN)/anynorm study run all --out build/studies $(ARGS)
+	$(BIN)/python -m benchmarks.claims build/studies
 
 ddp: $(READY) ## two processes train the network of one, on the MNIST images (half a minute)
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 examples/train_ddp.py $(ARGS)

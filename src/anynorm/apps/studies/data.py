@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from anynorm.errors import UserError
 
@@ -39,6 +41,10 @@ class Data:
     def sample_shape(self) -> tuple[int, ...]:
         """Shape of one sample."""
         return self.train_x.shape[1:]
+
+    def tensors(self, part: str) -> tuple[Tensor, Tensor]:
+        """(x, y) of a part, `train`, `validation` or `test`, as tensors that share its memory."""
+        return torch.from_numpy(getattr(self, f"{part}_x")), torch.from_numpy(getattr(self, f"{part}_y"))
 
 
 def load_data(source: str) -> Data:
