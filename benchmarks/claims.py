@@ -49,9 +49,10 @@ def write_tables(entries: Iterable[Entry]) -> str:
     entries = list(entries)
     machine, versions = entries[-1]["machine"], entries[-1]["versions"]
     rows = ["| study | question | verdict | what decided | published |", "|---|---|---|---|---|"]
+    minutes = sum(entry["seconds"] for entry in entries) / 60
     facts = (
         f"Run on {entries[-1]['on']}, {machine['cores']} cores, one torch thread for each trial; torch "
-        f"{versions['torch']}, Python {versions['python']}; {sum(entry['seconds'] for entry in entries) / 60:.0f} minutes."
+        f"{versions['torch']}, Python {versions['python']}; {minutes:.0f} minutes."
     )
     parts = [write_part(entry) for entry in entries]
     return "\n\n".join(["\n".join([*rows, *map(write_row, entries)]), facts, *parts])

@@ -181,15 +181,17 @@ def test_make_targets_exist(page):
 
 @every_page
 def test_commands_exist(page):
-    commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
     for line in find_commands(page.read_text()):
-        words = re.match(r"(?:\S*/)?anynorm +([a-z][\w-]*)(.*)", line)
+        words = re.match(r"(?:\S*/)?anynorm +([a-z][\w-]*.*)", line)
         if not words:
             continue
-        assert words[1] in commands, f"{page.name} names `{line}`; anynorm has no command {words[1]}"
-        known = {name for parameter in commands[words[1]].params for name in parameter.opts} | {"--help"}
-        for option in re.findall(r"(?<!\S)--[\w-]+", words[2]):
-            assert option in known, f"{page.name} names `{line}`; anynorm {words[1]} has no option {option}"
+        command, rest = typer.main.get_command(cli.app), words[1].split()
+        while hasattr(command, "commands"):
+            assert rest and rest[0] in command.commands, f"{page.name} names `{line}`; there is no such command"
+            command = command.commands[rest.pop(0)]
+        known = {name for parameter in command.params for name in parameter.opts} | {"--help"}
+        for option in (word for word in rest if word.startswith("--")):
+            assert option in known, f"{page.name} names `{line}`; anynorm {command.name} has no option {option}"
 
 
 @every_page
