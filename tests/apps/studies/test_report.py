@@ -1,11 +1,9 @@
 """The page: one file, everything visible in a real browser, and names that stay text."""
 
-import json
 import re
-import shutil
-import subprocess
 
 import pytest
+from browser import look, needs_chromium
 
 from anynorm.apps.studies.compare.judge import plain_sizes
 from anynorm.apps.studies.compare.plots import find_limits
@@ -13,34 +11,6 @@ from anynorm.apps.studies.compare.report import write_report
 from anynorm.apps.studies.plots import COLOURS
 
 EVIL = ["<img src=x onerror=alert(1)>", "a\"b'c&lt;</svg><script>alert(2)</script>$x_1$"]
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-
-# Runs in the page before anything else; the answer is read from the dumped document.
-WATCH = """<script>
-const faults = [];
-window.addEventListener("error", event => faults.push(String(event.message || event.target.outerHTML)), true);
-window.alert = text => faults.push("alert " + text);
-window.addEventListener("load", () => {
-  const plots = [...document.querySelectorAll("figure svg")].map(svg => {
-    const box = svg.getBoundingClientRect();
-    const inside = [...svg.querySelectorAll("path, text")].map(part => part.getBoundingClientRect());
-    return {
-      width: box.width, height: box.height, drawn: inside.filter(part => part.width + part.height > 0).length,
-      label: svg.parentElement.getAttribute("aria-label"), role: svg.parentElement.getAttribute("role"),
-    };
-  });
-  const answer = document.createElement("pre");
-  answer.id = "answer";
-  answer.textContent = JSON.stringify({
-    faults, plots, fetched: performance.getEntriesByType("resource").map(entry => entry.name),
-    captions: [...document.querySelectorAll("caption")].map(caption => caption.textContent),
-    verdict: document.querySelector(".verdict").textContent,
-    wide: document.documentElement.scrollWidth > document.documentElement.clientWidth,
-    images: document.querySelectorAll("main img, main script").length,
-  });
-  document.body.append(answer);
-});
-</script>"""
 
 
 @pytest.fixture(scope="module")
@@ -108,36 +78,10 @@ def test_colours_differ_for_every_norm(make_findings):
     assert plain_sizes(findings.plan) == ["64", "2"]
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed: apt install chromium")
+@needs_chromium
 @pytest.mark.parametrize("width", [1200, 390])
 def test_chromium_shows_every_plot_and_no_error(page, tmp_path, width):
-    path = tmp_path / "report.html"
-    path.write_text(page.replace("<head>", "<head>" + WATCH, 1), encoding="utf-8")
-    quiet = ["--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
-    done = subprocess.run(
-        [
-            *(CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", *quiet, f"--user-data-dir={tmp_path / 'user'}"),
-            *("--enable-logging=stderr", f"--window-size={width},900", "--dump-dom", path.as_uri()),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=True,
-    )
-    found = re.search(r'<pre id="answer">(.*?)</pre>', done.stdout, re.DOTALL)
-    assert found, done.stdout[-500:] + done.stderr[-500:]
-    answer = json.loads(found[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
-    assert answer["faults"] == []
-    assert "CONSOLE" not in done.stderr
-    assert answer["fetched"] == []
-    assert answer["images"] == 0
-    assert not answer["wide"]
+    answer = look(page, tmp_path, width)
     assert len(answer["plots"]) == 30
-    for plot in answer["plots"]:
-        assert plot["width"] > 300
-        assert plot["height"] > 150
-        assert plot["drawn"] > 10
-        assert plot["role"] == "img"
-        assert plot["label"]
     assert answer["captions"] == [f"{name}: test accuracy, %" for name in EVIL]
     assert EVIL[0] in answer["verdict"]

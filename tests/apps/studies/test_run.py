@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from browser import look, needs_chromium
 from rich.console import Console
 from studies_specimen import STUDY
 from typer.testing import CliRunner
@@ -22,7 +23,7 @@ from anynorm.apps.studies import find, run
 from anynorm.apps.studies.command import StudyOptions
 from anynorm.apps.studies.find import CLAIMS, find_studies
 from anynorm.apps.studies.page import PAGE, STUDIES, read_results
-from anynorm.apps.studies.study import Results, Setting, Study, Trial, try_rates
+from anynorm.apps.studies.study import Published, Results, Setting, Study, Trial, try_rates
 from anynorm.errors import UserError
 
 
@@ -86,6 +87,19 @@ def test_a_study_is_performed_judged_and_reported(perform, tmp_path):
         assert text in page
     assert "<b>bold</b>" not in page
     assert (tmp_path / "out" / "specimen.svg").is_file()
+
+
+@needs_chromium
+@pytest.mark.parametrize("width", [1300, 390])
+def test_the_report_in_a_browser(perform, tmp_path, width):
+    """Hostile names of models, studies and data are text, also in the picture."""
+    evil = "<img src=x onerror=alert(1)>$x_1$</svg><script>alert(2)</script>"
+    perform()
+    perform(replace(STUDY, name="evil", title=evil, claim=evil, published=(Published(evil, evil),)), seeds=3)
+    answer = look((tmp_path / "out" / PAGE).read_text(), tmp_path, width)
+    assert len(answer["plots"]) == 2
+    assert answer["verdict"] == "2 confirmed"
+    assert evil in answer["plots"][1]["label"]
 
 
 def test_the_same_seeds_give_the_same_numbers_and_finished_trials_are_not_run_again(perform, tmp_path):

@@ -113,7 +113,7 @@ def perform_study(
         **describe(study, options),
         **asdict(verdict),
         "said": [say_effect(effect, verdict.confidence) for effect in verdict.effects],
-        "said_beside": [say_effect(effect) for effect in verdict.beside],
+        "said_beside": [say_effect(effect, decides=False) for effect in verdict.beside],
         "trials": {"planned": len(results.trials), "finished": len(results.records), "failed": len(results.failures)},
         "diverged": sum(record["status"] == "diverged" for record in results.records),
         "seconds": round(time.monotonic() - began, 1),

@@ -106,15 +106,16 @@ def difference(first: Mapping[int, float], second: Mapping[int, float]) -> dict[
     return {seed: first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())}
 
 
-def say_effect(effect: Effect, confidence: float = CONFIDENCE) -> str:
-    """An effect with its interval, threshold and outcome, in words."""
+def say_effect(effect: Effect, confidence: float = CONFIDENCE, *, decides: bool = True) -> str:
+    """An effect with its interval in words, and its threshold where it decides."""
     interval = effect.interval(confidence)
     if interval is None:
         return f"{effect.name}: nothing measured"
     unit = f" {effect.unit}" if effect.unit else ""
     if interval.low is None or interval.high is None:
         return f"{effect.name}: {interval.mean:+.3g}{unit}, one seed, no interval"
-    return (
+    said = (
         f"{effect.name}: {interval.mean:+.3g}{unit} ({interval.low:+.3g} to {interval.high:+.3g}, {interval.seeds} "
-        f"seeds, {100 * confidence:.3g} %), needs more than {effect.threshold:.3g}"
+        f"seeds, {100 * confidence:.3g} %)"
     )
+    return f"{said}, needs more than {effect.threshold:.3g}" if decides else said
