@@ -9,7 +9,8 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from torch.utils._python_dispatch import _len_torch_dispatch_stack
+
+from .torch_private import count_dispatch_modes
 
 
 class UserError(ValueError):
@@ -227,7 +228,7 @@ def warn_of_one_value(function: str, count: int, what: str, x: Tensor, output: s
 
 def has_values(value: Any) -> TypeGuard[Tensor]:
     """Whether a checkpoint's entry can be looked at: neither on the meta device nor fake."""
-    return type(value) in (Tensor, Parameter) and not value.is_meta and not _len_torch_dispatch_stack()
+    return type(value) in (Tensor, Parameter) and not value.is_meta and not count_dispatch_modes()
 
 
 def check_state(state: dict[str, Any], prefix: str) -> Iterator[str]:

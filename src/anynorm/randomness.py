@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils._pytree import tree_leaves
+
+from .torch_private import tree_leaves
 
 
 def save_randomness() -> list[Any]:

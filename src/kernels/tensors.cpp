@@ -39,9 +39,11 @@ struct Torch {
     PyObject *function_mode_stack, *default_device;  // the modes themselves, and the one that only says where to make tensors
     PyObject* is_batched;
     PyObject *requires_grad, *current_level;  // names
+    bool lacks = false;                       // whether one of them is missing: a torch that is not known
 } torch;
 
-// attribute(module, "nn", "Parameter") is module.nn.Parameter; null, with Python's error set, where one is missing.
+// attribute(module, "nn", "Parameter") is module.nn.Parameter; null, and noted, where one is missing. Noted here, because
+// what is called between may clear Python's error.
 template <class... Names>
 PyObject* attribute(PyObject* of, Names... names) {
     Py_XINCREF(of);
@@ -50,6 +52,7 @@ PyObject* attribute(PyObject* of, Names... names) {
         Py_XDECREF(of);
         of = found;
     }
+    if (!of) torch.lacks = true;
     return of;
 }
 
@@ -89,7 +92,7 @@ bool read_torch(PyObject* module) {
     Py_XDECREF(of_devices);
     torch.requires_grad = PyUnicode_InternFromString("requires_grad");
     torch.current_level = PyUnicode_InternFromString("_current_level");
-    if (PyErr_Occurred()) return false;
+    if (torch.lacks || !torch.cpu || PyErr_Occurred()) return false;
     torch.read = exchange->read;
     return true;
 }

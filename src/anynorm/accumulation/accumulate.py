@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ..modules.counting import count_whole_batch
 from ..randomness import restore_randomness, save_randomness
+from ..torch_private import not_compiled
 from .checks import check_model
 from .lockstep import lockstep
 from .passes import MicroBatches, estimate, sweep
@@ -36,7 +37,7 @@ class Accumulated:
     calls: int | None
 
 
-@torch._disable_dynamo  # torch.compiler.disable would import the compiler, which takes seconds, with anynorm.
+@not_compiled  # torch.compiler.disable would import the compiler, which takes seconds, with anynorm.
 def accumulate(
     model: nn.Module,
     batches: Iterable[Any],

@@ -18,6 +18,7 @@ from ..padding.masks import describe
 from ..padding.ragged import is_ragged, open_rows
 from ..sources import Exchange, Merged
 from ..statistics import Moments
+from ..torch_private import find_backward
 from .checks import check_layer, make_order_error
 from .exchanges import GuardedExchange, WholeBatchExchange
 
@@ -109,7 +110,7 @@ class ForwardPass:
 
     def find_source(self, layer: Any, input: Any) -> Merged:
         # In backward activation checkpointing computes calls again, out of order: the place of a call says nothing.
-        is_recomputed = torch._C._current_graph_task_id() != -1
+        is_recomputed = find_backward() != -1
         exchange = WholeBatchExchange(self.get_only_call(layer)) if is_recomputed else self.open_next(layer, input)
         return Merged(exchange=GuardedExchange(exchange, self))
 

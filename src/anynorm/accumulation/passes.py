@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ..randomness import restore_randomness, save_randomness
 from ..sources import overriding
+from ..torch_private import map_tensors
 from .calls import ForwardPass, NormCall
 from .checks import make_inner_gradient_error
 from .exchanges import (
@@ -171,4 +172,4 @@ def split_loss(found: Any) -> tuple[Tensor, Any]:
 
 def detach(outputs: Any) -> Any:
     """Outputs without their graph."""
-    return torch.utils._pytree.tree_map_only(Tensor, Tensor.detach, outputs)
+    return map_tensors(Tensor.detach, outputs)

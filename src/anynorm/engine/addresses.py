@@ -16,6 +16,7 @@ from ..activations import ACTIVATIONS, IDENTITY, find_activation
 from ..errors import check_no_overlap
 from ..sources import Given, move_running
 from ..statistics import Moments
+from ..torch_private import increment_version
 from . import memory
 from .memory import CPU, find_address, ready
 from .request import Request
@@ -109,7 +110,7 @@ def forward(
         momentum=momentum,
     )
     if moved[0]:
-        increment_version(source)
+        note_written(source)
     elif moves:
         assert isinstance(statistics, Tensor)
         check_no_overlap("norm", x, running_mean, running_var)
@@ -158,10 +159,10 @@ def backward(
     return dx, dgamma, dbeta, dresidual
 
 
-def increment_version(source: Any) -> None:
+def note_written(source: Any) -> None:
     """Let autograd hear of buffers that were written through their addresses."""
     if not source.running_mean.is_inference():
-        torch._C._increment_version(source[:2])
+        increment_version(source[:2])
 
 
 def make_statistics(plan: Plan) -> Tensor:

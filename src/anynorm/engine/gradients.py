@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_legacy_batchedtensor
 
 from ..pooling import Pooling
 from ..sources import BATCH, Given
+from ..torch_private import is_legacy_batched
 from . import kernels, memory, plain, transforms
 from .kernels import Saved
 from .merge import backward_uncompiled
@@ -55,7 +55,7 @@ def backward_checked(ctx: Any, g: Tensor, saved: tuple[Any, ...]) -> tuple[Any, 
     x, weight, bias, residual, mask, *known = saved
     memory.check_like("weight", weight, weight_like)
     memory.check_like("bias", bias, bias_like)
-    if torch.is_grad_enabled() or not is_plain(g) or is_legacy_batchedtensor(g):
+    if torch.is_grad_enabled() or not is_plain(g) or is_legacy_batched(g):
         for name, t in (("input", x), ("residual", residual)):
             memory.check_like(name, t, (plan.sizes, plan.dtype))
         request = Request(Given(*known) if is_given else BATCH, eps, activation, mask)

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_legacy_batchedtensor
 from torch.library import Library, register_autograd, register_fake
 
 from ..pooling import Pooling, remember
 from ..sources import BATCH
 from ..statistics import Moments, count_positions
+from ..torch_private import is_legacy_batched
 from . import kernels, plain
 from .gradients import backward_differentiable
 from .request import Request
@@ -152,7 +152,7 @@ def differentiate(ctx: Any, g: Tensor, _: Any) -> tuple[Any, ...]:
     nothing = (None,) * (1 + len(ctx.how))
     if not torch.compiler.is_compiling() and (
         torch.is_grad_enabled()
-        or is_legacy_batchedtensor(g)
+        or is_legacy_batched(g)
         # Inside an operation autograd records nothing, so a formula cannot be differentiated there.
         or kernels.arrange_for(x, read_pooling(text), masked=mask is not None)[1] is None
     ):

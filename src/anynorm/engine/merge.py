@@ -9,9 +9,10 @@ from torch import Tensor
 
 from ..sources import Exchange
 from ..statistics import Moments, at_least_one
+from ..torch_private import not_compiled
 
 
-@torch._disable_dynamo
+@not_compiled
 def backward_uncompiled(function: Any, ctx: Any, *g: Tensor) -> tuple[Any, ...]:
     """Compiled autograd traces the backward of a norm that ran eagerly; a compiler cannot look into the kernels."""
     return function.backward(ctx, *g)

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_legacy_batchedtensor
 
 from ..pooling import Pooling
 from ..sources import Given, Merged, move_running
 from ..statistics import Moments
+from ..torch_private import is_legacy_batched, not_compiled
 from . import addresses, kernels, memory, plain
 from .gradients import keep, like
 from .merge import backward_uncompiled
@@ -25,7 +25,7 @@ from .request import Request
 from .watch import is_plain
 
 
-@torch._disable_dynamo  # Nothing that waits for others can be part of a graph.
+@not_compiled  # Nothing that waits for others can be part of a graph.
 def normalize(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, request: Request, pooling: Pooling
 ) -> Tensor:
@@ -82,7 +82,7 @@ class NormalizeMerged(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         if torch.compiler.is_compiling():
             return backward_uncompiled(NormalizeMerged, ctx, g)
-        if is_legacy_batchedtensor(g):
+        if is_legacy_batched(g):
             raise RuntimeError(
                 "batch_norm: what is merged over ranks or micro-batches takes one gradient at a time; got a batch of "
                 "them; call torch.autograd.grad without is_grads_batched"

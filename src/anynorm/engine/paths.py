@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import get_dynamic_layer_stack_depth
 
 from .. import statistics
 from ..pooling import Pooling
 from ..sources import Given, Merged, move_running
 from ..statistics import Moments
+from ..torch_private import count_transforms
 from . import kernels, library, memory, merged, plain, protocol, transforms
 from .gradients import apply
 from .request import Request
@@ -184,7 +184,7 @@ def compose(
     if torch.is_grad_enabled() and not in_graph and x.is_inference():
         x = x.clone()
     y, moments = plain.compose(x, weight, bias, residual, request, pooling)
-    if get_dynamic_layer_stack_depth() == 0:  # inside vmap a tensor cannot tell its layout
+    if count_transforms() == 0:  # inside vmap a tensor cannot tell its layout
         y = plain.lay_out(y, plain.find_memory_format(x))
     if type(source) is not Given and x.numel():
         move_running(source, moments, pooling)

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C import _dispatch_keys
 from torch.nn import Parameter
 from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import handle_torch_function, has_torch_function
 
 from ..sources import Batch, Given, Merged, Renorm
+from ..torch_private import as_plain_tensors, dispatch_keys
 from .request import Request
 from .watch import PLAIN_KEYS
 
@@ -28,7 +28,7 @@ def is_renamed_memory(t: Any) -> bool:
     """Whether a tensor of some subclass lies in memory as it reads; those with a dispatch of their own do not."""
     if type(t) is Tensor or type(t) is Parameter or not isinstance(t, Tensor):
         return False
-    return _dispatch_keys(t).raw_repr() in PLAIN_KEYS
+    return dispatch_keys(t).raw_repr() in PLAIN_KEYS
 
 
 def read_plain(value: Any) -> Any:
@@ -73,5 +73,5 @@ def look_at(x: Any) -> Any:
     """x to ask for its sizes, unheard by a subclass that counts what it is asked."""
     if torch.compiler.is_compiling() or not is_renamed_memory(x):
         return x
-    with torch._C.DisableTorchFunctionSubclass():
+    with as_plain_tensors():
         return x.detach().as_subclass(Tensor)

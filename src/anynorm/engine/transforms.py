@@ -18,23 +18,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _dispatch_keys
-from torch._C._functorch import (
-    TransformType,
-    get_interpreter_stack,
-    get_unwrapped,
-    is_functorch_wrapped_tensor,
-    is_legacy_batchedtensor,
-)
-from torch.autograd import forward_ad
-from torch.overrides import _len_torch_function_stack
-from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
 from ..activations import finish
 from ..affine import scale_shift, spread
 from ..pooling import Pooling, remember
 from ..sources import BATCH
 from ..statistics import sum_in_turn
+from ..torch_private import (
+    TransformType,
+    count_dispatch_modes,
+    count_function_modes,
+    dispatch_keys,
+    find_forward_level,
+    find_transforms,
+    is_legacy_batched,
+    is_wrapped,
+    unwrap,
+)
 from . import addresses, kernels, plain
 from .request import Request
 from .walks import CODES
@@ -50,24 +50,26 @@ def serves(x: Tensor) -> bool:
     """Whether x is plain memory under vmaps and at most two derivatives, and nothing else watches."""
     if torch.compiler.is_compiling():
         return False
-    levels = [interpreter.key() for interpreter in get_interpreter_stack() or ()]
+    levels = [interpreter.key() for interpreter in find_transforms() or ()]
+    if not levels:
+        return False
     derivatives = levels.count(TransformType.Grad) + levels.count(TransformType.Jvp)
-    if not levels or levels.count(TransformType.Vmap) + derivatives < len(levels) or derivatives > 2:
+    if levels.count(TransformType.Vmap) + derivatives < len(levels) or derivatives > 2:
         return False
-    if forward_ad._current_level >= levels.count(TransformType.Jvp):  # somebody's own dual numbers
+    if find_forward_level() >= levels.count(TransformType.Jvp):  # somebody's own dual numbers
         return False
-    if _len_torch_dispatch_stack() or _len_torch_function_stack():
+    if count_dispatch_modes() or count_function_modes():
         return False
     if x.dtype not in CODES or not x.numel():
         return False
-    while is_functorch_wrapped_tensor(x):
-        x = get_unwrapped(x)
-    return type(x) is Tensor and x.numel() >= LEAST and _dispatch_keys(x).raw_repr() in PLAIN_KEYS
+    while is_wrapped(x):
+        x = unwrap(x)
+    return type(x) is Tensor and x.numel() >= LEAST and dispatch_keys(x).raw_repr() in PLAIN_KEYS
 
 
 def serves_twice(x: Tensor, g: Tensor, pooling: Pooling) -> bool:
     """Whether the kernels serve a gradient that is to be differentiated again, outside torch.func."""
-    if not is_plain(x, g) or is_legacy_batchedtensor(g):
+    if not is_plain(x, g) or is_legacy_batched(g):
         return False
     return kernels.find_plan(kernels.arrange(x), pooling) is not None
 

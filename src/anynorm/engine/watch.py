@@ -6,23 +6,28 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _dispatch_keys
-from torch._C._functorch import get_dynamic_layer_stack_depth
-from torch.autograd import forward_ad
 from torch.nn import Parameter
-from torch.overrides import _get_current_function_mode_stack, _len_torch_function_stack
-from torch.utils._device import DeviceContext
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, _len_torch_dispatch_stack
 
 from ..sources import BATCH
+from ..torch_private import (
+    DeviceContext,
+    count_dispatch_modes,
+    count_function_modes,
+    count_transforms,
+    dispatch_keys,
+    find_dispatch_modes,
+    find_forward_level,
+    find_function_modes,
+    is_tracing,
+)
 from .kernels import READS_TENSORS, compiled
 from .request import Request
 
 # Dispatch keys of an ordinary tensor on the CPU, outside and inside inference mode. All else has others: other devices
 # and layouts, subclasses, nested tensors, signs, conjugation or zeros that are only noted, tensors under a transform.
 with torch.inference_mode():
-    PLAIN_KEYS = {_dispatch_keys(torch.empty(0, dtype=torch.float32, device="cpu")).raw_repr()}
-PLAIN_KEYS.add(_dispatch_keys(torch.empty(0, dtype=torch.float32, device="cpu")).raw_repr())
+    PLAIN_KEYS = {dispatch_keys(torch.empty(0, dtype=torch.float32, device="cpu")).raw_repr()}
+PLAIN_KEYS.add(dispatch_keys(torch.empty(0, dtype=torch.float32, device="cpu")).raw_repr())
 
 
 HASHABLE = (int, tuple, torch.Size)
@@ -32,11 +37,11 @@ def is_watched() -> bool:
     """Whether something follows the operations: tracing, a transform, a mode, forward-mode derivatives."""
     return bool(
         torch.compiler.is_compiling()
-        or torch._C._is_tracing()
-        or get_dynamic_layer_stack_depth()
-        or forward_ad._current_level >= 0
-        or _len_torch_dispatch_stack()
-        or (_len_torch_function_stack() and not only_default_device())
+        or is_tracing()
+        or count_transforms()
+        or find_forward_level() >= 0
+        or count_dispatch_modes()
+        or (count_function_modes() and not only_default_device())
     )
 
 
@@ -50,7 +55,7 @@ def is_plain(*tensors: Tensor | None) -> bool:
     if READS_TENSORS and compiled.describe(*tensors) is not None:  # else it is not sure of one of them
         return True
     return all(
-        t is None or ((type(t) is Tensor or type(t) is Parameter) and _dispatch_keys(t).raw_repr() in PLAIN_KEYS)
+        t is None or ((type(t) is Tensor or type(t) is Parameter) and dispatch_keys(t).raw_repr() in PLAIN_KEYS)
         for t in tensors
     )
 
@@ -88,7 +93,7 @@ def find_key(
             key.append(None)
             continue
         kind = type(t)
-        if (kind is not Tensor and kind is not Parameter) or _dispatch_keys(t).raw_repr() not in PLAIN_KEYS:
+        if (kind is not Tensor and kind is not Parameter) or dispatch_keys(t).raw_repr() not in PLAIN_KEYS:
             return None
         key.append(t.shape)
         key.append(t.dtype)
@@ -98,7 +103,7 @@ def find_key(
 
 def only_default_device() -> bool:
     """Whether the function modes in force merely choose where new tensors live, as torch.set_default_device does."""
-    return all(type(mode) is DeviceContext for mode in _get_current_function_mode_stack())
+    return all(type(mode) is DeviceContext for mode in find_function_modes())
 
 
 def is_observed(*tensors: Tensor | None) -> bool:
@@ -108,17 +113,17 @@ def is_observed(*tensors: Tensor | None) -> bool:
     """
     if torch.compiler.is_compiling():
         return False
-    modes = _get_current_dispatch_mode_stack()
-    if not modes or torch._C._is_tracing() or get_dynamic_layer_stack_depth():
+    modes = find_dispatch_modes()
+    if not modes or is_tracing() or count_transforms():
         return False
-    if forward_ad._current_level >= 0 or any(getattr(mode, "_mode_key", None) is not None for mode in modes):
+    if find_forward_level() >= 0 or any(getattr(mode, "_mode_key", None) is not None for mode in modes):
         return False
     known = (t for t in tensors if t is not None)
-    return all(type(t) in (Tensor, Parameter) and _dispatch_keys(t).raw_repr() in PLAIN_KEYS for t in known)
+    return all(type(t) in (Tensor, Parameter) and dispatch_keys(t).raw_repr() in PLAIN_KEYS for t in known)
 
 
 def has_memory(*tensors: Tensor) -> bool:
     """Whether addresses can be compared: ordinary tensors, outside compilers and transforms."""
-    if torch.compiler.is_compiling() or get_dynamic_layer_stack_depth():
+    if torch.compiler.is_compiling() or count_transforms():
         return False
     return all(type(t) in (Tensor, Parameter) and t.layout == torch.strided and not t.is_meta for t in tensors)

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..padding.masks import describe
 from ..sources import find_momentum, update_running
 from ..statistics import Moments
+from ..torch_private import find_backward
 
 # Within `update_once` the layers that have counted the batch; None outside. Weak, so that it keeps no model alive.
 COUNTED: ContextVar[WeakSet[nn.Module] | None] = ContextVar("anynorm.update_once", default=None)
@@ -58,7 +59,7 @@ def is_counted(layer: nn.Module) -> bool:
     """
     if torch.compiler.is_compiling():  # Neither backward nor the context is known to a graph: it counts every call.
         return True
-    if torch._C._current_graph_task_id() != -1:
+    if find_backward() != -1:
         return False
     counted = COUNTED.get()
     return counted is None or layer not in counted

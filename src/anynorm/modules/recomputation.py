@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
 from ..padding.masks import describe
+from ..torch_private import find_backward, not_compiled
 
 COMPOSABLE = "torch.distributed._composable.checkpoint_activation"
 CONTRACT = "torch.distributed._composable.contract"
@@ -46,7 +47,7 @@ def read_or_replay(layer: nn.Module, current: Any) -> Any:
     inside, recomputed, run = find_regions()
     if recomputed is not None:
         read = replay_next(layer, recomputed, run)
-    elif torch._C._current_graph_task_id() != -1:
+    elif find_backward() != -1:
         raise make_unseen_call_error(layer)
     elif current and inside:
         # Copies, because the averages move in place before backward; without a region nobody comes back to them.
@@ -108,7 +109,7 @@ def walk_stack() -> tuple[list[Any], Any, Any]:
             if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
                 known = frame.f_locals
                 if name == "unpack_hook":  # Without reentry a saved tensor's hook computes its frame again.
-                    return inside, known.get("frame"), (torch._C._current_graph_task_id(), id(frame))
+                    return inside, known.get("frame"), (find_backward(), id(frame))
                 started = getattr(known.get("gen"), "gi_frame", None)
                 region = None if started is None else started.f_locals.get("new_frame")
                 if region is not None:
@@ -122,13 +123,13 @@ def walk_stack() -> tuple[list[Any], Any, Any]:
             region = None if first in ((), ("self",)) else frame.f_locals.get(first[0])
             if isinstance(region, BackwardCFunction):
                 if name == "backward":
-                    return inside, region, (torch._C._current_graph_task_id(), id(frame))
+                    return inside, region, (find_backward(), id(frame))
                 inside.append(region)
         frame = frame.f_back
     return inside, None, None
 
 
-walk_stack_uncompiled = torch._disable_dynamo(walk_stack)  # loads the compiler where it is called
+walk_stack_uncompiled = not_compiled(walk_stack)  # loads the compiler where it is called
 
 
 def find_composable_region(module: Any) -> Any:

@@ -18,6 +18,7 @@ from ..ranks.exchange import Ranks
 from ..ranks.frames import BACKWARD, DTYPES, FORWARD, Call
 from ..sources import Batch, Exchange, Merged, Source
 from ..statistics import Moments
+from ..torch_private import not_compiled
 from . import batch
 
 
@@ -107,7 +108,7 @@ class _Synchronized(batch._BatchNorm):
     def _count(self, input: Any, mask: Any, lengths: Any) -> Any:
         return super()._count(input, mask, lengths) if self.find_ranks() is None else int(self.merged_count > 0)
 
-    @torch._disable_dynamo  # torch.compiler.disable would import the compiler, which takes seconds, with anynorm.
+    @not_compiled  # torch.compiler.disable would import the compiler, which takes seconds, with anynorm.
     def open_exchange(self, input: Any, moves: bool) -> RankExchange | None:
         """Count this call, and describe it, so that other ranks can be held against it."""
         ranks = self.find_ranks()

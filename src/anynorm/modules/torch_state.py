@@ -13,7 +13,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 from torch.nn import Parameter
-from torch.nn.modules.batchnorm import _NormBase
+
+from ..torch_private import NormBase
 
 
 def register_affine(module: nn.Module, shape: tuple[int, ...], weight: bool, bias: bool, **options: Any) -> None:
@@ -43,8 +44,8 @@ class TorchState(nn.Module):
 class BatchNormState(TorchState):
     """The state of `torch.nn.BatchNorm1d/2d/3d`."""
 
-    theirs = _NormBase
-    _version = _NormBase._version
+    theirs = NormBase
+    _version = NormBase._version
     running_mean: Tensor | None
     running_var: Tensor | None
     num_batches_tracked: Tensor | None
@@ -75,7 +76,7 @@ class BatchNormState(TorchState):
 
     def reset_running_stats(self) -> None:
         """Mean 0, variance 1, no batch counted."""
-        _NormBase.reset_running_stats(self)  # type: ignore[arg-type] # it reads attributes only
+        NormBase.reset_running_stats(self)  # it reads attributes only
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any

@@ -14,6 +14,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from ..modules.recomputation import find_regions
+from ..torch_private import find_backward
 from . import hooks
 from .masks import check_zeros_and_ones, describe
 from .model import MaskedModel
@@ -204,7 +205,7 @@ def find_current(layer: nn.Module, positions: Sequence[int], x: Any) -> Tensor |
 def check_recomputation(layer: nn.Module, context: masked | None) -> None:
     """Activation checkpointing must compute a layer again with the mask that it had."""
     # Private to torch, and the only sign that this call runs within backward; -1 says it does not.
-    if torch._C._current_graph_task_id() == -1:
+    if find_backward() == -1:
         return
     if LAST_CONTEXT.get(layer, hooks.CHECKPOINTED.get(layer)) is not context:
         hooks.expect_no_recomputation()

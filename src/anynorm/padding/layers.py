@@ -24,11 +24,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..torch_private import NormBase
 from .registry import SizedMask
 from .shorten import CONVOLUTIONS, POOLS, TRANSPOSED, align
 
 ANY = 0  # as many axes of positions as the input has
-NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+NORMS = (NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 PER_SAMPLE: dict[type, int] = {
     **{nn.AdaptiveAvgPool1d: 1, nn.AdaptiveAvgPool2d: 2, nn.AdaptiveAvgPool3d: 3},
     **{nn.AdaptiveMaxPool1d: 1, nn.AdaptiveMaxPool2d: 2, nn.AdaptiveMaxPool3d: 3},

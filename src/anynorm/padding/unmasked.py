@@ -10,6 +10,7 @@ from typing import Any
 import torch.nn as nn
 from torch import Tensor
 
+from ..torch_private import NormBase
 from .layers import NORMS, has_mask_argument
 from .parts import ModelParts
 
@@ -92,7 +93,7 @@ def list_first(names: list[str]) -> str:
 
 def counts_padding(norm: Any) -> bool:
     """Whether padding enters what a norm computes for real positions; layer and RMS norm see one position at a time."""
-    if isinstance(norm, nn.modules.batchnorm._NormBase):
+    if isinstance(norm, NormBase):
         return norm.training or norm.running_mean is None
     return isinstance(norm, nn.GroupNorm)
 

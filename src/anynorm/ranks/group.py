@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ..torch_private import find_default_store
+
 PATIENCE = 2.0  # seconds that a rank waits, after a failure, for the others to report that they live
 
 
@@ -45,7 +47,7 @@ def exchange_waits(prefix: str, rank: int, world: int, waited: float) -> dict[in
     """
     waits = {rank: waited}
     with suppress(Exception):  # The store may be gone with the rank that held it.
-        store: Any = dist.distributed_c10d._get_default_store()
+        store: Any = find_default_store()
         store.set(f"{prefix}/{rank}", f"{waited}")
         limit = time.monotonic() + PATIENCE
         while len(waits) < world and time.monotonic() < limit:

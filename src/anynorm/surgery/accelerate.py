@@ -11,6 +11,7 @@ import torch.nn as nn
 from ..modules.fused import Fused
 from ..modules.norm import Norm
 from ..modules.sync import SyncBatchNorm
+from ..torch_private import NormBase
 from .exact_types import NOTE
 from .fuse import fuse_graph, report_unfused
 from .report import FUSED, PAIRS, UNDO_FIRST, Entry, Report, describe, is_ours
@@ -20,7 +21,7 @@ from .trace import Traces, copy_sharing, is_hooked, trace
 
 NAMED_NORM = re.compile("norm(?!al(?!i[sz])|ous)", re.IGNORECASE)  # LlamaRMSNorm, Normalize; no NormalDistribution
 UNKNOWN = "no norm of torch.nn; where it computes what one of those computes, put that one in its place first"
-BASES = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
+BASES = (NormBase, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 
 
 def accelerate(model: nn.Module, undo: bool = False, fuse: bool = False) -> Report:

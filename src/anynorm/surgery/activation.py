@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from ..activations import ACTIVATIONS, Activation, list_activations, match_options
+from ..torch_private import functions_of_nn
 from .report import describe
 
 
@@ -57,8 +58,8 @@ def read_options(node: fx.Node, activation: Activation) -> dict[str, Any] | None
 def find_spellings(name: str) -> set[Any]:
     """The functions and methods that apply an activation, also in place."""
     names = (name, f"{name}_")
-    # torch._C._nn: some names of F stand for its functions, whose own name a graph shows.
-    modules = (F, torch, torch._C._nn)
+    # functions_of_nn: some names of F stand for its functions, whose own name a graph shows.
+    modules = (F, torch, functions_of_nn)
     found = {getattr(module, spelling) for module in modules for spelling in names if hasattr(module, spelling)}
     return found | set(names)
 

@@ -18,10 +18,10 @@ import torch
 import torch.nn as nn
 from torch import Tensor, fx
 from torch.nn.utils.parametrize import is_parametrized
-from torch.utils._pytree import tree_leaves
 
 from ..modules.norm import Norm
 from ..randomness import has_drawn, restore_randomness, save_randomness
+from ..torch_private import find_saved_tensor_hooks, tree_leaves
 from .in_place import IN_PLACE
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
@@ -176,7 +176,7 @@ def find_modes() -> tuple[Any, ...]:
         torch.is_inference_mode_enabled(),
         *((torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in DEVICES),
         # Private: torch has no public way to ask for the hooks that checkpoints and offloading set.
-        torch._C._autograd._top_saved_tensors_default_hooks(True) is None,
+        find_saved_tensor_hooks(True) is None,
     )
 
 

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from anynorm.apps.explain.notation import FORMULA
 from anynorm.apps.explain.numbers import find_statistics
@@ -21,6 +20,8 @@ from anynorm.errors import UserError
 from anynorm.family import FAMILY
 from anynorm.pooling import Pooling
 from anynorm.randomness import keep_randomness
+
+from ...torch_private import NormBase
 
 MOST_ROWS = 6
 
@@ -129,7 +130,7 @@ def _choose(loaded: LoadedModel, layer: str | None) -> tuple[str, nn.Module]:
 
 def _copy_running(norm: nn.Module) -> tuple[Tensor, Tensor] | None:
     """Return copies of the running averages, where the norm keeps any."""
-    if not isinstance(norm, _NormBase) or norm.running_mean is None or norm.running_var is None:
+    if not isinstance(norm, NormBase) or norm.running_mean is None or norm.running_var is None:
         return None
     return norm.running_mean.clone(), norm.running_var.clone()
 

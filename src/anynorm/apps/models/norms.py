@@ -1,12 +1,14 @@
 """The norms of a user's model: their names, their kind in the family, and which elements share a mean."""
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from anynorm.family import FAMILY
 from anynorm.modules.fused import Fused
 from anynorm.pooling import Pooling, Sizes, find_pooling
+
+from ...torch_private import NormBase
 
 # torch's classes, and with them ours and every other subclass, with their names in FAMILY.
 KINDS: tuple[tuple[type[nn.Module], str], ...] = (
@@ -22,7 +24,7 @@ def find_norms(model: nn.Module) -> dict[str, nn.Module]:
     """Return the model's normalization layers by name: torch's classes and leaves that call themselves Norm."""
 
     def is_norm(module: nn.Module) -> bool:
-        known = isinstance(module, _NormBase | nn.LayerNorm | nn.GroupNorm | nn.RMSNorm)
+        known = isinstance(module, NormBase | nn.LayerNorm | nn.GroupNorm | nn.RMSNorm)
         return known or ("Norm" in type(module).__name__ and not any(True for _ in module.children()))
 
     return {name: module for name, module in model.named_modules() if is_norm(module)}
