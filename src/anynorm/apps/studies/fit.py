@@ -137,6 +137,19 @@ def untouched(network: nn.Module) -> Iterator[None]:
         module.training = training
 
 
+def observe(network: nn.Module, module: nn.Module, x: Tensor, *, training: bool = False) -> Tensor:
+    """What a module of the network gives for samples x; in evaluation mode unless asked."""
+    seen: list[Tensor] = []
+    with untouched(network):
+        network.train(training)
+        hook = module.register_forward_hook(lambda module, inputs, output: seen.append(output))
+        try:
+            network(x)
+        finally:
+            hook.remove()
+    return seen[-1]
+
+
 def evaluate(
     network: nn.Module, x: Tensor, y: Tensor, *, batch: int = EVALUATION_BATCH, training: bool = False
 ) -> tuple[float, float | None]:

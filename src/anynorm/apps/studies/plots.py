@@ -58,7 +58,8 @@ def split_axes(axes: Axes, columns: int) -> list[Axes]:
     figure, spec = axes.figure, axes.get_subplotspec()
     assert spec is not None
     axes.remove()
-    return [figure.add_subplot(place) for place in spec.subgridspec(1, columns)]
+    places = spec.subgridspec(1, columns)
+    return [figure.add_subplot(places[0, column]) for column in range(columns)]
 
 
 def draw_steps(panel: Axes, records: Sequence[Record], arms: Sequence[str], across: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,7 +41,7 @@ def plan(setting: Setting, find: Find) -> Iterable[Trial]:
     for place, arm in enumerate(setting.norms or ARMS):
         for depth in DEPTHS if place < 2 else DEPTHS[1:]:
             for gain in gains:
-                options = {"depth": depth, "gain": gain, "most": most}
+                options: dict[str, Any] = {"depth": depth, "gain": gain, "most": most}
                 trials = [Trial.of(arm, rate, SEARCH_SEED, search=True, **options) for rate in rates]
                 best, search = try_rates(find, trials, by="cost")
                 yield from search

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -40,7 +41,7 @@ def plan(setting: Setting, find: Find) -> Iterable[Trial]:
     most, rates = (60, RATES[2:7:2]) if setting.quick else (MOST, RATES)
     for version in find_versions(setting):
         for place, arm in enumerate(setting.norms or ARMS):
-            options = {"version": version, "most": most}
+            options: dict[str, Any] = {"version": version, "most": most}
             trials = [Trial.of(arm, rate, SEARCH_SEED, search=True, **options) for rate in rates]
             best, search = try_rates(find, trials, by="cost")
             yield from search
