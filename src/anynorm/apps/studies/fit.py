@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .data import Data
+from .workers import Record
+
 MOMENTUM = 0.9
 EVALUATION_BATCH = 500
+LEVEL_EVERY = 10
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -72,6 +77,48 @@ def fit(
     return find_status(losses[-1])
 
 
+def fit_to_level(
+    network: nn.Module, data: Data, batches: Sequence[Tensor], rate: float, level: float, *, search: bool
+) -> Record:
+    """Train by plain gradient descent until a share of the held-out samples is classified rightly.
+
+    Args:
+        network: in training mode.
+        data: what it learns from; the level is asked of validation data in a search, else of test data.
+        batches: indices of the samples of each step, all that it may take.
+        rate: learning rate.
+        level: the share, asked after each `LEVEL_EVERY` steps.
+        search: whether it serves to choose a rate.
+
+    Returns:
+        status: finished or diverged; reached: whether the level was; steps: until then, or the whole budget;
+        log_steps: their log10; log_seconds: log10 of the seconds of training until then, None where it was not
+        reached; cost: the steps, and more with each wrong answer where it was not reached, to choose a rate by.
+    """
+    x, y = torch.from_numpy(data.train_x), torch.from_numpy(data.train_y)
+    held = (data.validation_x, data.validation_y) if search else (data.test_x, data.test_y)
+    held_x, held_y = map(torch.from_numpy, held)
+    accuracy, seconds, loss, step, began = 0.0, 0.0, 0.0, 0, time.perf_counter()
+    optimizer = torch.optim.SGD(network.parameters(), lr=rate)
+    for step, loss in enumerate(fit_steps(network, x, y, batches, optimizer), 1):
+        if step % LEVEL_EVERY == 0 and math.isfinite(loss):
+            seconds += time.perf_counter() - began
+            accuracy = evaluate(network, held_x, held_y)[0]
+            if accuracy >= level:
+                break
+            began = time.perf_counter()
+    reached = accuracy >= level
+    steps = step if reached else len(batches)
+    return {
+        "status": find_status(loss),
+        "reached": reached,
+        "steps": steps,
+        "log_steps": math.log10(steps),
+        "log_seconds": math.log10(seconds) if reached else None,
+        "cost": steps if reached else steps * (2 - accuracy),
+    }
+
+
 def find_status(loss: float) -> str:
     """How a training ended, by its last loss."""
     return "finished" if math.isfinite(loss) else "diverged"
@@ -88,6 +135,19 @@ def untouched(network: nn.Module) -> Iterator[None]:
             buffer.copy_(before)
     for module, training in modes:
         module.training = training
+
+
+def observe(network: nn.Module, module: nn.Module, x: Tensor, *, training: bool = False) -> Tensor:
+    """What a module of the network gives for samples x; in evaluation mode unless asked."""
+    seen: list[Tensor] = []
+    with untouched(network):
+        network.train(training)
+        hook = module.register_forward_hook(lambda module, inputs, output: seen.append(output))
+        try:
+            network(x)
+        finally:
+            hook.remove()
+    return seen[-1]
 
 
 def evaluate(

@@ -69,14 +69,40 @@ def cnn(norm: NormFactory, sample_shape: tuple[int, ...], classes: int) -> nn.Mo
     )
 
 
-def mlp(norm: NormFactory, sample_shape: tuple[int, ...], classes: int) -> nn.Module:
-    """Three dense layers of 100 units, each normalized before its ReLU, and a dense output."""
+def dense(
+    norm: NormFactory,
+    sample_shape: tuple[int, ...],
+    classes: int,
+    *,
+    depth: int = 3,
+    activation: Callable[[], nn.Module] = nn.ReLU,
+    start: Callable[[torch.Tensor], object] | None = None,
+) -> nn.Module:
+    """Dense layers of 100 units, each normalized before its activation, and a dense output.
+
+    Args:
+        norm, sample_shape, classes: as every network here takes them.
+        depth: how many layers are normalized.
+        activation: its class.
+        start: fills each weight, and biases start at 0; torch's own start where None.
+    """
     layers: list[nn.Module] = [nn.Flatten()]
     width = prod(sample_shape)
-    for _ in range(3):
-        layers += [nn.Linear(width, 100), norm(100, 0), nn.ReLU()]
+    for _ in range(depth):
+        layers += [nn.Linear(width, 100), norm(100, 0), activation()]
         width = 100
-    return nn.Sequential(*layers, nn.Linear(width, classes))
+    network = nn.Sequential(*layers, nn.Linear(width, classes))
+    if start is not None:
+        for layer in network:
+            if isinstance(layer, nn.Linear):
+                start(layer.weight)
+                nn.init.zeros_(layer.bias)
+    return network
+
+
+def mlp(norm: NormFactory, sample_shape: tuple[int, ...], classes: int) -> nn.Module:
+    """Three dense layers of 100 units, each normalized before its ReLU, and a dense output."""
+    return dense(norm, sample_shape, classes)
 
 
 def find_model(name: str, sample_shape: tuple[int, ...], classes: int) -> Model:

@@ -129,6 +129,21 @@ class Results:
                 found[record["seed"]] = record[key]
         return found
 
+    def best_rate(self, by: str = "loss", **fields: Value) -> float:
+        """The rate that `try_rates` chose among the trials of the search whose fields have these values."""
+        return choose_rate(self.where(search=True, **fields), by)
+
+    def find_width(self, step: float, **fields: Value) -> dict[int, float]:
+        """By seed, how many trials reached their level, times `step`: the width of what works on a grid.
+
+        Only seeds with as many trials as there are in the largest sweep.
+        """
+        sweeps: dict[int, list[bool]] = {}
+        for record in self.where(**fields):
+            sweeps.setdefault(record["seed"], []).append(record["reached"])
+        whole = max(map(len, sweeps.values()), default=0)
+        return {seed: step * sum(sweep) for seed, sweep in sweeps.items() if len(sweep) == whole}
+
 
 @dataclass(frozen=True)
 class Published:
@@ -183,16 +198,18 @@ def try_rates(find: Find, trials: Sequence[Trial], by: str = "loss") -> tuple[fl
 
     None while a trial is unfinished. A rate at which any trial diverged comes after all others.
     """
-    records = [find(trial) for trial in trials]
-    if any(record is None for record in records):
-        return None, iter(trials)
+    found = [(trial, find(trial)) for trial in trials]
+    records = [{**trial.fields, **record} for trial, record in found if record is not None]
+    return (choose_rate(records, by) if len(records) == len(trials) else None), iter(trials)
+
+
+def choose_rate(records: Sequence[Record], by: str = "loss") -> float:
+    """The rate with the least mean of `by`; one at which any trial diverged comes after all others."""
     means: dict[float, list[float]] = {}
-    for trial, record in zip(trials, records, strict=True):
-        assert record is not None
+    for record in records:
         value = record.get(by) if record["status"] == "finished" else None
-        means.setdefault(trial.rate, []).append(float("inf") if value is None else value)
-    best = min(means, key=lambda rate: sum(means[rate]) / len(means[rate]))
-    return best, iter(trials)
+        means.setdefault(record["rate"], []).append(float("inf") if value is None else value)
+    return min(means, key=lambda rate: sum(means[rate]) / len(means[rate]))
 
 
 def is_own(model: str) -> bool:
