@@ -48,8 +48,8 @@ $(VENV)/.vowels: constraints.txt | $(READY)
 vowels: $(READY) $(VENV)/.vowels ## padding counted and masked, on real utterances (2 minutes; ARGS="--seeds 3")
 	$(BIN)/python examples/japanese_vowels.py $(ARGS)
 
-batchsize: $(READY) ## what few images for each statistic cost, and docs/small-batch.md (5 minutes)
-	$(BIN)/python examples/batch_size.py --write $(ARGS)
+batchsize: $(READY) ## what few images for each statistic cost, and a batch size that changes (2 minutes)
+	$(BIN)/anynorm study run batchsize $(ARGS)
 
 ddp: $(READY) ## two processes train the network of one, on the MNIST images (half a minute)
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 examples/train_ddp.py $(ARGS)
