@@ -48,8 +48,8 @@ $(VENV)/.vowels: constraints.txt | $(READY)
 vowels: $(READY) $(VENV)/.vowels ## padding counted and masked, on real utterances (2 minutes; ARGS="--seeds 3")
 	$(BIN)/python examples/japanese_vowels.py $(ARGS)
 
-batchsize: $(READY) ## what few images for each statistic cost, and docs/small-batch.md (5 minutes)
-	$(BIN)/python examples/batch_size.py --write $(ARGS)
+batchsize: $(READY) ## what few images for each statistic cost, and a batch size that changes (2 minutes)
+	$(BIN)/anynorm study run batchsize $(ARGS)
 
 studies: $(READY) $(VENV)/.vowels ## every claim put to the test, and docs/claims.md (25 minutes)
 	$(BIN)/anynorm study run all --out build/studies $(ARGS)

@@ -151,18 +151,48 @@ def observe(network: nn.Module, module: nn.Module, x: Tensor, *, training: bool 
 
 
 def evaluate(
-    network: nn.Module, x: Tensor, y: Tensor, *, batch: int = EVALUATION_BATCH, training: bool = False
+    network: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    batch: int = EVALUATION_BATCH,
+    training: bool = False,
+    by_batch: bool = False,
 ) -> tuple[float, float | None]:
-    """Share of right answers and mean cross-entropy (None where it is not finite); in evaluation mode unless asked."""
+    """Share of right answers and mean cross-entropy (None where it is not finite); in evaluation mode unless asked.
+
+    Args:
+        network: comes back as it was.
+        x, y: samples and labels.
+        batch: samples of a forward; with statistics of the batch, one that is left over joins those before it.
+        training: whether everything is in training mode.
+        by_batch: whether batch norms normalize by the batch, while all else is as `training` says.
+    """
     right, loss = 0, 0.0
     with untouched(network):
         network.train(training)
-        for start in range(0, len(x), batch):
-            logits, labels = network(x[start : start + batch]), y[start : start + batch]
+        if by_batch:
+            for norm in find_batch_norms(network):
+                norm.train()
+        for start, end in cut(len(x), batch, 2 if training or by_batch else 1):
+            logits, labels = network(x[start:end]), y[start:end]
             # NaN outputs answer nothing, so they are never right.
             right += int(((logits.argmax(1) == labels) & logits.isfinite().all(1)).sum())
             loss += functional.cross_entropy(logits, labels, reduction="sum").item()
     return right / len(x), finite(loss / len(x))
+
+
+def cut(count: int, size: int, least: int) -> list[tuple[int, int]]:
+    """Begin and end of each `size` of `count` samples; fewer than `least` at the end join those before."""
+    starts = list(range(0, count, size))
+    if len(starts) > 1 and count - starts[-1] < least:
+        starts.pop()
+    return list(zip(starts, [*starts[1:], count]))
+
+
+def find_batch_norms(network: nn.Module) -> list[nn.Module]:
+    """Its batch norms, whose kinds are all subclasses of torch's."""
+    return [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
 
 
 def finite(value: float) -> float | None:

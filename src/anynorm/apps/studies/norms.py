@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from math import isqrt
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 import anynorm
 
@@ -73,3 +74,32 @@ NORMS: dict[str, NormFactory] = {
     "group": group,
     "rms": rms,
 }
+
+
+class InParts(nn.Module):
+    """A norm that is called, in training, on `size` samples after the other: as if it saw micro-batches."""
+
+    def __init__(self, norm: nn.Module, size: int) -> None:
+        super().__init__()
+        self.norm, self.size = norm, size
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.norm(part) for part in x.split(self.size)]) if self.training else self.norm(x)
+
+
+def ghosts(size: int, batch: int) -> NormFactory:
+    """Batch norm of each `size` samples of a batch; averages are over equally many samples at any size."""
+    kinds = (anynorm.GhostBatchNorm1d, anynorm.GhostBatchNorm1d, anynorm.GhostBatchNorm2d, anynorm.GhostBatchNorm3d)
+    return lambda num_features, dims: kinds[dims](num_features, momentum=0.1 * size / batch, ghost_size=size)
+
+
+def renorm_ghosts(size: int, batch: int, samples: int) -> NormFactory:
+    """Batch renormalization of each `size` samples, with the paper's schedule as shares of a training on `samples`."""
+    kinds = (anynorm.BatchRenorm1d, anynorm.BatchRenorm1d, anynorm.BatchRenorm2d, anynorm.BatchRenorm3d)
+    count = samples // size
+    warmup = (count // 20, count * 6 // 20, count * 4 // 20)
+
+    def make(num_features: int, dims: int) -> nn.Module:
+        return InParts(kinds[dims](num_features, momentum=0.1 * size / batch, warmup=warmup), size)
+
+    return make

@@ -74,6 +74,13 @@ class Setting:
     quick: bool = False
     full: bool = False
 
+    @property
+    def networks(self) -> list[str]:
+        """The user's network, or both that are built in; a table has no positions to convolve over."""
+        if self.model is not None:
+            return [self.model]
+        return ["mlp", "cnn"] if len(self.data.sample_shape) in (2, 3) else ["mlp"]
+
     def build(
         self, norm: str | NormFactory, seed: int, own: Callable[[NormFactory, tuple[int, ...], int], nn.Module] | str
     ) -> nn.Module:
@@ -215,3 +222,8 @@ def choose_rate(records: Sequence[Record], by: str = "loss") -> float:
 def is_own(model: str) -> bool:
     """Whether a model is the user's, and not one that is built in."""
     return model not in BUILT_IN
+
+
+def say_network(model: str) -> str:
+    """A network in words; the user's own has a name that may be long."""
+    return {"mlp": "fully connected", "cnn": "convolutional"}.get(model, "your network")

@@ -119,3 +119,12 @@ def say_effect(effect: Effect, confidence: float = CONFIDENCE, *, decides: bool 
         f"seeds, {100 * confidence:.3g} %)"
     )
     return f"{said}, needs more than {effect.threshold:.3g}" if decides else said
+
+
+def say_mean(values: Mapping[int, float], digits: int = 1) -> str:
+    """Mean and half of the 95 % interval of values by seed; empty where there are none."""
+    interval = find_interval(list(values.values()))
+    if interval is None:
+        return ""
+    half = "" if interval.high is None else f" ± {interval.high - interval.mean:.{digits}f}"
+    return f"{interval.mean:.{digits}f}{half}"
