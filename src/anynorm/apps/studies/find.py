@@ -12,7 +12,7 @@ from anynorm.errors import UserError
 from .study import Study
 
 # In the order of the source document's claims, then what it does not say, then two published experiments.
-CLAIMS = ("leak", "sequences", "alternatives")
+CLAIMS = ("leak", "sequences", "alternatives", "cooijmans2016")
 GROUP = "anynorm.studies"
 
 
