@@ -12,6 +12,7 @@ from anynorm.apps.studies.claims.alternatives import (
     TASKS,
     choose_alternative,
     convolutions,
+    decay,
     draw_task,
     draw_task_batches,
 )
@@ -49,6 +50,16 @@ def test_instance_norm_cannot_see_contrast_and_batch_norm_can(setting):
         network.eval()
         outputs[norm] = (network(4 * x) - network(x)).abs().max().item()
     assert outputs["instance"] < 0.01 < 0.1 < outputs["batch"]
+
+
+def test_the_rate_falls_to_zero_in_a_straight_line():
+    network = torch.nn.Linear(1, 1)
+    optimizer, rates = decay(network, 0.4, 4), []
+    for _ in range(4):
+        rates.append(optimizer.param_groups[0]["lr"])
+        network(torch.ones(1, 1)).sum().backward()
+        optimizer.step()
+    np.testing.assert_allclose(rates, [0.4, 0.325, 0.25, 0.175])
 
 
 @pytest.mark.parametrize("task", TASKS)
