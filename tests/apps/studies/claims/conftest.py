@@ -10,11 +10,11 @@ from anynorm.apps.studies.data import split
 from anynorm.apps.studies.study import Results, Setting
 
 
-def make_setting(seeds=10, shape=(1, 8, 8), **options):
+def make_setting(seeds=10, shape=(1, 8, 8), noise=1.0, **options):
     """Four classes of noisy images that a small network learns in a few steps."""
     generator = np.random.default_rng(0)
     y = np.repeat(np.arange(4), 250)
-    x = generator.standard_normal((4, *shape))[y] + generator.standard_normal((len(y), *shape))
+    x = generator.standard_normal((4, *shape))[y] + noise * generator.standard_normal((len(y), *shape))
     return Setting(split("made up", x, y), seeds, **options)
 
 

@@ -236,7 +236,8 @@ STUDY = Study(
     rule="Confirmed if batch norm reduces the drift, and if with noise it loses more than half of its benefit: it "
     "takes more steps than the geometric middle of the arms without noise. Refuted if batch norm increases the drift, "
     "or if with noise it keeps more than half. Both intervals together 95 %. Inconclusive, unless the drift itself "
-    "refutes, where batch norm is not faster to begin with, or where with noise the drift is not larger than without a norm.",
+    "refutes, where batch norm is not faster to begin with, or where with noise the drift is not larger than without a "
+    "norm.",
     published=(
         Published(
             "Santurkar et al. 2018, arXiv:1805.11604",
