@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from anynorm.apps.studies.compare.judge import plain_sizes
+from anynorm.apps.studies.compare.findings import plain_sizes
 from anynorm.apps.studies.compare.plots import COLOURS, find_limits
 from anynorm.apps.studies.compare.report import write_report
 

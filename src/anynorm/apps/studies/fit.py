@@ -36,6 +36,8 @@ def fit_steps(
     batches: Iterable[Tensor],
     optimizer: torch.optim.Optimizer | float,
     loss: Loss = functional.cross_entropy,
+    *,
+    lengths: Tensor | None = None,
 ) -> Iterator[float]:
     """Train step by step: gives the loss of each, and ends after one that is no number.
 
@@ -45,18 +47,24 @@ def fit_steps(
         batches: indices of the samples of each step.
         optimizer: or the learning rate of SGD with momentum 0.9.
         loss: of outputs and targets.
+        lengths: of padded sequences: the network is then called with (x, lengths).
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
         optimizer = torch.optim.SGD(network.parameters(), lr=optimizer, momentum=MOMENTUM)
     for chosen in batches:
         optimizer.zero_grad()
-        found = loss(network(x[chosen]), y[chosen])
+        found = loss(call(network, x, chosen, lengths), y[chosen])
         found.backward()
         optimizer.step()
         value = found.item()
         yield value
         if not math.isfinite(value):
             return
+
+
+def call(network: nn.Module, x: Tensor, chosen: Tensor | slice, lengths: Tensor | None) -> Tensor:
+    """Outputs for some of the samples."""
+    return network(x[chosen]) if lengths is None else network(x[chosen], lengths[chosen])
 
 
 def fit(
@@ -94,15 +102,25 @@ def evaluate(
     network: nn.Module, x: Tensor, y: Tensor, *, batch: int = EVALUATION_BATCH, training: bool = False
 ) -> tuple[float, float | None]:
     """Share of right answers and mean cross-entropy (None where it is not finite); in evaluation mode unless asked."""
-    right, loss = 0, 0.0
+    logits = predict(network, x, batch=batch, training=training)
+    # NaN outputs answer nothing, so they are never right.
+    right = int(((logits.argmax(1) == y) & logits.isfinite().all(1)).sum())
+    return right / len(x), finite(functional.cross_entropy(logits, y).item())
+
+
+def predict(
+    network: nn.Module,
+    x: Tensor,
+    *,
+    batch: int = EVALUATION_BATCH,
+    training: bool = False,
+    lengths: Tensor | None = None,
+) -> Tensor:
+    """Outputs for all samples, batch by batch; in evaluation mode unless asked. The network stays as it was."""
     with untouched(network):
         network.train(training)
-        for start in range(0, len(x), batch):
-            logits, labels = network(x[start : start + batch]), y[start : start + batch]
-            # NaN outputs answer nothing, so they are never right.
-            right += int(((logits.argmax(1) == labels) & logits.isfinite().all(1)).sum())
-            loss += functional.cross_entropy(logits, labels, reduction="sum").item()
-    return right / len(x), finite(loss / len(x))
+        parts = [slice(start, start + batch) for start in range(0, len(x), batch)]
+        return torch.cat([call(network, x, part, lengths) for part in parts])
 
 
 def finite(value: float) -> float | None:
