@@ -77,7 +77,9 @@ def show_logarithms(axes: Axes) -> None:
     if np.nanmin(values, initial=np.inf) <= 0:
         return
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    # Where a run diverged the axis spans many decades, which have no room for ticks between them.
+    wide = np.nanmax(values, initial=-np.inf) > 1e3 * np.nanmin(values, initial=np.inf)
+    axes.yaxis.set_major_locator(LogLocator() if wide else LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("")
 
