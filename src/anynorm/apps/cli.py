@@ -106,11 +106,34 @@ def explain(
 def compare_norms(
     *,
     data: Annotated[
-        str, typer.Option("--data", metavar="mnist|digits|PATH.npz", help="What to learn; a file holds x and y.")
+        str,
+        typer.Option(
+            "--data", metavar="mnist|digits|PATH", help="What to learn: a name, or an .npz, .csv or .parquet."
+        ),
     ] = "mnist",
     model: Annotated[
         str, typer.Option("--model", help="cnn, mlp or your own as module:factory or file.py:factory; commas between.")
     ] = "cnn,mlp",
+    task: Annotated[
+        str, typer.Option("--task", help="What y holds: classes, labels (several may hold), values, or auto.")
+    ] = "auto",
+    target: Annotated[
+        str, typer.Option("--target", help="Column or array to learn; else y, label, target or the last column.")
+    ] = "",
+    tokens: Annotated[bool, typer.Option("--tokens", help="x holds token ids, which stay integers.")] = False,
+    standardize: Annotated[
+        bool, typer.Option("--standardize/--no-standardize", help="Whether to standardize x, and y in a regression.")
+    ] = True,
+    loss: Annotated[str, typer.Option("--loss", help="Your loss, module:function of (outputs, targets).")] = "",
+    metric: Annotated[
+        str, typer.Option("--metric", help="Your metric, the same; module:function:lower where lower is better.")
+    ] = "",
+    optimizer: Annotated[
+        str, typer.Option("--optimizer", help="Your optimizer, module:function of (parameters, rate); else SGD.")
+    ] = "",
+    checkpoint: Annotated[
+        str, typer.Option("--checkpoint", metavar="FILE", help="Weights that every network starts from.")
+    ] = "",
     norms: Annotated[str, typer.Option("--norms", help="Which norms to compare.")] = (
         "none,batch,layer,instance,group,rms"
     ),
@@ -138,6 +161,14 @@ def compare_norms(
         images=images,
         minutes=minutes,
         out=out,
+        task=task,
+        target=target,
+        tokens=tokens,
+        standardize=standardize,
+        loss=loss,
+        metric=metric,
+        optimizer=optimizer,
+        checkpoint=checkpoint,
     )
     from anynorm.apps.studies.compare.compare import compare, process_start
 

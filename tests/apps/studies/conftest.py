@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from anynorm.apps.studies.compare.judge import Findings, choose_all
+from anynorm.apps.studies.compare.findings import Findings
+from anynorm.apps.studies.compare.judge import choose_all
 from anynorm.apps.studies.compare.plan import Plan
 from anynorm.apps.studies.compare.train import Run
 
@@ -18,15 +19,15 @@ def invent(run: Run) -> dict:
         accuracy -= 0.4
     accuracy -= 0.05 * abs(np.log10(run.rate / 0.1))
     record = {**vars(run), "status": "finished", "steps": 8, "seen": run.images, "seconds": 0.5}
-    record |= {"validation_accuracy": accuracy, "validation_loss": 1 - accuracy}
+    record |= {"validation_score": accuracy, "validation_loss": 1 - accuracy}
     if run.norm == "instance" and run.rate >= 1:
         record["status"] = "diverged"
     if run.final:
-        record |= {"test_accuracy": accuracy - 0.01, "test_loss": 1 - accuracy, "probed_layer": "9"}
+        record |= {"test_score": accuracy - 0.01, "test_loss": 1 - accuracy, "probed_layer": "9"}
         record["modes"] = {
-            "training_accuracy": accuracy - 0.05,
+            "training_score": accuracy - 0.05,
             "training_loss": 0.6,
-            "evaluation_accuracy": accuracy,
+            "evaluation_score": accuracy,
             "evaluation_loss": 0.5,
         }
         points = np.arange(9)
@@ -35,7 +36,7 @@ def invent(run: Run) -> dict:
             "images": (points * 10).tolist(),
             "seconds": (points * 0.1).tolist(),
             "loss": [None, *np.exp(-points[1:] / 4).tolist()],
-            "accuracy": (accuracy * points / 8).tolist(),
+            "score": (accuracy * points / 8).tolist(),
             "probe_mean": (points * 0.1).tolist(),
             "probe_std": (1 + points * 0.1).tolist(),
         }
@@ -66,7 +67,7 @@ def make_findings():
 def make_results():
     """The content of results.json for invented findings."""
     from anynorm.apps.studies.compare.effects import say_effects
-    from anynorm.apps.studies.compare.sentences import say_unjudged, say_verdict
+    from anynorm.apps.studies.compare.verdict import say_unjudged, say_verdict
 
     def make(findings, choices, data="mnist"):
         return {
@@ -79,6 +80,9 @@ def make_results():
             "data_sizes": [3500, 500, 1000],
             "sample_shape": [1, 28, 28],
             "classes": 10,
+            "metric": vars(findings.metric),
+            "learned": {"loss": "cross-entropy", "optimizer": "plain SGD", "kind": "classes", "targets": "10 classes"},
+            "start": [],
             "about": {model: f"the network {model}" for model in findings.plan.models},
             "versions": {"anynorm": "0", "torch": "0", "numpy": "0", "python": "0"},
             "machine": {"system": "here", "cores": 2, "torch_threads_per_run": 1},

@@ -14,6 +14,7 @@ from anynorm.apps.studies.compare.compare import compare, identify
 from anynorm.apps.studies.compare.options import Options
 from anynorm.apps.studies.compare.plan import Plan
 from anynorm.apps.studies.journal import Journal
+from anynorm.apps.studies.metrics import Metric
 from anynorm.apps.studies.progress import LiveProgress
 from anynorm.apps.studies.session import Session
 
@@ -22,7 +23,7 @@ CONTEXT = {
     "models": {"mlp": "m"},
     "versions": {"anynorm": "1", "torch": "2"},
     "data_sizes": [3, 3, 3],
-    "guessing": 10.0,
+    "metric": Metric(),
 }
 RUN_SECONDS = {"none": 1.0, "batch": 3.0, "layer": 10.0}
 
@@ -67,8 +68,8 @@ class PretendedWorkers:
         for worker in self.all:
             if worker.run is not None and worker.until <= self.clock.now:
                 run, worker.run = worker.run, None
-                record = {**vars(run), "status": "finished", "validation_accuracy": 0.5, "validation_loss": 1.0}
-                ended.append((run, record | {"test_accuracy": 0.5, "test_loss": 1.0}, RUN_SECONDS[run.norm]))
+                record = {**vars(run), "status": "finished", "validation_score": 0.5, "validation_loss": 1.0}
+                ended.append((run, record | {"test_score": 0.5, "test_loss": 1.0}, RUN_SECONDS[run.norm]))
         return ended
 
 

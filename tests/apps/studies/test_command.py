@@ -180,7 +180,7 @@ from torch import nn
 def wrong_outputs(norm): return nn.Sequential(nn.Flatten(), nn.Linear(64, 7), norm(7, 0))
 def wrong_input(norm): return nn.Sequential(nn.Flatten(), nn.Linear(65, 10))
 def raises(norm): raise RuntimeError("no luck\\nsecond line")
-def no_network(norm): return 3
+def no_network(norm, *rest): return 3
 def bad_dims(norm): return nn.Sequential(nn.Flatten(), nn.Linear(64, 10), norm(10, "two"))
 number = 3
 """
@@ -218,6 +218,16 @@ BAD = [
     ("--model", "bad_networks:no_network", "returned a int"),
     ("--model", "bad_networks:bad_dims", "'two'"),
     ("--out", "broken.npz", "--out"),
+    ("--data", "nowhere.csv", "no file 'nowhere.csv'"),
+    ("--data", "words.csv", "column 'b' of 'words.csv' holds 'no'"),
+    ("--task", "regression", "takes auto, classes, labels, values"),
+    ("--task", "labels", "0 and 1 for each label"),
+    ("--loss", "nowhere", "module:function"),
+    ("--loss", "bad_networks:raises", "fails on outputs"),
+    ("--metric", "bad_networks:absent:lower", "nothing of that name"),
+    ("--optimizer", "bad_networks:no_network", "returned a int"),
+    ("--checkpoint", "nowhere.pt", "no file 'nowhere.pt'"),
+    ("--checkpoint", "broken.npz", "cannot be read as weights"),
 ]
 
 
@@ -240,6 +250,7 @@ def test_bad_input_ends_in_one_sentence(monkeypatch, capsys, tmp_path, option, v
     (tmp_path / "broken_module.py").write_text("def make(:\n")
     (tmp_path / "leaving_module.py").write_text("raise SystemExit(7)\n")
     (tmp_path / "bad_networks.py").write_text(NETWORKS)
+    (tmp_path / "words.csv").write_text("a,b,y\n" + "1,no,2\n" * 9)
     np.savez(tmp_path / "tiny.npz", x=np.zeros((9, 4)), y=np.arange(9) % 3)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -53,9 +53,11 @@ FILES = {
     "nan": ({"x": np.where(np.eye(12, 4) > 0, np.nan, X), "y": Y}, "4 values that are NaN"),
     "too large": ({"x": X + 1e300, "y": Y}, "infinite"),
     "short y": ({"x": X, "y": Y[:-1]}, "shape (11,)"),
-    "one-hot y": ({"x": X, "y": np.eye(12)}, "shape (12, 12)"),
+    "several columns": ({"x": X, "y": np.ones((12, 2))}, "shape (12, 2)"),
     "fractions": ({"x": X, "y": Y + 0.5}, "fractions"),
-    "names": ({"x": X, "y": Y.astype(str)}, "dtype <U"),
+    "dates": ({"x": X, "y": Y.astype("datetime64[D]")}, "dtype datetime64"),
+    "unknown y": ({"x": X, "y": np.where(Y > 1, np.nan, Y)}, "4 values that are NaN"),
+    "lengths": ({"x": X, "y": Y, "lengths": np.ones(12)}, "only anynorm compare"),
     "one class": ({"x": X, "y": Y * 0}, "at least 2 classes"),
     "rare class": ({"x": X, "y": [7, 7] + [1] * 10}, "class 7"),
 }
@@ -69,7 +71,7 @@ def test_bad_files_end_in_one_sentence(tmp_path, case):
         load_data(str(tmp_path / "bad.npz"))
     message = str(caught.value)
     assert said in message
-    assert message.startswith("compare --data: ")
+    assert message.startswith(("compare --data: ", "--data: "))
     assert "\n" not in message
     assert message.endswith(".")
 

@@ -3,14 +3,10 @@ from scipy import stats
 
 from anynorm.apps.studies.compare.effects import say_effects
 from anynorm.apps.studies.compare.judge import Choice, choose_all, cover, find_common
-from anynorm.apps.studies.compare.sentences import (
-    say_choice,
-    say_model_verdict,
-    say_unjudged,
-    say_verdict,
-    signed,
-)
+from anynorm.apps.studies.compare.sentences import say_choice
+from anynorm.apps.studies.compare.verdict import say_model_verdict, say_unjudged, say_verdict
 from anynorm.apps.studies.intervals import Interval, compare_pair, find_interval
+from anynorm.apps.studies.metrics import Metric
 from anynorm.apps.terminal import join_words
 
 
@@ -33,36 +29,37 @@ def test_one_seed_has_no_interval():
         ({0: 5.0, 1: 6.0, 2: 7.0}, {0: 4.0, 1: 5.1, 2: 5.9}, "higher"),
         ({0: 4.0, 1: 5.1, 2: 5.9}, {0: 5.0, 1: 6.0, 2: 7.0}, "lower"),
         ({0: 5.0, 1: 6.0, 2: 7.0}, {0: 7.0, 1: 5.0, 2: 6.0}, "no clear difference"),
-        ({0: 5.0, 1: 6.0}, {0: 5.0, 1: 6.0}, "no clear difference"),
+        ({0: 5.0, 1: 6.0, 2: 7.0}, {0: 5.0, 1: 6.0, 2: 7.0}, "no clear difference"),
+        ({0: 99.0, 1: 98.0}, {0: 5.0, 1: 4.1}, "not judged"),
         ({0: 5.0, 1: 6.0}, {0: 1.0}, "not judged"),
     ],
 )
 def test_pairs_are_taken_seed_by_seed(first, second, verdict):
-    assert compare_pair(first, second, 1000).verdict == verdict
+    assert compare_pair(first, second, 0.1).verdict == verdict
 
 
 def test_no_common_seed_is_no_comparison():
-    assert compare_pair({0: 1.0}, {1: 1.0}, 1000) is None
+    assert compare_pair({0: 1.0}, {1: 1.0}) is None
 
 
-def test_equal_differences_over_two_seeds_are_not_certainty():
-    found = compare_pair({0: 95.3, 1: 96.3}, {0: 95.0, 1: 96.0}, 1000)
-    half = stats.t.ppf(0.975, 1) * 0.1 / 2**0.5
-    assert (found.low, found.high) == pytest.approx((0.3 - half, 0.3 + half))
+def test_equal_differences_over_few_seeds_are_not_certainty():
+    found = compare_pair({0: 95.2, 1: 96.2, 2: 94.0}, {0: 95.0, 1: 96.0, 2: 93.8}, 0.1)
+    half = stats.t.ppf(0.975, 2) * 0.1 / 3**0.5
+    assert (found.low, found.high) == pytest.approx((0.2 - half, 0.2 + half))
     assert found.verdict == "no clear difference"
     # Five seeds, or a larger difference, are more than one sample can explain.
-    assert compare_pair(dict.fromkeys(range(5), 95.3), dict.fromkeys(range(5), 95.0), 1000).verdict == "higher"
-    assert compare_pair({0: 97.0, 1: 98.0}, {0: 95.0, 1: 96.0}, 1000).verdict == "higher"
+    assert compare_pair(dict.fromkeys(range(5), 95.3), dict.fromkeys(range(5), 95.0), 0.1).verdict == "higher"
+    assert compare_pair({0: 97.0, 1: 98.0, 2: 96.0}, {0: 95.0, 1: 96.0, 2: 94.0}, 0.1).verdict == "higher"
     # On fewer samples the same difference says less.
-    assert compare_pair(dict.fromkeys(range(5), 95.3), dict.fromkeys(range(5), 95.0), 100).verdict != "higher"
+    assert compare_pair(dict.fromkeys(range(5), 95.3), dict.fromkeys(range(5), 95.0), 1.0).verdict != "higher"
 
 
 def test_every_judged_difference_has_the_resolution_of_its_samples(make_findings):
     findings, _ = make_findings(seeds=2)
     for found in findings.finals.values():
         for record in found.values():
-            record["test_accuracy"] = round(record["test_accuracy"])
-            record["modes"] = {"evaluation_accuracy": 0.9, "training_accuracy": 0.9}
+            record["test_score"] = round(record["test_score"])
+            record["modes"] = {"evaluation_score": 0.9, "training_score": 0.9}
     quantile = stats.t.ppf(0.975, 1) / 2**0.5
     effect = findings.batch_effect("cnn", "layer")
     assert effect.high - effect.mean == pytest.approx(quantile * 100 / 1000)
@@ -85,7 +82,7 @@ def test_verdict_names_leader_and_worst(make_findings):
 
 def test_one_seed_recommends_nothing(make_findings):
     findings, choices = make_findings(seeds=1)
-    assert say_verdict(findings, choices).startswith("Nothing can be recommended from one seed")
+    assert say_verdict(findings, choices).startswith("Nothing can be said from one seed")
     assert all("no interval" in say_choice(findings, choice) for choice in choices)
     small = [sentence for sentence in say_effects(findings) if sentence.startswith("Small batches")]
     assert small
@@ -139,8 +136,8 @@ def test_a_norm_that_clearly_beats_none_is_named_though_the_leader_does_not(make
     }
     for (_, _, norm), found in findings.finals.items():
         for seed, record in found.items():
-            record["test_accuracy"] = tests.get(norm, tests["none"])[seed]
-            record["validation_accuracy"] = {"batch": 0.92, "layer": 0.87}.get(norm, 0.8)
+            record["test_score"] = tests.get(norm, tests["none"])[seed]
+            record["validation_score"] = {"batch": 0.92, "layer": 0.87}.get(norm, 0.8)
     choices = choose_all(findings)
     assert [(found.leader, found.proven) for found in choices] == [("batch", ("layer",))]
     assert "none" in choices[0].equals
@@ -192,5 +189,5 @@ def test_words():
     assert join_words(["a, x", "b", "c"]) == "a, x, b and c"
     assert join_words(["a"]) == "a"
     assert join_words([]) == ""
-    assert signed(-0.04) == "0.0"
-    assert signed(-1.25) == "−1.2"
+    assert Metric().write_gain(-0.04) == "0.0"
+    assert Metric().write_gain(-1.25) == "−1.2"

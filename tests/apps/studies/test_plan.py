@@ -4,7 +4,8 @@ import pytest
 
 from anynorm.apps.studies.compare.agenda import Comparison
 from anynorm.apps.studies.compare.plan import Plan
-from anynorm.apps.studies.compare.train import Run, draw_order, find_steps
+from anynorm.apps.studies.compare.train import Run, find_steps
+from anynorm.apps.studies.fit import draw_order
 from anynorm.apps.studies.session import RunCosts
 
 RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
@@ -16,7 +17,7 @@ def plan():
 
 
 def record(run, accuracy, status="finished"):
-    return {**vars(run), "status": status, "validation_accuracy": accuracy, "validation_loss": 1.0}
+    return {**vars(run), "status": status, "validation_score": accuracy, "validation_loss": 1.0}
 
 
 def run_everything(plan, judge):

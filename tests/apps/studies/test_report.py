@@ -5,7 +5,7 @@ import re
 import pytest
 from browser import look, needs_chromium
 
-from anynorm.apps.studies.compare.judge import plain_sizes
+from anynorm.apps.studies.compare.findings import plain_sizes
 from anynorm.apps.studies.compare.plots import find_limits
 from anynorm.apps.studies.compare.report import write_report
 from anynorm.apps.studies.plots import COLOURS

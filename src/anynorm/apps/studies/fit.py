@@ -41,6 +41,8 @@ def fit_steps(
     batches: Iterable[Tensor],
     optimizer: torch.optim.Optimizer | float,
     loss: Loss = functional.cross_entropy,
+    *,
+    lengths: Tensor | None = None,
 ) -> Iterator[float]:
     """Train step by step: gives the loss of each, and ends after one that is no number.
 
@@ -50,18 +52,24 @@ def fit_steps(
         batches: indices of the samples of each step.
         optimizer: or the learning rate of SGD with momentum 0.9.
         loss: of outputs and targets.
+        lengths: of padded sequences: the network is then called with (x, lengths).
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
         optimizer = torch.optim.SGD(network.parameters(), lr=optimizer, momentum=MOMENTUM)
     for chosen in batches:
         optimizer.zero_grad()
-        found = loss(network(x[chosen]), y[chosen])
+        found = loss(call(network, x, chosen, lengths), y[chosen])
         found.backward()
         optimizer.step()
         value = found.item()
         yield value
         if not math.isfinite(value):
             return
+
+
+def call(network: nn.Module, x: Tensor, chosen: Tensor | slice, lengths: Tensor | None) -> Tensor:
+    """Outputs for some of the samples."""
+    return network(x[chosen]) if lengths is None else network(x[chosen], lengths[chosen])
 
 
 def fit(
@@ -164,22 +172,40 @@ def evaluate(
     Args:
         network: comes back as it was.
         x, y: samples and labels.
+        batch, training, by_batch: as `predict` has them.
+    """
+    logits = predict(network, x, batch=batch, training=training, by_batch=by_batch)
+    # NaN outputs answer nothing, so they are never right.
+    right = int(((logits.argmax(1) == y) & logits.isfinite().all(1)).sum())
+    return right / len(x), finite(functional.cross_entropy(logits, y).item())
+
+
+def predict(
+    network: nn.Module,
+    x: Tensor,
+    *,
+    batch: int = EVALUATION_BATCH,
+    training: bool = False,
+    by_batch: bool = False,
+    lengths: Tensor | None = None,
+) -> Tensor:
+    """Outputs for all samples, batch by batch; in evaluation mode unless asked. The network stays as it was.
+
+    Args:
+        network: comes back as it was.
+        x: samples.
         batch: samples of a forward; with statistics of the batch, one that is left over joins those before it.
         training: whether everything is in training mode.
         by_batch: whether batch norms normalize by the batch, while all else is as `training` says.
+        lengths: of padded samples, where the network takes them.
     """
-    right, loss = 0, 0.0
     with untouched(network):
         network.train(training)
         if by_batch:
             for norm in find_batch_norms(network):
                 norm.train()
-        for start, end in cut(len(x), batch, 2 if training or by_batch else 1):
-            logits, labels = network(x[start:end]), y[start:end]
-            # NaN outputs answer nothing, so they are never right.
-            right += int(((logits.argmax(1) == labels) & logits.isfinite().all(1)).sum())
-            loss += functional.cross_entropy(logits, labels, reduction="sum").item()
-    return right / len(x), finite(loss / len(x))
+        parts = [slice(*ends) for ends in cut(len(x), batch, 2 if training or by_batch else 1)]
+        return torch.cat([call(network, x, part, lengths) for part in parts])
 
 
 def cut(count: int, size: int, least: int) -> list[tuple[int, int]]:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 CONFIDENCE = 0.95
+# Two seeds have a single difference between them: an interval, but no notion of how differences are spread.
+LEAST_SEEDS = 3
 
 Seeds = Mapping[int, float]  # values by seed
 
@@ -23,8 +25,8 @@ class Interval:
 
     @property
     def verdict(self) -> str:
-        """`higher`, `lower`, `no clear difference`, or `not judged` with fewer than two seeds."""
-        if self.low is None or self.high is None:
+        """`higher`, `lower`, `no clear difference`, or `not judged` with fewer than three seeds."""
+        if self.low is None or self.high is None or self.seeds < LEAST_SEEDS:
             return "not judged"
         if self.low > 0:
             return "higher"
@@ -50,11 +52,10 @@ def find_interval(values: Sequence[float], least: float = 0.0, confidence: float
     return Interval(mean, mean - half, mean + half, count)
 
 
-def compare_pair(first: Seeds, second: Seeds, samples: int) -> Interval | None:
-    """First minus second, seed by seed, over the seeds that both have: accuracies in percent of `samples` samples.
+def compare_pair(first: Seeds, second: Seeds, least: float = 0.0) -> Interval | None:
+    """First minus second, seed by seed, over the seeds that both have.
 
-    Accuracy moves in steps of one sample, so equal differences over few seeds may be chance: the standard deviation of
-    the differences counts as one sample at least.
+    Where scores move in steps, equal differences over few seeds may be chance: the standard deviation of the
+    differences counts as `least`, one step, at least.
     """
-    differences = [first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())]
-    return find_interval(differences, 100 / samples)
+    return find_interval([first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())], least)

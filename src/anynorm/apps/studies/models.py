@@ -5,25 +5,30 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import re
-import site
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from anynorm.apps.factory import import_from, split_spec
 from anynorm.errors import UserError
+from anynorm.randomness import keep_randomness
 
 from .norms import NORMS, CannotNormalize, NormFactory, check_dims
+from .replace import NoNorm, replace_norms
+from .user_code import describe, drop_addresses, find_function, find_sources
 
 BUILT_IN = ("cnn", "mlp")
+TAKES = (
+    "cnn, mlp, or module:factory or file.py:factory, as in net:make, a function that takes norm(num_features, dims), "
+    "or nothing, and returns a network"
+)
+
+
+Example = tuple[Tensor, ...] | None  # arguments of one call of a network
 
 
 @dataclass(frozen=True)
@@ -105,7 +110,7 @@ def mlp(norm: NormFactory, sample_shape: tuple[int, ...], classes: int) -> nn.Mo
     return dense(norm, sample_shape, classes)
 
 
-def find_model(name: str, sample_shape: tuple[int, ...], classes: int) -> Model:
+def find_model(name: str, sample_shape: tuple[int, ...], classes: int, example: Example = None) -> Model:
     """A built-in network, or the user's `module:factory` with a fingerprint of its sources and of what it builds."""
     if name in BUILT_IN:
         builder = cnn if name == "cnn" else mlp
@@ -113,16 +118,26 @@ def find_model(name: str, sample_shape: tuple[int, ...], classes: int) -> Model:
         return Model(name, digest, (builder.__doc__ or "").strip())
     factory, module = find_factory(name)
     # Built before the sources are listed, because a factory may import as well.
-    network = describe_network(name, sample_shape, classes)
+    network = describe_network(name, sample_shape, classes, example)
     whole = json.dumps([name, drop_addresses(repr(factory)), network, find_sources(module)])
-    return Model(name, hashlib.sha256(whole.encode()).hexdigest(), f"the network that {name} builds")
+    return Model(name, hashlib.sha256(whole.encode()).hexdigest(), say_model(name, factory))
 
 
-def describe_network(name: str, sample_shape: tuple[int, ...], classes: int) -> str:
+def say_model(name: str, factory: Callable[..., Any]) -> str:
+    """What the user's network is, in words."""
+    if takes_norm(factory):
+        return f"the network that {name} builds"
+    return (
+        f"the network that {name} builds, each of its norms replaced by the one compared, at the same place and with "
+        f"as many channels; where they are of a kind, its own stays, with its eps, momentum or groups"
+    )
+
+
+def describe_network(name: str, sample_shape: tuple[int, ...], classes: int, example: Example = None) -> str:
     """Layers and shapes of parameters without a norm; what goes wrong where it cannot be built."""
     torch.manual_seed(0)
     try:
-        network = build(name, NORMS["none"], sample_shape, classes)
+        network = build(name, NORMS["none"], sample_shape, classes, example)
         shapes = [(key, tuple(parameter.shape)) for key, parameter in network.named_parameters()]
         return drop_addresses(f"{network!r} {shapes}")
     # The check of every network with every norm reports it.
@@ -130,75 +145,45 @@ def describe_network(name: str, sample_shape: tuple[int, ...], classes: int) -> 
         return describe(problem)
 
 
-def find_sources(module: ModuleType) -> list[tuple[str, str]]:
-    """Name and digest of a module's file and of the files of all imported modules in or below its directory.
-
-    Python and installed packages do not count, though a virtual environment may lie there: which of their modules are
-    imported differs between a terminal and a log.
-    """
-    own = find_file(module)
-    if own is None:
-        return []
-    installed = [Path(path).resolve() for path in (sys.prefix, sys.base_prefix, site.getuserbase())]
-    installed = [path for path in installed if path.is_relative_to(own.parent)]
-    found = {module.__name__: own}
-    for name, other in list(sys.modules.items()):
-        path = find_file(other)
-        if path is None or name == "__main__" or not path.is_relative_to(own.parent):
-            continue
-        if not any(path.is_relative_to(root) for root in installed):
-            found[name] = path
-    return [(name, hashlib.sha256(path.read_bytes()).hexdigest()) for name, path in sorted(found.items())]
-
-
-def find_file(module: object) -> Path | None:
-    """The file that a module came from; None where there is none."""
-    # A lazy module's attributes may import others; its own dictionary does not.
-    path = getattr(module, "__dict__", {}).get("__file__")
-    return Path(path).resolve() if isinstance(path, str) and Path(path).is_file() else None
-
-
-def drop_addresses(text: str) -> str:
-    """Text without the addresses of objects, which differ between processes."""
-    return re.sub(r" at 0x[0-9a-fA-F]+", "", text)
-
-
-def find_factory(name: str) -> tuple[Callable[[NormFactory], nn.Module], ModuleType]:
-    """The callable that `module:factory` or `file.py:factory` names, and the module that holds it."""
-    parts = split_spec(name)
-    if parts is None:
+def find_factory(name: str) -> tuple[Callable[..., Any], Any]:
+    """The function that makes the user's network, and the module that holds it."""
+    with keep_randomness():  # A module may draw when it is imported, once in a process; a seed's start must not.
+        factory, module = find_function("--model", name, TAKES)
+    if isinstance(factory, nn.Module):
         raise UserError(
-            f"compare --model: takes {', '.join(BUILT_IN)}, module:factory or file.py:factory, as in net:make; "
-            f"got {name!r}."
-        )
-    module_name, attribute = parts
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:  # a factory may import from there when it is called
-        sys.path.insert(0, str(Path.cwd()))
-    try:
-        module = import_from(module_name)
-    # A user's module may raise anything while it is imported, even SystemExit.
-    except (Exception, SystemExit) as problem:
-        raise UserError(
-            f"compare --model: module {module_name!r} does not import ({describe(problem)}); "
-            f"run from the directory that holds it, or give the path of its file."
-        ) from problem
-    factory = getattr(module, attribute, None)
-    if not callable(factory):
-        what = "has nothing of that name" if factory is None else f"holds a {type(factory).__name__}"
-        raise UserError(
-            f"compare --model: {name!r} must name a function that takes norm(num_features, dims) and returns a "
-            f"network; {module_name} {what}; check the name after the colon."
+            f"compare --model: takes a function that makes a network, because every seed starts afresh; {name!r} is a "
+            f"network; write def make(): return ... around what makes it."
         )
     return factory, module
 
 
-def build(name: str, make_norm: NormFactory, sample_shape: tuple[int, ...], classes: int) -> nn.Module:
+def takes_norm(factory: Callable[..., Any]) -> bool:
+    """Whether a factory is called with norm: where its first argument is so called, or cannot be left out."""
+    try:
+        parameters = list(inspect.signature(factory).parameters.values())
+    except (TypeError, ValueError):  # Some callables of C have no signature.
+        return True
+    if any(parameter.name == "norm" for parameter in parameters):
+        return True
+    by_place = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return any(parameter.kind in by_place and parameter.default is parameter.empty for parameter in parameters)
+
+
+def build(
+    name: str,
+    make_norm: NormFactory,
+    sample_shape: tuple[int, ...],
+    classes: int,
+    example: Example = None,
+) -> nn.Module:
     """The network with this norm.
 
     Args:
         name: `cnn`, `mlp`, `module:factory` or `file.py:factory`.
         make_norm: called with (num_features, dims) wherever the network normalizes.
         sample_shape: shape of one sample; classes: outputs wanted. The user's own factory knows both.
+        example: arguments of a call, by which the norms of a finished network are replaced; two samples of zeros of
+            the sample's shape where None.
 
     Raises:
         NotBuilt: the user's factory raised or returned something else.
@@ -211,15 +196,30 @@ def build(name: str, make_norm: NormFactory, sample_shape: tuple[int, ...], clas
     if name in BUILT_IN:
         return (cnn if name == "cnn" else mlp)(norm, sample_shape, classes)
     factory, _ = find_factory(name)
+    # In evaluation it takes the norms' weights and computes layer norm, whatever they are, and fails without a norm.
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
-        network = factory(norm)
-    except CannotNormalize:
+        if takes_norm(factory):
+            return check_network(factory(norm))
+        made = factory()
+        # As anynorm try takes it: the network, or (network, example input).
+        network = check_network(made[0] if isinstance(made, tuple) and len(made) == 2 else made)
+        return replace_norms(network, norm, (torch.zeros(2, *sample_shape),) if example is None else example)
+    except (CannotNormalize, NotBuilt):
         raise
+    except NoNorm as problem:
+        raise NotBuilt(str(problem)) from problem
     except Exception as problem:  # the user's code may raise anything
         raise NotBuilt(describe(problem)) from problem
-    if not isinstance(network, nn.Module):
-        raise NotBuilt(f"it returned a {type(network).__name__}, not a torch.nn.Module")
-    return network
+
+
+def check_network(made: object) -> nn.Module:
+    """What a factory returned, where it can be trained."""
+    if not isinstance(made, nn.Module):
+        raise NotBuilt(f"it returned a {type(made).__name__}, not a torch.nn.Module")
+    if any(is_lazy(parameter) for parameter in made.parameters()):
+        raise NotBuilt("it holds lazy layers without sizes; let the factory call it once before it returns it")
+    return made
 
 
 def check_call(arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[int, int]:
@@ -235,10 +235,3 @@ def check_call(arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[int, 
     num_features, dims = bound.args
     check_dims(dims)
     return num_features, dims
-
-
-def describe(problem: BaseException) -> str:
-    """An exception on one line: its type and the first line of what it says."""
-    lines = str(problem).strip().splitlines()
-    text = lines[0].rstrip(".") if lines else ""
-    return f"{type(problem).__name__}: {text}"[:300] if text else type(problem).__name__

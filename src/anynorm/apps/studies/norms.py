@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from math import isqrt
 
 import torch
@@ -18,28 +19,57 @@ class CannotNormalize(Exception):
     """A norm that cannot exist at this place; the message is the reason, shown beside n/a."""
 
 
+class Unchanged(nn.Identity):
+    """Its input as it is; it can be called as a norm with a mask is."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
+        """The input."""
+        return x
+
+
 def check_dims(dims: int) -> None:
     """Raise where `dims` is not a number of spatial axes."""
     if dims not in (0, 1, 2, 3):
         raise ValueError(f"norm(num_features, dims): dims counts the spatial axes, 0 to 3; got {dims!r}")
 
 
+def arm(factory: NormFactory) -> NormFactory:
+    """A factory whose norms know under which name they are compared, see `find_arm`."""
+
+    @wraps(factory)
+    def make(num_features: int, dims: int) -> nn.Module:
+        norm = factory(num_features, dims)
+        norm.compared_as = factory.__name__  # type: ignore[assignment] # torch annotates every attribute as Tensor | Module
+        return norm
+
+    return make
+
+
+def find_arm(norm: nn.Module) -> str:
+    """The name out of NORMS under which a norm is compared; empty for any other module."""
+    return str(getattr(norm, "compared_as", ""))
+
+
+@arm
 def none(num_features: int, dims: int) -> nn.Module:
     """No normalization: the baseline."""
-    return nn.Identity()
+    return Unchanged()
 
 
+@arm
 def batch(num_features: int, dims: int) -> nn.Module:
     """Each channel over the batch and all positions."""
     kinds = (anynorm.BatchNorm1d, anynorm.BatchNorm1d, anynorm.BatchNorm2d, anynorm.BatchNorm3d)
     return kinds[dims](num_features)
 
 
+@arm
 def layer(num_features: int, dims: int) -> nn.Module:
     """Each sample over all channels and positions; gamma and beta per channel, as in Wu & He (2018)."""
-    return anynorm.AnyNorm("n c s -> n", affine="c", c=num_features)
+    return anynorm.GroupNorm(1, num_features)  # which, unlike the pattern "n c s -> n", takes a mask
 
 
+@arm
 def instance(num_features: int, dims: int) -> nn.Module:
     """Each channel of each sample over its positions, with gamma and beta."""
     if dims == 0:
@@ -50,11 +80,13 @@ def instance(num_features: int, dims: int) -> nn.Module:
     return kinds[dims - 1](num_features, affine=True)
 
 
+@arm
 def group(num_features: int, dims: int) -> nn.Module:
     """Each group of channels of each sample over all positions."""
     return anynorm.GroupNorm(choose_groups(num_features), num_features)
 
 
+@arm
 def rms(num_features: int, dims: int) -> nn.Module:
     """Each sample over all channels and positions, divided by the root mean square; nothing is subtracted."""
     return anynorm.AnyNorm("n c s -> n", affine="c", centred=False, c=num_features)

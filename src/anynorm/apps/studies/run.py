@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import sys
 import time
 from collections.abc import Hashable, Sequence
 from dataclasses import asdict, replace
@@ -160,16 +161,20 @@ def check_model(model: str, found: data.Data) -> None:
     """Raise where the user's network cannot be trained on the data, or is the same with every norm."""
     from .compare.check import find_impossible
     from .compare.plan import Plan
+    from .task import Task
 
-    find_impossible(Plan((model,), ("none", "batch"), ("8",), (0.1,), 1, 64), found)
+    find_impossible(Plan((model,), ("none", "batch"), ("8",), (0.1,), 1, 64), Task(found))
 
 
 def find_digest(each: Study) -> str:
-    """Digest of a study's own file and of what it shares: after a change, thresholds included, it is run anew."""
-    files = [inspect.getsourcefile(each.perform)]
-    files += [module.__file__ for module in (data, fit, models, norms, study)]
+    """Digest of a study's own file and of all that it takes from here: after a change, thresholds too, it runs anew."""
+    module = inspect.getmodule(each.perform)
+    names = {getattr(value, "__module__", None) for value in vars(module).values()} if module else set()
+    shared = {str(name) for name in names if str(name).startswith(f"{__package__}.")}
+    shared |= {found.__name__ for found in (data, fit, models, norms, study)}
+    files = [inspect.getsourcefile(each.perform), *(sys.modules[name].__file__ for name in sorted(shared))]
     whole = hashlib.sha256()
-    for file in files:
+    for file in dict.fromkeys(files):
         whole.update(Path(str(file)).read_bytes())
     return whole.hexdigest()
 

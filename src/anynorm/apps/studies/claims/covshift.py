@@ -137,7 +137,7 @@ def look_around(network: nn.Sequential, x: Tensor, y: Tensor, rate: float, step:
         for place, (weight, start) in enumerate(zip(weights, saved, strict=True)):
             weight.copy_(start - rate * gradients[place] if place < len(below) else start)
     with untouched(network), torch.enable_grad():
-        (moved,) = torch.autograd.grad(find_loss(step), [layer.weight])
+        (moved,) = torch.autograd.grad(find_loss(step), weights[len(below)])
     with torch.no_grad():
         for weight, start in zip(weights, saved, strict=True):
             weight.copy_(start)

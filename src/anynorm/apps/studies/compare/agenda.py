@@ -8,7 +8,8 @@ from typing import Any
 
 from ..journal import Journal
 from ..progress import LiveProgress
-from .judge import Findings, choose_all
+from .findings import Findings
+from .judge import choose_all
 from .plan import Plan
 from .sentences import say_first
 from .train import Run
@@ -60,7 +61,7 @@ class Comparison:
             due = elapsed > self.refreshed + REFRESH
         if due:
             self.refreshed = elapsed
-            findings = Findings(self.plan, self.journal.find, self.context["data_sizes"], self.context["guessing"])
+            findings = Findings(self.plan, self.journal.find, self.context["data_sizes"], self.context["metric"])
             progress.leaders = say_first(findings, choose_all(findings)) if len(self.plan.norms) > 1 else []
             if first and progress.leaders:
                 progress.say(

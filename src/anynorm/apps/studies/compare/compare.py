@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import time
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 from rich.console import Console
 
 from anynorm.apps.terminal import open_console
-from anynorm.errors import UserError
 
-from ..data import Data, load_data
-from ..describe import find_machine, find_versions
 from ..fit import MOMENTUM
 from ..journal import REPORT, RESULTS, Journal, set_aside, write_atomically
 from ..progress import LiveProgress
@@ -24,18 +19,17 @@ from ..session import Session
 from ..workers import Workers
 from .agenda import Comparison, time_plot
 from .effects import say_effects
-from .judge import Choice, Findings, choose_all
+from .findings import Findings
+from .judge import Choice, choose_all
 from .options import Options
-from .plan import Plan
-from .sentences import say_choice, say_unjudged, say_verdict
+from .prepare import load_task, prepare
+from .sentences import say_choice
 from .tables import print_tables
-from .train import CHECKPOINTS, HOPELESS_LOSS, HOPELESS_STEPS, PROBE, Run, parse_batch, train
-
-if TYPE_CHECKING:
-    from ..models import Model
+from .train import CHECKPOINTS, HOPELESS_LOSS, HOPELESS_STEPS, PROBE, Run, train
+from .verdict import say_unjudged, say_verdict
 
 # Raise it when train.py changes what a run measures: older runs are then left alone and not reused.
-PROTOCOL = 1
+PROTOCOL = 2
 
 
 def compare(options: Options, *, started: float | None = None, console: Console | None = None) -> int:
@@ -56,12 +50,12 @@ def compare(options: Options, *, started: float | None = None, console: Console 
     try:
         with LiveProgress(console, started + budget) as progress:
             progress.show(0, 0, "loading torch, data and networks", [])
-            data = load_data(options.data)
-            plan, context = prepare(options, data)
+            task = load_task(options)
+            plan, context = prepare(options, task)
             journal = Journal(options.out, lambda run: identify(run, context))
             for name in set_aside(options.out, context["configuration"]):
                 progress.say(f"Results of other options were kept as {name}.")
-            workers.send_task(train, data)
+            workers.send_task(train, task)
             agenda = Comparison(plan, journal, context, time_plot())
             session = Session(agenda, journal, workers, progress, started, budget)
             code = 0
@@ -71,9 +65,10 @@ def compare(options: Options, *, started: float | None = None, console: Console 
                 code = 130
             workers.stop()
             progress.show(0, 0, "writing the report", [])
-            findings = Findings(plan, journal.find, context["data_sizes"], context["guessing"])
+            findings = Findings(plan, journal.find, context["data_sizes"], context["metric"])
             choices = choose_all(findings)
             facts = {"options": describe_options(options), "seconds": time.monotonic() - started, **context}
+            facts["metric"] = asdict(context["metric"])
             write_results(options, journal, findings, choices, facts)
         conclude(console, options, findings, choices, code)
         return code or (0 if choices else 1)
@@ -91,69 +86,16 @@ def identify(run: Run, context: dict[str, Any]) -> dict[str, Any]:
         "protocol": [PROTOCOL, MOMENTUM, CHECKPOINTS, PROBE, HOPELESS_STEPS, HOPELESS_LOSS],
         "run": asdict(run),
         "data": context["data"],
+        "functions": context.get("functions"),
         "model": context["models"][run.model],
         "versions": {name: context["versions"][name] for name in ("anynorm", "torch")},
     }
 
 
-def prepare(options: Options, data: Data) -> tuple[Plan, dict[str, Any]]:
-    """Return the plan with what cannot exist left out, and what identifies and describes the study."""
-    from ..models import find_model
-    from .check import find_impossible
-
-    models = [find_model(name, data.sample_shape, data.classes) for name in options.models]
-    check_sizes(options, data)
-    plan = Plan(options.models, options.norms, options.batches, options.rates, options.seeds, options.images)
-    plan.impossible.update(find_impossible(plan, data))
-    if not plan.cells:
-        reasons = "; ".join(dict.fromkeys(plan.impossible.values()))
-        raise UserError(f"compare: nothing can be run, because {reasons}; change --model, --norms or --data.")
-    return plan, describe_study(options, data, models)
-
-
-def check_sizes(options: Options, data: Data) -> None:
-    """Raise where a batch does not fit in the training samples, or a run has too few images for its batches."""
-    sizes = [size for batch in options.batches for size in parse_batch(batch)]
-    if max(sizes) > len(data.train_x):
-        raise UserError(
-            f"compare --batch-sizes: a batch must fit in the {len(data.train_x):,} training samples of "
-            f"{options.data!r}; got {max(sizes)}; try a smaller size."
-        )
-    least = max(sum(parse_batch(batch)) if ":" in batch else int(batch) for batch in options.batches)
-    if options.images < 2 * max(sizes) or options.images < least:
-        raise UserError(
-            f"compare --images: a run must have 2 batches of the largest size at least; got {options.images} images "
-            f"with batch {max(sizes)}; try --images {16 * max(sizes)}."
-        )
-
-
-def describe_study(options: Options, data: Data, models: list[Model]) -> dict[str, Any]:
-    """Return the facts for the journal and the report; runs of an equal `configuration` belong to one study."""
-    versions = find_versions()
-    fingerprints = {model.name: model.fingerprint for model in models}
-    identity = {
-        "data": data.fingerprint,
-        "models": fingerprints,
-        "versions": {name: versions[name] for name in ("anynorm", "torch")},
-        "options": [options.norms, options.batches, options.rates, options.seeds, options.images],
-    }
-    return {
-        "configuration": hashlib.sha256(json.dumps(identity).encode()).hexdigest(),
-        "data": data.fingerprint,
-        "data_sizes": [len(data.train_x), len(data.validation_x), len(data.test_x)],
-        "guessing": 100 * float(np.bincount(data.test_y).max()) / len(data.test_y),
-        "sample_shape": list(data.sample_shape),
-        "classes": data.classes,
-        "models": fingerprints,
-        "about": {model.name: model.about for model in models},
-        "versions": versions,
-        "machine": find_machine(),
-    }
-
-
 def describe_options(options: Options) -> dict[str, Any]:
     """Return the options as JSON holds them."""
-    return {**asdict(options), "out": str(options.out)}
+    named = {name: value for name, value in asdict(options).items() if name != "reading"}
+    return {**named, **asdict(options.reading), "out": str(options.out)}
 
 
 def write_results(
@@ -174,6 +116,7 @@ def write_results(
         "effects": say_effects(findings),
         "impossible": [[*cell, reason] for cell, reason in plan.impossible.items()],
         "failed": [[*cell, reason] for cell, reason in findings.failures.items()],
+        "diverged": [[*cell, count] for cell in findings.finals if (count := findings.diverged(cell))],
         "runs": runs,
     }
     write_atomically(options.out / RESULTS, json.dumps(results, indent=1))
@@ -181,11 +124,12 @@ def write_results(
 
 
 def conclude(console: Console, options: Options, findings: Findings, choices: list[Choice], code: int) -> None:
-    """Print the tables, the verdict and where the report is."""
-    print_tables(console, findings, choices)
-    lines = [f"  {say_choice(findings, choice)}" for choice in choices]
-    for line in filter(None, [say_verdict(findings, choices), say_unjudged(findings, choices), *lines]):
+    """Print the verdict, which may be that nothing can be said, then tables, each place, and where the report is."""
+    for line in filter(None, [say_verdict(findings, choices), say_unjudged(findings, choices)]):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+    print_tables(console, findings, choices)
+    for choice in choices:
+        console.print(f"  {say_choice(findings, choice)}", markup=False, highlight=False, soft_wrap=True)
     note = "Interrupted; the same command goes on from here. " if code == 130 else ""
     console.print(f"{note}Report: {options.out / REPORT}", markup=False, highlight=False, soft_wrap=True)
 

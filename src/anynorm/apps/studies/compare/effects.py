@@ -6,31 +6,45 @@ from statistics import fmean
 
 from anynorm.apps.terminal import join_words
 
-from .judge import Findings, plain_sizes
-from .sentences import name_norm, say_batch, say_interval, signed
+from .findings import Findings, plain_sizes
+from .sentences import name_norm, say_batch, say_interval
 
 
 def say_effects(findings: Findings) -> list[str]:
-    """The visible effects in a fixed order: small batches, the two modes, normalization or none, learning rates."""
-    kinds = (say_batch_effect, say_mode_effect, say_gain, say_rates)
+    """The visible effects in a fixed order: what diverged, small batches, modes, normalization or none, rates."""
+    kinds = (say_divergence, say_batch_effect, say_mode_effect, say_gain, say_rates)
     # The network where batch norm depends most on the batch size comes first.
     effects = {model: findings.batch_effect(model, "batch") for model in findings.plan.models}
     models = sorted(effects, key=lambda model: -abs(effect.mean) if (effect := effects[model]) else 0.0)
     return [sentence for say in kinds for model in models if (sentence := say(findings, model))]
 
 
+def say_divergence(findings: Findings, model: str) -> str:
+    """Which norms diverged in full runs, at the rate that was chosen for them."""
+    parts = [
+        f"{name_norm(norm)} at {say_batch(batch)} in {bad} of {len(findings.finals[model, batch, norm])} full runs"
+        for batch in findings.plan.batches
+        for norm in findings.plan.norms
+        if (bad := findings.diverged((model, batch, norm)))
+    ]
+    if not parts:
+        return ""
+    return f"Diverged: in the {model}, {join_words(parts)}; they count with what their networks reached on test."
+
+
 def say_batch_effect(findings: Findings, model: str) -> str:
-    """Test accuracy of batch norm at the smallest against the largest batch, beside the other norms."""
+    """Test score of batch norm at the smallest against the largest batch, beside the other norms."""
     sizes, effect = plain_sizes(findings.plan), findings.batch_effect(model, "batch")
     if effect is None:
         return ""
-    verbs = {"lower": "loses accuracy", "higher": "gains accuracy", "no clear difference": "shows no clear change"}
-    verb = verbs.get(effect.verdict, "is not judged")
-    text = (
-        f"Small batches: batch norm in the {model} {verb} from batch {sizes[0]} to {sizes[-1]} ({say_interval(effect)})"
-    )
+    metric = findings.metric
+    verbs = {"lower": "loses", "higher": "gains"}
+    unjudged = "shows no clear change" if effect.verdict == "no clear difference" else "is not judged"
+    verb = f"{verbs[effect.verdict]} {metric.name}" if effect.verdict in verbs else unjudged
+    change = say_interval(effect, metric)
+    text = f"Small batches: batch norm in the {model} {verb} from batch {sizes[0]} to {sizes[-1]} ({change})"
     others = [
-        f"{name_norm(norm)} {signed(other.mean)}"
+        f"{name_norm(norm)} {metric.write_gain(other.mean)}"
         for norm in findings.plan.norms
         if norm != "batch" and (other := findings.batch_effect(model, norm)) is not None
     ]
@@ -55,7 +69,7 @@ def say_mode_effect(findings: Findings, model: str) -> str:
     change = f"; mean loss {loss.mean:+.2f}".replace("-", "−") if loss is not None else ""
     return (
         f"Two modes: batch norm in the {model} at {say_batch(batch)}, where the modes differ most, is {relation} "
-        f"on the same validation images (evaluation less training: {say_interval(effect)}{change})."
+        f"on the same validation images (evaluation less training: {say_interval(effect, findings.metric)}{change})."
     )
 
 
@@ -64,16 +78,17 @@ def say_gain(findings: Findings, model: str) -> str:
     parts = []
     for batch in findings.plan.batches:
         values = {
-            norm: findings.values((model, batch, norm), "validation_accuracy") for norm in findings.norms(model, batch)
+            norm: findings.values((model, batch, norm), "validation_score") for norm in findings.norms(model, batch)
         }
         norms = [norm for norm in values if norm != "none"]
         if "none" not in values or not norms:
             continue
-        best = max(norms, key=lambda norm: fmean(values[norm].values()))
+        choose = max if findings.metric.higher else min
+        best = choose(norms, key=lambda norm: fmean(values[norm].values()))
         gain = findings.compare((model, batch, best), (model, batch, "none"))
         if gain is not None:
             verdict = "" if gain.verdict in ("higher", "lower") else f", {gain.verdict}"
-            parts.append(f"{signed(gain.mean)} points at {say_batch(batch)} ({name_norm(best)}{verdict})")
+            parts.append(f"{findings.metric.say_gain(gain.mean)} at {say_batch(batch)} ({name_norm(best)}{verdict})")
     return (
         f"Against no normalization: the norm that is best on validation brings the {model} {join_words(parts)}."
         if parts

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import difflib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from anynorm.errors import UserError
+
+from ..data import Reading
+from ..targets import KINDS
 
 NORM_NAMES = ("none", "batch", "layer", "instance", "group", "rms")
 
@@ -25,12 +28,34 @@ class Options:
     images: int = 2048
     minutes: float = 3.0
     out: Path = Path("anynorm-compare")
+    reading: Reading = field(default_factory=Reading)
+    loss: str = ""
+    metric: str = ""
+    optimizer: str = ""
+    checkpoint: str = ""
 
 
 def read_options(
-    *, data: str, model: str, norms: str, batch_sizes: str, rates: str, seeds: str, images: str, minutes: str, out: str
+    *,
+    data: str,
+    model: str,
+    norms: str,
+    batch_sizes: str,
+    rates: str,
+    seeds: str,
+    images: str,
+    minutes: str,
+    out: str,
+    task: str = "auto",
+    target: str = "",
+    tokens: bool = False,
+    standardize: bool = True,
+    **own: str,
 ) -> Options:
-    """Options from their text on the command line; the first one that breaks its rule raises a UserError."""
+    """Options from their text on the command line; the first one that breaks its rule raises a UserError.
+
+    `own` are loss, metric, optimizer and checkpoint, which are looked up later.
+    """
     return Options(
         data=data,
         models=tuple(read_items("--model", model, "network names", "cnn,mlp")),
@@ -41,7 +66,18 @@ def read_options(
         images=read_whole("--images", images, 10**9, "how many images a run sees", "2048"),
         minutes=read_minutes(minutes),
         out=Path(out),
+        reading=Reading(read_task(task), target, tokens, standardize),
+        **own,
     )
+
+
+def read_task(text: str) -> str:
+    """A kind of target, or auto."""
+    if text not in ("auto", *KINDS):
+        raise UserError(
+            f"compare --task: takes auto, {', '.join(KINDS)}; got {text!r}; auto goes by what y looks like."
+        )
+    return text
 
 
 def read_items(option: str, text: str, what: str, example: str) -> list[str]:

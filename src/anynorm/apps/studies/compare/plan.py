@@ -20,7 +20,8 @@ SECOND_SHARE, SECOND_RATES = 1 / 4, 2
 class Plan:
     """What is asked: every combination of these, except the cells that cannot exist.
 
-    `images` is what a final run sees; `impossible` maps a cell (model, batch, norm) to its reason.
+    `images` is what a final run sees; `impossible` maps a cell (model, batch, norm) to its reason; `higher` says
+    whether a higher score is better.
     """
 
     models: tuple[str, ...]
@@ -30,6 +31,7 @@ class Plan:
     seeds: int
     images: int
     impossible: dict[Cell, str] = field(default_factory=dict)
+    higher: bool = True
 
     @property
     def cells(self) -> list[Cell]:
@@ -63,12 +65,12 @@ class Plan:
         return [Run(model, norm, batch, rate, 0, images, False) for rate in rates[:kept]]
 
     def rank_rates(self, cell: Cell, rung: int, find: Find) -> list[float] | None:
-        """Rates of a finished rung, best validation accuracy first (lower loss where equal); None if unfinished."""
+        """Rates of a finished rung, best validation score first (lower loss where equal); None if unfinished."""
         runs = self.search_runs(cell, rung, find)
         records = [find(run) for run in runs or []]
         if runs is None or any(record is None for record in records):
             return None
-        ranked = sorted((record for record in records if record is not None), key=rank)
+        ranked = sorted((record for record in records if record is not None), key=self.rank)
         return [record["rate"] for record in ranked]
 
     def find_rate(self, cell: Cell, find: Find) -> float | None:
@@ -116,9 +118,9 @@ class Plan:
             return all(find(self.final_run(cell, self.rates[0], 0)) for cell in self.cells)
         return all(self.rank_rates(cell, 0, find) is not None for cell in self.cells)
 
-
-def rank(record: dict[str, Any]) -> tuple[bool, float, float]:
-    """Sort key: finished before diverged or failed, then validation accuracy, then loss."""
-    loss = record.get("validation_loss")
-    accuracy = record.get("validation_accuracy") or 0.0
-    return record["status"] != "finished", -accuracy, float("inf") if loss is None else loss
+    def rank(self, record: dict[str, Any]) -> tuple[bool, float, float]:
+        """Sort key: finished before diverged or failed, then the better validation score, then the lower loss."""
+        loss, score = record.get("validation_loss"), record.get("validation_score")
+        last = float("inf")
+        cost = last if score is None else -score if self.higher else score
+        return record["status"] != "finished", cost, last if loss is None else loss

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import LogLocator
 
 from anynorm.apps.document import Plot, draw
 
 from ..intervals import find_interval
+from ..metrics import Metric
 from ..plots import COLOURS, MARKERS
-from .judge import Findings, plain_sizes
+from .findings import ACCURACY, Findings
 
 
 def say_values(values: dict[str, float], unit: str) -> str:
@@ -18,15 +18,18 @@ def say_values(values: dict[str, float], unit: str) -> str:
     return "; ".join(f"{name} {value:.3g}{unit}" for name, value in values.items()) or "nothing finished"
 
 
-def find_limits(accuracies: list[float]) -> tuple[float, float]:
-    """Limits of an axis in percent: every seed inside and 10 points at least; long intervals are cut at the frame."""
-    low, high = min(accuracies), max(accuracies)
+def find_limits(values: list[float], metric: Metric = ACCURACY) -> tuple[float, float]:
+    """Limits of an axis: every seed inside, 10 points of a share at least; long intervals are cut at the frame."""
+    low, high = min(values), max(values)
+    if not metric.percent:
+        pad = 0.12 * (high - low) or 0.1 * abs(high) or 1.0
+        return low - pad, high + pad
     pad = max(0.12 * (high - low), (10 - (high - low)) / 2, 1.0)
-    return max(0.0, low - pad), min(101.0, high + pad)
+    return max(min(low, 0.0), low - pad), min(101.0, high + pad)
 
 
 def plot_batches(findings: Findings, model: str) -> Plot | None:
-    """Test accuracy against batch size, each norm a line of means with 95 % intervals and a dot for each seed."""
+    """Test score against batch size, each norm a line of means with 95 % intervals and a dot for each seed."""
     batches = list(findings.plan.batches)
     series = {
         norm: {
@@ -58,11 +61,15 @@ def plot_batches(findings: Findings, model: str) -> Plot | None:
             for place, v in zip(x, values.values(), strict=True):
                 axes.plot([place] * len(v), v, ".", color=COLOURS[norm], alpha=0.35, markersize=4)
         axes.set_xticks(range(len(batches)), [batch.replace(":", " then ") for batch in batches])
-        axes.set(xlabel="batch size", ylabel="test accuracy, %", xlim=(-0.5, len(batches) - 0.5))
-        axes.set_ylim(find_limits([value for values in series.values() for v in values.values() for value in v]))
+        axes.set(xlabel="batch size", ylabel=f"test {findings.metric.title}", xlim=(-0.5, len(batches) - 0.5))
+        axes.set_ylim(
+            find_limits([value for values in series.values() for v in values.values() for value in v], findings.metric)
+        )
 
     last = {norm: float(np.mean(values[max(values)])) for norm, values in series.items()}
-    alt_text = f"Test accuracy against batch size in the {model}. Rightmost means: {say_values(last, ' %')}."
+    alt_text = (
+        f"Test {findings.metric.title} against batch size in the {model}. Rightmost means: {say_values(last, '')}."
+    )
     return draw(f"{model}", alt_text, paint)
 
 
@@ -72,9 +79,9 @@ def plot_modes(findings: Findings, model: str) -> Plot | None:
     for place, batch in enumerate(findings.plan.batches):
         for record in findings.finals.get((model, batch, "batch"), {}).values():
             for mode, found in points.items():
-                value = (record.get("modes") or {}).get(f"{mode}_accuracy")
+                value = (record.get("modes") or {}).get(f"{mode}_score")
                 if value is not None:
-                    found.append((place, 100 * value))
+                    found.append((place, findings.metric.scale * value))
     if not points["training"]:
         return None
     batches = [batch.replace(":", " then ") for batch in findings.plan.batches]
@@ -93,80 +100,51 @@ def plot_modes(findings: Findings, model: str) -> Plot | None:
             axes.plot(*zip(*found, strict=True), ".", color=colour, alpha=0.4, markersize=5)
             axes.plot(list(means[mode]), list(means[mode].values()), line, color=colour, marker=marker, label=label)
         axes.set_xticks(range(len(batches)), batches)
-        axes.set(xlabel="batch size", ylabel="validation accuracy, %", xlim=(-0.4, len(batches) - 0.6))
-        axes.set_ylim(find_limits([value for found in points.values() for _, value in found]))
+        axes.set(xlabel="batch size", ylabel=f"validation {findings.metric.title}", xlim=(-0.4, len(batches) - 0.6))
+        axes.set_ylim(find_limits([value for found in points.values() for _, value in found], findings.metric))
         axes.legend(frameon=False, fontsize=9, loc="lower left", bbox_to_anchor=(0, 1), borderpad=0)
 
     last = {f"{mode} mode": list(values.values())[-1] for mode, values in means.items()}
-    alt_text = f"Batch norm in the {model}, the same images in two modes. At the last batch: {say_values(last, ' %')}."
+    alt_text = f"Batch norm in the {model}, the same images in two modes. At the last batch: {say_values(last, '')}."
     return draw(model, alt_text, paint)
 
 
-def average_curves(findings: Findings, model: str, batch: str) -> dict[str, dict[str, np.ndarray]]:
-    """Curves of each norm, averaged over its seeds; a value that was not finite in any seed is NaN."""
-    curves = {}
-    for norm in findings.plan.norms:
-        found = [r["curve"] for r in findings.finals.get((model, batch, norm), {}).values()]
-        # A run that diverged stopped early and has fewer points: the others' points go on without it.
-        length = max((len(curve["step"]) for curve in found), default=0)
-        found = [curve for curve in found if len(curve["step"]) == length]
-        if found:
-            curves[norm] = {
-                name: np.mean([np.array(curve[name], dtype=float) for curve in found], axis=0) for name in found[0]
-            }
-    return curves
-
-
-def plot_curves(findings: Findings, model: str, batch: str) -> list[Plot]:
-    """Training loss and validation accuracy against steps and against seconds."""
-    curves = average_curves(findings, model, batch)
-    if not curves:
-        return []
-    plots = []
-    for across, unit in (("step", "steps"), ("seconds", "seconds of training")):
-        for up, label in (("loss", "training loss"), ("accuracy", "validation accuracy, %")):
-
-            def paint(axes: Axes, across: str = across, unit: str = unit, up: str = up, label: str = label) -> None:
-                for norm, curve in curves.items():
-                    y = 100 * curve[up] if up == "accuracy" else curve[up]
-                    axes.plot(curve[across], y, color=COLOURS[norm], marker=MARKERS[norm])
-                axes.set(xlabel=unit, ylabel=label)
-                axes.set_xlim(left=0)
-                if up == "loss":
-                    axes.set_yscale("log")
-                    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-                    axes.yaxis.set_major_formatter("{x:g}")
-                    axes.yaxis.set_minor_formatter("")
-
-            scale = 100 if up == "accuracy" else 1
-            last = {norm: float(scale * curve[up][-1]) for norm, curve in curves.items()}
-            alt_text = f"{label} against {unit} in the {model} at batch {batch}. Last values: {say_values(last, '')}."
-            plots.append(draw(f"{label.split(',')[0]} against {unit}", alt_text, paint))
-    return plots
+def find_colours(table: np.ndarray, metric: Metric) -> tuple[float, float]:
+    """Values of the darkest and the brightest colour; outliers of the user's metric do not make all others alike."""
+    known = table[np.isfinite(table)]
+    if metric.percent or not known.size:
+        return 0.0, 100.0
+    low, high = (float(value) for value in np.quantile(known, (0.0, 0.75) if not metric.higher else (0.25, 1.0)))
+    return low, high if high > low else low + 1.0
 
 
 def plot_rates(findings: Findings, model: str, batch: str) -> Plot | None:
-    """Validation accuracy of every learning rate in the first look, norm by norm."""
+    """Validation score of every learning rate in the first look, norm by norm."""
     norms = [norm for norm in findings.plan.norms if findings.searched((model, batch, norm))]
     if not norms:
         return None
     rates = findings.plan.rates
     working = [(findings.working_rates((model, batch, norm)) or ([], []))[0] for norm in norms]
     table = np.full((len(norms), len(rates)), np.nan)
+    marks = np.full(table.shape, "", dtype=object)
     for row, norm in enumerate(norms):
         for record in findings.searched((model, batch, norm)):
-            if record["status"] == "finished":
-                table[row, rates.index(record["rate"])] = 100 * record["validation_accuracy"]
+            place, score = (row, rates.index(record["rate"])), record.get("validation_score")
+            marks[place] = {"finished": "", "diverged": "×"}.get(record["status"], "–")
+            if record["status"] == "finished" and score is not None:
+                table[place] = findings.metric.scale * score
+                marks[place] = f"{table[place]:.0f}" if findings.metric.percent else f"{table[place]:.2g}"
+    low, high = find_colours(table, findings.metric)
 
     def paint(axes: Axes) -> None:
-        axes.imshow(table, cmap="cividis", vmin=0, vmax=100, aspect="auto")
+        colours = "cividis" if findings.metric.higher else "cividis_r"
+        axes.imshow(table, cmap=colours, vmin=low, vmax=high, aspect="auto")
         axes.grid(False)
         for (row, column), value in np.ndenumerate(table):
-            known = np.isfinite(value)
-            colour = "#222222" if not known or value > 55 else "#ffffff"
+            light = ((value - low) / (high - low) > 0.55) == findings.metric.higher
+            colour = "#222222" if not np.isfinite(value) or light else "#ffffff"
             weight = "bold" if rates[column] in working[row] else "normal"
-            label = f"{value:.0f}" if known else "–"
-            axes.text(column, row, label, ha="center", va="center", color=colour, weight=weight)
+            axes.text(column, row, str(marks[row, column]), ha="center", va="center", color=colour, weight=weight)
         axes.set_xticks(range(len(rates)), [f"{rate:g}" for rate in rates])
         axes.set_yticks(range(len(norms)), norms)
         axes.set(xlabel="learning rate")
@@ -178,28 +156,5 @@ def plot_rates(findings: Findings, model: str, batch: str) -> Plot | None:
         for norm in norms
         if (found := findings.working_rates((model, batch, norm))) is not None
     }
-    alt_text = f"Validation accuracy by learning rate in the {model} at batch {batch}. Rates that work: "
+    alt_text = f"Validation {findings.metric.name} by learning rate in the {model} at batch {batch}. Rates that work: "
     return draw(f"{model}, batch {batch.replace(':', ' then ')}", alt_text + say_values(counts, "") + ".", paint)
-
-
-def plot_drift(findings: Findings, model: str) -> list[Plot]:
-    """Mean and standard deviation of a fixed probe batch's inputs to the last layer, during training."""
-    batch = (plain_sizes(findings.plan) or list(findings.plan.batches))[0]
-    curves = average_curves(findings, model, batch)
-    curves = {norm: curve for norm, curve in curves.items() if np.isfinite(curve["probe_mean"]).any()}
-    plots = []
-    for name, label in (("probe_mean", "mean"), ("probe_std", "standard deviation")):
-
-        def paint(axes: Axes, name: str = name, label: str = label) -> None:
-            for norm, curve in curves.items():
-                axes.plot(curve["step"], curve[name], color=COLOURS[norm], marker=MARKERS[norm])
-            axes.set(xlabel="steps", ylabel=f"{label} of the inputs")
-            axes.set_xlim(left=0)
-
-        if curves:
-            moved = {norm: float(curve[name][-1] - curve[name][0]) for norm, curve in curves.items()}
-            alt_text = (
-                f"{label.capitalize()} of the last layer's inputs in the {model} at batch {batch}, end less start: "
-            )
-            plots.append(draw(f"{model}, batch {batch}: {label}", alt_text + say_values(moved, "") + ".", paint))
-    return plots

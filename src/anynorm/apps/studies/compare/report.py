@@ -9,9 +9,11 @@ from typing import Any
 from anynorm.apps.document import write_document, write_figures
 
 from ..plots import COLOURS, MARKERS
-from .judge import WORKING_SHARE, Choice, Findings
+from .curves import plot_curves, plot_drift
+from .findings import WORKING_SHARE, Findings
+from .judge import Choice
 from .method import say_limits, write_method
-from .plots import Plot, plot_batches, plot_curves, plot_drift, plot_modes, plot_rates
+from .plots import Plot, plot_batches, plot_modes, plot_rates
 from .sentences import say_batch, say_choice
 from .tables import group_reasons, write_cell_text
 from .train import PROBE
@@ -41,7 +43,8 @@ def write_report(findings: Findings, choices: Sequence[Choice], results: dict[st
         write_list(
             "Each batch size for itself",
             [say_choice(findings, choice) for choice in choices],
-            "The leader has the best mean validation accuracy; the differences are of test accuracy, in points.",
+            f"The leader has the best mean validation {findings.metric.name}; the differences are of test "
+            f"{findings.metric.name}, and a positive one is better.",
         ),
         *write_plots(findings, min(PROBE, results["data_sizes"][1])),
         write_method(findings, results),
@@ -69,7 +72,7 @@ def write_head(findings: Findings, results: dict[str, Any]) -> str:
 
 
 def write_tables(findings: Findings, choices: Sequence[Choice]) -> str:
-    """Test accuracy, one table for each network, with the reasons for cells that are not numbers."""
+    """Test score, one table for each network, with the reasons for cells that are not numbers."""
     plan = findings.plan
     tables = []
     for model in plan.models:
@@ -84,7 +87,7 @@ def write_tables(findings: Findings, choices: Sequence[Choice]) -> str:
             for norm in plan.norms
         )
         tables.append(
-            f'<div class="scroll"><table><caption>{escape(model)}: test accuracy, %</caption>'
+            f'<div class="scroll"><table><caption>{escape(model)}: test {escape(findings.metric.title)}</caption>'
             f'<thead><tr><th scope="col">norm</th>{head}</tr></thead>\n<tbody>{rows}</tbody></table></div>\n'
         )
     notes = [f"n/a, {cells}: {reason}." for reason, cells in group_reasons(plan.impossible).items()]
@@ -105,7 +108,7 @@ def write_cell(findings: Findings, cell: tuple[str, str, str], choice: Choice | 
     kind = {"▲": "lead", "▼": "worse", "n": "none"}.get(text[:1], "")
     rate = findings.rates.get(cell)
     small = f"<br><small>lr {rate:g}</small>" if rate is not None and findings.finals.get(cell) else ""
-    diverged = sum(record["status"] == "diverged" for record in findings.finals.get(cell, {}).values())
+    diverged = findings.diverged(cell)
     small += f"<br><small>{diverged} diverged</small>" if diverged else ""
     return f'<td class="{kind}">{escape(text)}{small}</td>' if kind else f"<td>{escape(text)}{small}</td>"
 
@@ -123,7 +126,7 @@ def write_plots(findings: Findings, probed: int) -> list[str]:
     plan = findings.plan
     return [
         write_panels(
-            "Accuracy against batch size",
+            f"{findings.metric.name[0].upper()}{findings.metric.name[1:]} against batch size",
             keep(plot_batches(findings, model) for model in plan.models),
             findings,
             lead="Lines join the means; bars are 95 % intervals over seeds; each pale dot is one seed.",
@@ -163,7 +166,8 @@ def write_curves(findings: Findings) -> str:
         return ""
     return (
         "<section><h2>Training, step by step</h2><p>Means over seeds at the chosen learning rate of each norm; "
-        "runs that diverged are left out. Seconds are of training alone, with another run beside it.</p>"
+        "a run that diverged is no part of the mean but a thin line of its own, which ends in a cross. Seconds are of "
+        "training alone, with another run beside it.</p>"
         f"{''.join(panels)}</section>\n"
     )
 
@@ -175,9 +179,9 @@ def write_rates(findings: Findings) -> str:
         "The range of learning rates that work",
         keep(plot_rates(findings, model, batch) for model in plan.models for batch in plan.batches),
         None,
-        lead="Validation accuracy in percent after the first short run of every rate, one seed, so neighbours "
-        f"may swap by chance. Bold: works, at {100 * WORKING_SHARE:.0f} % of the best of any norm or more. A dash "
-        "diverged or was dropped as hopeless.",
+        lead=f"Validation {findings.metric.title}, after the first short run of every rate, one seed, so neighbours "
+        f"may swap by chance. Bold: works, {100 * WORKING_SHARE:.0f} % of the way from guessing to the best of any "
+        "norm or more. × diverged; a dash was dropped as hopeless.",
     )
 
 

@@ -10,24 +10,33 @@ from rich.text import Text
 
 from anynorm.apps.terminal import join_words
 
-from .judge import Choice, Findings
+from ..intervals import Interval
+from .findings import Findings
+from .judge import Choice
 from .sentences import say_batch
 
-LEAST_MARGIN = 10.0  # points; a narrower margin is printed, also at guessing
+LEAST_MARGIN = 10.0  # points; a narrower margin of a share is printed, also at guessing
 KEY = "▲ leads on validation   ▼ clearly worse than the leader   unmarked: no clear difference, or not judged"
 
 
 def tabulate(findings: Findings, model: str, choices: Sequence[Choice]) -> Table:
-    """Test accuracy of every norm at every batch size."""
+    """Test score of every norm at every batch size."""
     plan = findings.plan
-    table = Table(title=Text(f"{model}: test accuracy, %"), title_justify="left", title_style="bold")
+    table = Table(title=Text(f"{model}: test {findings.metric.title}"), title_justify="left", title_style="bold")
     table.add_column("norm")
     for batch in plan.batches:
         table.add_column(say_batch(batch), justify="right")
     here = {choice.batch: choice for choice in choices if choice.model == model}
     for norm in plan.norms:
-        table.add_row(norm, *(write_cell_text(findings, (model, b, norm), here.get(b)) for b in plan.batches))
+        cells = [(model, batch, norm) for batch in plan.batches]
+        table.add_row(norm, *(write_marked(findings, cell, here.get(cell[1])) for cell in cells))
     return table
+
+
+def write_marked(findings: Findings, cell: tuple[str, str, str], choice: Choice | None) -> Text:
+    """One cell with the number of runs in it that diverged."""
+    text, diverged = write_cell_text(findings, cell, choice), findings.diverged(cell)
+    return text.append(f" {diverged} diverged") if diverged else text
 
 
 def write_cell_text(findings: Findings, cell: tuple[str, str, str], choice: Choice | None) -> Text:
@@ -37,13 +46,14 @@ def write_cell_text(findings: Findings, cell: tuple[str, str, str], choice: Choi
     interval = findings.interval(cell)
     if interval is None:
         return Text("failed" if cell in findings.failures else "")
-    half = "" if interval.high is None else f" ± {interval.high - interval.mean:.1f}"
-    # A margin wider than what was learned is no answer.
-    if interval.high is not None and interval.high - interval.mean > max(
-        interval.mean - findings.guessing, LEAST_MARGIN
-    ):
+    half = (
+        ""
+        if interval.high is None
+        else f" ± {findings.metric.write_half(interval.high - interval.mean, interval.mean)}"
+    )
+    if is_wide(findings, interval):
         half = " (wide)"
-    text = f"{interval.mean:.1f}{half}"
+    text = f"{findings.metric.write(interval.mean)}{half}"
     if choice is None:
         return Text(text)
     if cell[2] == choice.leader and choice.judged:
@@ -51,6 +61,16 @@ def write_cell_text(findings: Findings, cell: tuple[str, str, str], choice: Choi
     if cell[2] in choice.with_verdict("higher"):
         return Text(f"▼ {text}", style="dim")
     return Text(text)
+
+
+def is_wide(findings: Findings, interval: Interval) -> bool:
+    """Whether half of an interval is more than what was learned, which is then no answer."""
+    metric = findings.metric
+    if interval.high is None or metric.guessing is None:
+        return False
+    return interval.high - interval.mean > max(
+        metric.gain(interval.mean, metric.guessing), LEAST_MARGIN if metric.percent else 0.0
+    )
 
 
 def print_tables(console: Console, findings: Findings, choices: Sequence[Choice]) -> None:

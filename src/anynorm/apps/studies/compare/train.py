@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -10,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data import Data
-from ..fit import draw_order, evaluate, find_status, finite, fit_steps, untouched
+from ..checkpoint import load_checkpoint
+from ..fit import draw_order, find_status, finite, fit_steps, predict
 from ..models import build
 from ..norms import NORMS
+from ..task import Task
 
 CHECKPOINTS = 8
 PROBE = 256
@@ -50,24 +50,25 @@ def find_steps(batch: str, images: int) -> list[int]:
     return [size for size in sizes for _ in range(share // size)]
 
 
-def train(run: Run, data: Data) -> dict[str, Any]:
+def train(run: Run, task: Task) -> dict[str, Any]:
     """Train one network and measure it; equal arguments give equal numbers on one machine, times aside.
 
     Returns:
         A record for the journal: what defines the run, `status` (finished, diverged or hopeless), `seconds` of
-        training, validation accuracy and loss; for a final run also test accuracy, curves and both modes.
+        training, validation score and loss; for a final run also test score, curves and both modes.
     """
-    torch.manual_seed(run.seed)
-    network = build(run.model, NORMS[run.norm], data.sample_shape, data.classes).train()
-    x, y = torch.from_numpy(data.train_x), torch.from_numpy(data.train_y)
+    network = make_network(run, task)
+    x, y, lengths = task.part("train")
     sizes = find_steps(run.batch, run.images)
     order = torch.from_numpy(draw_order(len(x), run.images, run.seed))[: sum(sizes)]
-    recorder = CurveRecorder(network, data, len(sizes) if run.final else 0)
+    recorder = CurveRecorder(network, task, len(sizes) if run.final else 0)
+    optimizer, guessing = task.make_optimizer(network, run.rate), task.guessing_loss()
+    steps = fit_steps(network, x, y, order.split(sizes), optimizer, task.loss_function, lengths=lengths)
     status, step, seconds, started = "finished", 0, 0.0, time.perf_counter()
-    for step, loss in enumerate(fit_steps(network, x, y, order.split(sizes), run.rate), 1):
+    for step, loss in enumerate(steps, 1):
         status = find_status(loss)
         wanted = status == "finished" and recorder.wants(step, loss)
-        if status == "finished" and not run.final and is_hopeless(recorder.losses, len(sizes), data.classes):
+        if status == "finished" and not run.final and is_hopeless(recorder.losses, len(sizes), guessing):
             status = "hopeless"
             break
         if wanted:
@@ -76,40 +77,49 @@ def train(run: Run, data: Data) -> dict[str, Any]:
             started = time.perf_counter()
     seconds += time.perf_counter() - started
     record = {**asdict(run), "status": status, "steps": step, "seen": sum(sizes[:step]), "seconds": seconds}
-    return record | measure(run, recorder, data)
+    return record | measure(run, recorder)
 
 
-def measure(run: Run, recorder: CurveRecorder, data: Data) -> dict[str, Any]:
+def make_network(run: Run, task: Task) -> nn.Module:
+    """The network of a run in training mode, from its seed, and from the checkpoint as far as that goes."""
+    torch.manual_seed(run.seed)
+    network = build(run.model, NORMS[run.norm], task.data.sample_shape, task.data.classes, task.example())
+    if task.checkpoint:
+        load_checkpoint(network, task.checkpoint)
+    return network.train()
+
+
+def measure(run: Run, recorder: CurveRecorder) -> dict[str, Any]:
     """Return what is measured after training: validation, and for a final run also test, both modes and curves."""
-    record: dict[str, Any] = dict(zip(("validation_accuracy", "validation_loss"), recorder.validate(), strict=True))
+    task, network = recorder.task, recorder.network
+    record: dict[str, Any] = dict(zip(("validation_score", "validation_loss"), recorder.validate(), strict=True))
     if run.final:
-        test = torch.from_numpy(data.test_x), torch.from_numpy(data.test_y)
-        record["test_accuracy"], record["test_loss"] = evaluate(recorder.network, *test)
-        record["modes"] = compare_modes(recorder.network, recorder.x, recorder.y, parse_batch(run.batch)[-1])
+        record["test_score"], record["test_loss"] = task.measure(network, task.part("test"))
+        record["modes"] = compare_modes(network, task, parse_batch(run.batch)[-1])
         record["curve"], record["probed_layer"] = recorder.curve, recorder.layer
     return record
 
 
-def is_hopeless(losses: list[float], steps: int, classes: int) -> bool:
+def is_hopeless(losses: list[float], steps: int, guessing: float) -> bool:
     """Whether a search run should be dropped: a quarter through, and still far worse than guessing.
 
-    Guessing costs ln(classes). A run is dropped once, at a quarter of its steps (at least HOPELESS_STEPS), where the
-    mean training loss of the last HOPELESS_STEPS steps is above HOPELESS_LOSS times that.
+    A run is dropped once, at a quarter of its steps (at least HOPELESS_STEPS), where the mean training loss of the
+    last HOPELESS_STEPS steps is above HOPELESS_LOSS times the loss of guessing, where that is above 0.
     """
-    if len(losses) != max(steps // 4, HOPELESS_STEPS):
+    if len(losses) != max(steps // 4, HOPELESS_STEPS) or not guessing > 0:
         return False
-    return sum(losses[-HOPELESS_STEPS:]) / HOPELESS_STEPS > HOPELESS_LOSS * math.log(classes)
+    return sum(losses[-HOPELESS_STEPS:]) / HOPELESS_STEPS > HOPELESS_LOSS * guessing
 
 
 class CurveRecorder:
     """Measures a network at evenly spaced steps of its training, and leaves it as it was."""
 
-    def __init__(self, network: nn.Module, data: Data, steps: int) -> None:
-        self.network = network
-        self.x, self.y = torch.from_numpy(data.validation_x), torch.from_numpy(data.validation_y)
+    def __init__(self, network: nn.Module, task: Task, steps: int) -> None:
+        self.network, self.task = network, task
+        self.validation = task.part("validation")
         self.layer, self.module = find_last_layer(network)
         self.curve: dict[str, list[float | None]] = {
-            name: [] for name in ("step", "images", "seconds", "loss", "accuracy", "probe_mean", "probe_std")
+            name: [] for name in ("step", "images", "seconds", "loss", "score", "probe_mean", "probe_std")
         }
         self.steps = {round(steps * k / CHECKPOINTS) for k in range(1, CHECKPOINTS + 1)} if steps else set()
         self.losses: list[float] = []
@@ -122,17 +132,17 @@ class CurveRecorder:
         return step in self.steps
 
     def look(self, step: int, images: int, seconds: float) -> None:
-        """Add a point to the curve: mean training loss since the last point, validation accuracy, probe."""
+        """Add a point to the curve: mean training loss since the last point, validation score, probe."""
         loss = sum(self.losses) / len(self.losses) if self.losses else None
         self.losses = []
-        mean, std = probe(self.network, self.module, self.x[:PROBE])
+        mean, std = probe(self.network, self.module, self.validation)
         point = (step, images, seconds, loss, self.validate()[0], mean, std)
         for column, value in zip(self.curve.values(), point, strict=True):
             column.append(value)
 
-    def validate(self) -> tuple[float, float | None]:
-        """Accuracy and loss on the validation images."""
-        return evaluate(self.network, self.x, self.y)
+    def validate(self) -> tuple[float | None, float | None]:
+        """Score and loss on the validation samples."""
+        return self.task.measure(self.network, self.validation)
 
 
 def find_last_layer(network: nn.Module) -> tuple[str | None, nn.Module | None]:
@@ -142,31 +152,34 @@ def find_last_layer(network: nn.Module) -> tuple[str | None, nn.Module | None]:
     return found[-1] if found else (None, None)
 
 
-def probe(network: nn.Module, layer: nn.Module | None, x: Tensor) -> tuple[float | None, float | None]:
-    """Mean and standard deviation of a layer's inputs for fixed samples, computed as in training."""
+def probe(
+    network: nn.Module, layer: nn.Module | None, part: tuple[Tensor, Tensor, Tensor | None]
+) -> tuple[float | None, float | None]:
+    """Mean and standard deviation of a layer's inputs for the first PROBE samples, computed as in training."""
     if layer is None:
         return None, None
     seen: list[Tensor] = []
     hook = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+    x, _, lengths = part
     try:
-        with untouched(network):
-            network.train()
-            network(x)
+        predict(network, x[:PROBE], batch=PROBE, training=True, lengths=lengths)
     finally:
         hook.remove()
     return (finite(seen[-1].mean().item()), finite(seen[-1].std().item())) if seen else (None, None)
 
 
-def compare_modes(network: nn.Module, x: Tensor, y: Tensor, batch: int) -> dict[str, float | None]:
-    """The same samples in training mode, in batches as in training, and in evaluation mode."""
+def compare_modes(network: nn.Module, task: Task, batch: int) -> dict[str, float | None]:
+    """The same validation samples in training mode, in batches as in training, and in evaluation mode."""
+    x, y, lengths = task.part("validation")
     whole = len(x) // batch * batch
     if not whole:
         return {}
-    train_accuracy, train_loss = evaluate(network, x[:whole], y[:whole], batch=batch, training=True)
-    accuracy, loss = evaluate(network, x[:whole], y[:whole])
+    part = x[:whole], y[:whole], None if lengths is None else lengths[:whole]
+    train_score, train_loss = task.measure(network, part, batch=batch, training=True)
+    score, loss = task.measure(network, part)
     return {
-        "training_accuracy": train_accuracy,
+        "training_score": train_score,
         "training_loss": train_loss,
-        "evaluation_accuracy": accuracy,
+        "evaluation_score": score,
         "evaluation_loss": loss,
     }
