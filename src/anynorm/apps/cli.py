@@ -143,7 +143,7 @@ def compare_norms(
     rates: Annotated[str, typer.Option("--rates", help="Learning rates, the same for every norm.")] = (
         "0.0003,0.001,0.003,0.01,0.03,0.1,0.3"
     ),
-    seeds: Annotated[str, typer.Option("--seeds", help="How many seeds each norm gets at its best rate.")] = "5",
+    seeds: Annotated[str, typer.Option("--seeds", help="How many seeds each norm gets at its best rate.")] = "8",
     images: Annotated[str, typer.Option("--images", help="How many images a full run sees.")] = "2048",
     minutes: Annotated[str, typer.Option("--minutes", help="Time for everything, from start to report.")] = "3",
     out: Annotated[str, typer.Option("--out", help="Where journal, results and report go.")] = "anynorm-compare",

@@ -115,9 +115,9 @@ def test_at_chance_nothing_is_recommended(make_findings):
 
 
 def test_a_margin_wider_than_what_was_learned_is_not_printed(make_findings):
-    findings, _ = make_findings(("cnn",), batches=("64",))
+    findings, _ = make_findings(("cnn",), batches=("64",), seeds=6)
     findings.metric = Metric(guessing=33.3, margin=4.5)
-    change(findings, lambda norm, seed: (0.3, 0.4, 0.55)[seed] if norm == "batch" else 0.8 + seed / 100)
+    change(findings, lambda norm, seed: (0.3, 0.4, 0.55)[seed % 3] if norm == "batch" else 0.8 + seed / 100)
     choices = choose_all(findings)
     assert write_cell_text(findings, ("cnn", "64", "batch"), choices[0]).plain == "▼ 41.7 (wide)"
     assert "±" in write_cell_text(findings, ("cnn", "64", "layer"), choices[0]).plain
@@ -153,7 +153,7 @@ def test_intervals_wider_than_their_differences_come_first(make_findings):
     choices = choose_all(findings)
     assert choices[0].judged
     verdict = say_verdict(findings, choices)
-    assert verdict.startswith("Nothing can be said of one norm against another: every 95 % interval is wider than")
+    assert verdict.startswith("Nothing can be said of one norm against another: every interval is wider than")
     assert "would hide" in verdict
 
 

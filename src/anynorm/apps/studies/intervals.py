@@ -52,10 +52,16 @@ def find_interval(values: Sequence[float], least: float = 0.0, confidence: float
     return Interval(mean, mean - half, mean + half, count)
 
 
-def compare_pair(first: Seeds, second: Seeds, least: float = 0.0) -> Interval | None:
+def compare_pair(first: Seeds, second: Seeds, least: float = 0.0, confidence: float = CONFIDENCE) -> Interval | None:
     """First minus second, seed by seed, over the seeds that both have.
 
     Where scores move in steps, equal differences over few seeds may be chance: the standard deviation of the
     differences counts as `least`, one step, at least.
     """
-    return find_interval([first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())], least)
+    differences = [first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())]
+    return find_interval(differences, least, confidence)
+
+
+def share_confidence(count: int) -> float:
+    """The confidence that each of `count` intervals needs, so that all hold together at 95 % (Bonferroni)."""
+    return 1 - (1 - CONFIDENCE) / max(1, count)

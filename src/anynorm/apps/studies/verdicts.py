@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from .intervals import CONFIDENCE, Interval, find_interval
+from .intervals import CONFIDENCE, Interval, find_interval, share_confidence
 
 CONFIRMED, REFUTED, INCONCLUSIVE = "confirmed", "refuted", "inconclusive"
 
@@ -71,18 +71,13 @@ class Verdict:
     tables: tuple[Table, ...] = ()
 
 
-def share_confidence(effects: Sequence[Effect]) -> float:
-    """The confidence that each of several deciding intervals needs, so that they hold together (Bonferroni)."""
-    return 1 - (1 - CONFIDENCE) / max(1, len(effects))
-
-
 def decide(effects: Sequence[Effect]) -> str:
     """Confirmed where every effect is, refuted where one is, else inconclusive.
 
     Intervals hold together at 95 %, so that a verdict against the truth comes at most once in twenty studies, and
     with one true effect of zero at threshold zero once in twenty altogether, half of it on each side.
     """
-    outcomes = [effect.outcome(share_confidence(effects)) for effect in effects]
+    outcomes = [effect.outcome(share_confidence(len(effects))) for effect in effects]
     if REFUTED in outcomes:
         return REFUTED
     return CONFIRMED if outcomes and all(outcome == CONFIRMED for outcome in outcomes) else INCONCLUSIVE
@@ -97,7 +92,7 @@ def conclude(
     tables: Sequence[Table] = (),
 ) -> Verdict:
     """The verdict that the effects give by `decide`."""
-    shared = share_confidence(effects)
+    shared = share_confidence(len(effects))
     return Verdict(decide(effects), sentence, tuple(effects), tuple(beside), tuple(notes), shared, tuple(tables))
 
 

@@ -116,7 +116,7 @@ def look_around(network: nn.Sequential, x: Tensor, y: Tensor, rate: float, step:
         step, with fresh noise; error: by how much the loss after the whole step differs from what the gradient
         promised, relative to that; range: of the loss at several lengths along the gradient, as published.
     """
-    weights, layer, below = list(network.parameters()), network[-4], list(network[:-4].parameters())
+    weights, below = list(network.parameters()), list(network[:-4].parameters())
 
     def find_loss(seed: int | None = None) -> Tensor:
         if seed is not None:

@@ -83,12 +83,12 @@ def choose(findings: Findings, model: str, batch: str) -> Choice | None:
     leader = best(cells, key=lambda norm: fmean(validation[norm][seed] for seed in common))
     differences = {}
     for norm, cell in cells.items():
-        interval = findings.compare(cells[leader], cell)
+        interval = findings.compare(cells[leader], cell, len(cells))
         if norm != leader and interval is not None:
             differences[norm] = interval
     possible = [norm for norm in findings.plan.norms if (model, batch, norm) in findings.rates]
     missing = [norm for norm in possible if norm not in cells and (model, batch, norm) not in findings.failures]
-    gains = {norm: findings.compare(cell, cells["none"]) for norm, cell in cells.items() if "none" in cells}
+    gains = {norm: findings.compare(cell, cells["none"], len(cells)) for norm, cell in cells.items() if "none" in cells}
     proven = [norm for norm, gain in gains.items() if gain is not None and gain.verdict == "higher"]
     tests = [findings.values(cell) for cell in cells.values()]
     same = len(cells) > 1 and all(found == some[0] for some in (tests, [*validation.values()]) for found in some)

@@ -42,7 +42,8 @@ def write_method(findings: Findings, results: dict[str, Any]) -> str:
         f"short run is dropped a quarter through where its loss is still above {HOPELESS_LOSS:g} times that of "
         "guessing.",
         "Seeds": f"{plan.seeds} planned, numbered from 0.",
-        "Judging": f"Paired differences of test {metric.name} with 95 % t-intervals{say_resolution(findings)}; fewer "
+        "Judging": f"Paired differences of test {metric.name} with t-intervals that hold together at 95 % over all "
+        f"pairs of norms at a batch size{say_resolution(findings)}; fewer "
         f"than {LEAST_SEEDS} seeds are not judged. Runs that diverged count with what their networks reached. A "
         f"learning rate works where its short run gets {100 * WORKING_SHARE:.0f} % of the way from guessing to the "
         f"best validation {metric.name} of any norm there. The verdict names a norm where it leads, or is not clearly "
@@ -119,7 +120,8 @@ def say_limits(findings: Findings, results: dict[str, Any]) -> list[str]:
     limits = [
         f"Runs are short: {plan.images / results['data_sizes'][0]:.1f} passes over the training samples. A norm that "
         "is slower at first may be ahead after more training.",
-        "Each interval stands for itself. With many comparisons about one in twenty would miss 0 by chance alone.",
+        "Each network and batch size stands for itself, and so does each interval of a mean: of many, about one in "
+        "twenty misses the truth by chance alone.",
         f"Intervals cover the start and the order of images, not the choice of the {test:,} test samples"
         f"{say_error(results)}.",
         "The learning rate was chosen from short runs of one seed. A different rate may suit a norm in longer runs.",

@@ -24,7 +24,7 @@ class Options:
     norms: tuple[str, ...] = NORM_NAMES
     batches: tuple[str, ...] = ("64", "8", "2")
     rates: tuple[float, ...] = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
-    seeds: int = 5
+    seeds: int = 8
     images: int = 2048
     minutes: float = 3.0
     out: Path = Path("anynorm-compare")
@@ -62,7 +62,7 @@ def read_options(
         norms=tuple(read_norm(item) for item in read_items("--norms", norms, "norms", ",".join(NORM_NAMES))),
         batches=tuple(read_batch(item) for item in read_items("--batch-sizes", batch_sizes, "sizes", "64,8,2 or 64:8")),
         rates=tuple(sorted(read_rate(item) for item in read_items("--rates", rates, "rates", "0.01,0.1,1"))),
-        seeds=read_whole("--seeds", seeds, 1000, "how many seeds to run", "5"),
+        seeds=read_whole("--seeds", seeds, 1000, "how many seeds to run", "8"),
         images=read_whole("--images", images, 10**9, "how many images a run sees", "2048"),
         minutes=read_minutes(minutes),
         out=Path(out),

@@ -93,7 +93,7 @@ def write_tables(findings: Findings, choices: Sequence[Choice]) -> str:
     notes = [f"n/a, {cells}: {reason}." for reason, cells in group_reasons(plan.impossible).items()]
     notes += [f"Failed, {cells}: {reason}." for reason, cells in group_reasons(findings.failures).items()]
     key = (
-        "▲ green: leads on validation. ▼ tinted: clearly worse than the leader, its 95 % interval of paired "
+        "▲ green: leads on validation. ▼ tinted: clearly worse than the leader, its interval of paired "
         "differences lies below 0. Unmarked: no clear difference, or not judged. ± is half of the 95 % interval "
         "over seeds, wide where that is more than what was learned; lr is the chosen learning rate; an empty cell was "
         "not finished."

@@ -68,7 +68,7 @@ def say_too_wide(findings: Findings, choices: Sequence[Choice]) -> str:
     halves = [i.high - i.mean for choice in choices for i in choice.differences.values() if i.high is not None]
     seen = findings.metric.say_gain(median(halves)).removeprefix("+")
     return (
-        f"nothing can be said of one norm against another: every 95 % interval is wider than the difference in it, and "
+        f"nothing can be said of one norm against another: every interval is wider than the difference in it, and "
         f"half of them would hide {seen}; give more seeds or images"
     )
 
