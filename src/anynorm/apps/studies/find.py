@@ -22,6 +22,7 @@ CLAIMS = (
     "sequences",
     "alternatives",
     "shift",
+    "ioffe2015",
     "cooijmans2016",
 )
 GROUP = "anynorm.studies"
