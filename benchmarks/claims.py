@@ -1,4 +1,4 @@
-"""The verdicts of a run of all studies as the table of docs/claims.md, with their pictures beside it.
+"""The verdicts of a run of all studies on the pages that show them, with their pictures in docs/studies.
 
 `python -m benchmarks.claims DIR` takes what `anynorm study run all --out DIR` wrote.
 """
@@ -10,11 +10,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from anynorm.apps.studies.find import CLAIMS
 from anynorm.apps.studies.page import read_results
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGE, PICTURES = DOCS / "claims.md", DOCS / "studies"
-MARKS = "<!-- claims -->\n", "<!-- /claims -->"
+PICTURES = DOCS / "studies"
 
 Entry = dict[str, Any]
 
@@ -58,6 +58,16 @@ def write_tables(entries: Iterable[Entry]) -> str:
     return "\n\n".join(["\n".join([*rows, *map(write_row, entries)]), facts, *parts])
 
 
+def write_batches(entry: Entry) -> str:
+    """What the page on small batches shows of its study: the verdict, the tables, and what decided."""
+    parts = [f"**{entry['outcome'].capitalize()}.** {entry['sentence']}"]
+    for caption, heads, rows in entry["tables"]:
+        lines = [f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *rows)]
+        parts.append("\n".join([f"{caption}:", "", *lines]))
+    parts.append("\n".join(f"- {line}" for line in [*entry["said"], *entry["said_beside"]]))
+    return "\n\n".join(parts)
+
+
 def copy_picture(source: Path) -> None:
     """A picture on white ground, since a page may be dark."""
     PICTURES.mkdir(exist_ok=True)
@@ -65,8 +75,27 @@ def copy_picture(source: Path) -> None:
     (PICTURES / source.name).write_text(text, encoding="utf-8")
 
 
+def write_tutorial(entries: Iterable[Entry]) -> str:
+    """What the tutorial shows of each study: the question, the verdict in a sentence, and the picture."""
+    parts = []
+    for entry in entries:
+        parts.append(f"**{entry['title']}** {entry['outcome'].capitalize()}. {entry['sentence']}")
+        if (PICTURES / f"{entry['name']}.svg").exists():
+            parts.append(f"![{entry['title']}](studies/{entry['name']}.svg)")
+        parts.append(f"`anynorm study run {entry['name']}`")
+    return "\n\n".join(parts)
+
+
+def write_between(page: Path, mark: str, text: str) -> None:
+    """Replace what stands between a page's marks."""
+    start, end = f"<!-- {mark} -->\n", f"<!-- /{mark} -->"
+    before, _, rest = page.read_text(encoding="utf-8").partition(start)
+    after = rest.partition(end)[2]
+    page.write_text(f"{before}{start}{text}\n{end}{after}", encoding="utf-8")
+
+
 def main(folder: Path) -> None:
-    """Write the page and the pictures."""
+    """Write the pages and the pictures."""
     results = read_results(folder)
     if not results:
         sys.exit(f"claims: there are no results in {str(folder)!r}; run anynorm study run all --out {folder} first.")
@@ -74,9 +103,11 @@ def main(folder: Path) -> None:
         sys.exit("claims: quick results are no evidence; run all studies without --quick.")
     for source in folder.glob("*.svg"):
         copy_picture(source)
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(MARKS[0])
-    after = rest.partition(MARKS[1])[2]
-    PAGE.write_text(f"{before}{MARKS[0]}{write_tables(results.values())}\n{MARKS[1]}{after}", encoding="utf-8")
+    entries = [results[name] for name in CLAIMS if name in results]
+    write_between(DOCS / "claims.md", "claims", write_tables(entries))
+    write_between(DOCS / "tutorial.md", "claims-said", write_tutorial(entries))
+    if "batchsize" in results:
+        write_between(DOCS / "small-batch.md", "batchsize", write_batches(results["batchsize"]))
 
 
 if __name__ == "__main__":

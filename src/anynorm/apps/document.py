@@ -56,6 +56,8 @@ def draw(heading: str, alt_text: str, paint: Callable[["Axes"], None], size: tup
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=size, layout="constrained")
         paint(figure.add_subplot())
+        for axes in figure.axes:
+            write_powers_out(axes)
         file = io.StringIO()
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
     svg = file.getvalue()
@@ -65,6 +67,18 @@ def draw(heading: str, alt_text: str, paint: Callable[["Axes"], None], size: tup
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r'\1 aria-hidden="true"', svg, count=1)
     return Plot(heading, svg, alt_text)
+
+
+def write_powers_out(axes: "Axes") -> None:
+    """Give logarithmic axes plain numbers: their usual labels are mathematics, which `STYLE` shows as text."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    for axis in (axes.xaxis, axes.yaxis):
+        if axis.get_scale() == "log" and axis.isDefault_majfmt:
+            low, high = sorted(axis.get_view_interval())
+            axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 300 * low else (1.0,)))
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter(NullFormatter())
 
 
 def write_figures(plots: Iterable[Plot]) -> str:

@@ -67,9 +67,15 @@ def test_what_a_diverged_network_did_not_live_to_see_it_guesses(setting):
 def test_the_verdict_follows_the_curves(setting, conclude, gain, outcome):
     def invent(trial):
         wobble = np.random.default_rng([trial.seed, len(trial.arm)]).normal(0, 0.3)
-        end = 80 + wobble + gain * (trial.arm == "BN-LSTM")
+        end = 90 + wobble + gain * (trial.arm == "BN-LSTM")
         return {"curve": [end - 10, end], "mean": end - 5, "accuracy": end, "shared": end - 30}
 
     verdict = conclude(STUDY, setting, invent)
     assert verdict.outcome == outcome, verdict
     assert "plain order" in verdict.sentence
+
+
+def test_nothing_is_judged_where_nothing_was_learned(setting, conclude):
+    verdict = conclude(STUDY, setting, lambda trial: {"curve": [50.0], "mean": 50.0, "accuracy": 60.0, "shared": 60.0})
+    assert verdict.outcome == "inconclusive"
+    assert "has not learned the task (60.0 %)" in verdict.notes[0]

@@ -172,6 +172,7 @@ def paint(results: Results, axes: Axes) -> None:
             reached = f"best: {np.mean(list(values.values())):.1f} %"
             texts[row, column] = reached if values == best else f"{interval.mean:.1f}{half}"
     shown = axes.imshow(losses, cmap="Oranges_r", vmin=-20, vmax=0, aspect="auto")
+    axes.grid(False)
     for (row, column), text in texts.items():
         dark = losses[row, column] < -12
         axes.text(column, row, text, ha="center", va="center", fontsize=9, color="white" if dark else "black")

@@ -89,8 +89,9 @@ def paint(results: Results, axes: Axes) -> None:
     """Both modes, for batches of one class and for shuffled ones."""
     arms = results.setting.norms or ARMS
     places = [(arm, pure) for pure in (True, False) for arm in arms]
-    for key, mode in (("seen", "training mode"), ("accuracy", "evaluation mode")):
-        dots(axes, [results.values(key, arm=arm, pure=pure) for arm, pure in places], mode)
+    for shift, key, mode in ((-0.1, "seen", "training mode"), (0.1, "accuracy", "evaluation mode")):
+        found = [results.values(key, arm=arm, pure=pure) for arm, pure in places]
+        dots(axes, found, mode, places=[place + shift for place in range(len(places))])
     axes.set_xticks(range(len(places)), [f"{arm}\n{'one class' if pure else 'shuffled'}" for arm, pure in places])
     axes.set(ylabel="test accuracy, %", ylim=(0, 101))
     axes.legend(frameon=False)

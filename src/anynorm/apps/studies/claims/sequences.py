@@ -155,7 +155,7 @@ def paint(results: Results, axes: Axes) -> None:
     axes.set_xticks(ticks, ["0", *(f"{tick:g}" for tick in ticks[1:])])
     axes.minorticks_off()
     axes.set(xlabel=f"largest change of a logit, same utterances padded to {MOST} steps", ylabel="test accuracy, %")
-    axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
 STUDY = Study(
