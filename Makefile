@@ -51,7 +51,7 @@ vowels: $(READY) $(VENV)/.vowels ## padding counted and masked, on real utteranc
 batchsize: $(READY) ## what few images for each statistic cost, and a batch size that changes (2 minutes)
 	$(BIN)/anynorm study run batchsize $(ARGS)
 
-studies: $(READY) $(VENV)/.vowels ## every claim put to the test, and docs/claims.md (25 minutes)
+studies: $(READY) $(VENV)/.vowels ## every claim put to the test, and docs/claims.md (20 minutes)
 	$(BIN)/anynorm study run all --out build/studies $(ARGS)
 	$(BIN)/python -m benchmarks.claims build/studies
 
