@@ -144,6 +144,19 @@ def test_options_that_make_no_sense_are_refused(perform):
         perform(model="mlp")
 
 
+def test_of_several_those_that_cannot_run_are_named_and_the_others_go_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "Workers", OwnProcess)
+    console = Console(record=True, file=open(os.devnull, "w"), width=200)  # noqa: SIM115 # it lives as long as the test
+    refused, broken = replace(STUDY, name="refused"), replace(STUDY, name="broken", refuses={}, data="nowhere.npz")
+    options = StudyOptions(full=True, out=tmp_path / "out")
+    full = replace(STUDY, name="specimen", has_published_size=True, data="digits")
+    assert run.run_studies([refused, replace(broken, has_published_size=True), full], options, console=console) == 2
+    printed = console.export_text()
+    assert "Left out: study run refused --full: there is no published size" in printed
+    assert "study run broken --data: " in printed
+    assert list(read_results(tmp_path / "out")) == ["specimen"]
+
+
 def test_results_of_other_studies_stay(perform, tmp_path):
     perform()
     perform(replace(STUDY, name="other"))

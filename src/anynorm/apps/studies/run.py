@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 import json
-import sys
 import time
 from collections.abc import Hashable, Sequence
 from dataclasses import asdict, replace
@@ -19,20 +16,16 @@ from anynorm.apps.document import draw
 from anynorm.apps.terminal import heading, open_console, say
 from anynorm.errors import UserError
 
-from . import data, fit, models, norms, study
 from .command import StudyOptions
-from .data import load_data
-from .describe import find_machine, find_versions
 from .journal import Journal, write_atomically
-from .models import find_model
 from .page import PAGE, STUDIES, read_results, write_page
+from .prepare import choose_fitting, prepare
 from .progress import LiveProgress
 from .session import Session
 from .study import Results, Setting, Study, Trial
 from .verdicts import INCONCLUSIVE, Verdict, say_effect
 from .workers import Workers
 
-QUICK_SEEDS = 2
 REPORT_SECONDS = 3.0
 
 
@@ -48,20 +41,27 @@ def run_studies(
         console: where to show progress and verdicts.
 
     Returns:
-        Exit code: 0, 1 where a study could not be finished, 130 where Ctrl-C ended it.
+        Exit code: 0, 1 where a study could not be finished, 2 where one of several could not be run, 130 where Ctrl-C
+        ended it.
     """
     started = time.monotonic() if started is None else started
     console = console or open_console()
-    for each in studies:
-        check_options(each, options)
-    workers, code = Workers(), 0
+    studies, code = choose_fitting(studies, options, console)
+    workers = Workers()
     try:
         for place, each in enumerate(studies):
             budget = None
             if options.minutes is not None:
                 left = 60 * options.minutes - (time.monotonic() - started)
                 budget = left / (len(studies) - place)
-            ended, entry = perform_study(each, options, workers, console, budget)
+            try:
+                ended, entry = perform_study(each, options, workers, console, budget)
+            except UserError as problem:  # such as a package that is missing; the others go on
+                if len(studies) == 1:
+                    raise
+                say(console, "", f"{problem}")
+                code = max(code, 2)
+                continue
             results = read_results(options.out) | {each.name: entry}
             write_atomically(options.out / STUDIES, json.dumps(results, indent=1) + "\n")
             write_page(options.out, results)
@@ -75,14 +75,6 @@ def run_studies(
     finally:
         workers.stop()
     return code
-
-
-def check_options(study: Study, options: StudyOptions) -> None:
-    """Raise where an option makes no sense for a study."""
-    given = {"data": options.data, "model": options.model, "norms": options.norms, "full": options.full or None}
-    for name, value in given.items():
-        if value is not None and name in study.refuses:
-            raise UserError(f"study run {study.name} --{name}: {study.refuses[name]}; leave it out.")
 
 
 def perform_study(
@@ -123,60 +115,6 @@ def perform_study(
         "records": results.records,
     }
     return max(code, int(bool(results.missing or results.failures))), entry
-
-
-def prepare(study: Study, options: StudyOptions) -> tuple[Setting, dict[str, Any]]:
-    """What a study is run on, what identifies a trial beside its fields, and what the report tells of it."""
-    try:
-        found = load_data(options.data or study.data)
-        model = None
-        if options.model is not None:
-            model = find_model(options.model, found.sample_shape, found.classes)
-            check_model(options.model, found)
-    except UserError as problem:
-        raise UserError(str(problem).replace("compare", f"study run {study.name}", 1)) from problem
-    seeds = options.seeds or (QUICK_SEEDS if options.quick else study.seeds)
-    setting = Setting(found, seeds, options.model, options.norms, options.quick, options.full)
-    versions = find_versions()
-    identity = {
-        "study": study.name,
-        "sources": find_digest(study),
-        "data": found.fingerprint,
-        "model": model and model.fingerprint,
-        "norms": options.norms,
-        "size": [options.quick, options.full],
-        "versions": {name: versions[name] for name in ("anynorm", "torch")},
-    }
-    shown = {
-        "seeds": seeds,
-        "data": f"{found.name}: {len(found.train_x):,} training, {len(found.validation_x):,} validation and "
-        f"{len(found.test_x):,} test samples of shape {found.sample_shape}",
-        "versions": versions,
-        "machine": find_machine(),
-    }
-    return setting, {"identity": identity, "shown": shown}
-
-
-def check_model(model: str, found: data.Data) -> None:
-    """Raise where the user's network cannot be trained on the data, or is the same with every norm."""
-    from .compare.check import find_impossible
-    from .compare.plan import Plan
-    from .task import Task
-
-    find_impossible(Plan((model,), ("none", "batch"), ("8",), (0.1,), 1, 64), Task(found))
-
-
-def find_digest(each: Study) -> str:
-    """Digest of a study's own file and of all that it takes from here: after a change, thresholds too, it runs anew."""
-    module = inspect.getmodule(each.perform)
-    names = {getattr(value, "__module__", None) for value in vars(module).values()} if module else set()
-    shared = {str(name) for name in names if str(name).startswith(f"{__package__}.")}
-    shared |= {found.__name__ for found in (data, fit, models, norms, study)}
-    files = [inspect.getsourcefile(each.perform), *(sys.modules[name].__file__ for name in sorted(shared))]
-    whole = hashlib.sha256()
-    for file in dict.fromkeys(files):
-        whole.update(Path(str(file)).read_bytes())
-    return whole.hexdigest()
 
 
 class StudyAgenda:

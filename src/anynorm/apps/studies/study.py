@@ -179,6 +179,7 @@ class Study:
         paint: the picture that shows it at a glance, on axes.
         data: what it is run on if the user does not say; see `load_data`.
         seeds: how many paired seeds it takes.
+        has_published_size: whether it heeds `Setting.full`.
         refuses: options of the user that make no sense here, each with its reason.
         size: width and height of the picture, in inches.
     """
@@ -196,6 +197,7 @@ class Study:
     differs: str = ""
     data: str = "mnist"
     seeds: int = 5
+    has_published_size: bool = False
     refuses: Mapping[str, str] = field(default_factory=dict)
     size: tuple[float, float] = (7.5, 4.0)
 

@@ -204,6 +204,7 @@ STUDY = Study(
     perform=perform,
     judge=judge,
     paint=paint,
+    has_published_size=True,
     refuses={
         "data": "it repeats an experiment on MNIST",
         "model": "its network is the LSTM of the paper",

@@ -129,6 +129,7 @@ STUDY = Study(
     perform=perform,
     judge=judge,
     paint=paint,
+    has_published_size=True,
     seeds=4,
     size=(11.0, 3.6),
     refuses={"model": "the published network is what is repeated", "norms": "the published pair is what is repeated"},
