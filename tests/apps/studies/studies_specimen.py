@@ -1,4 +1,7 @@
-"""A study whose trials take no time; the tests run it, and CONTRIBUTING shows one like it."""
+"""A study whose trials take no time unless `SPECIMEN_SECONDS` says so; CONTRIBUTING shows one like it."""
+
+import os
+import time
 
 from anynorm.apps.studies.study import Published, Study, Trial
 from anynorm.apps.studies.verdicts import Effect, conclude, difference
@@ -10,6 +13,7 @@ def plan(setting, find):
 
 
 def perform(trial, setting):
+    time.sleep(float(os.environ.get("SPECIMEN_SECONDS", "0")))
     if trial.arm == "instance":
         raise RuntimeError("instance is refused here")
     gain = 2.0 if trial.arm == "batch" else 0.0

@@ -185,7 +185,9 @@ def test_interrupted_or_killed_it_goes_on_where_it_stopped(tmp_path, how):
     (tmp_path / "killed.py").write_text(KILLED)
     path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
     command = [sys.executable, str(tmp_path / "killed.py"), str(tmp_path / "out")]
-    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path})
+    # 600 trials of 0.1 s: the signal cannot come after the last of them
+    environment = {**os.environ, "PYTHONPATH": path, "SPECIMEN_SECONDS": "0.1"}
+    process = subprocess.Popen(command, env=environment)
     journal = tmp_path / "out" / "journal.jsonl"
     deadline = time.monotonic() + 120
     while not journal.exists() or journal.read_bytes().count(b"\n") < 3:
