@@ -51,11 +51,11 @@ def say_no_verdict(findings: Findings, choices: Sequence[Choice]) -> str:
             "lead is chance; give more images, seeds or rates, or see whether x tells anything about y."
         )
     if findings.plan.seeds == 1:
-        return "Nothing can be said from one seed: without an interval a lead may be chance; use --seeds 5."
+        return "Nothing can be said from one seed: without an interval a lead may be chance; use --seeds 8."
     if findings.plan.seeds < LEAST_SEEDS:
         return (
             "Nothing can be said from two seeds: their interval rests on a single difference, so a lead may be chance; "
-            "use --seeds 5."
+            "use --seeds 8."
         )
     return (
         "Nothing can be said yet: nowhere have all norms finished three seeds, so a lead may be chance; run the "
