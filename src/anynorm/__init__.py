@@ -54,6 +54,7 @@ from .padding.masks import mask_of
 from .padding.shorten import shorten
 from .surgery import exact_types
 from .surgery.accelerate import accelerate
+from .surgery.adapters import register
 from .surgery.recalibration.recalibrate import recalibrate
 from .surgery.sync import sync
 
@@ -117,6 +118,7 @@ __all__ = [
     "masked",
     "recalibrate",
     "reference",
+    "register",
     "shorten",
     "sync",
     "tune_allocator",

@@ -100,7 +100,8 @@ def test_accelerate_and_sync_in_any_order():
 
 
 class Own(nn.BatchNorm2d):
-    pass
+    def forward(self, x):
+        return super().forward(x) + 1
 
 
 def test_what_is_left_and_why():

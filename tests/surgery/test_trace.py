@@ -155,7 +155,17 @@ class Several(Net):
 
 class Frozen(Net):
     def train(self, mode=True):
+        self.calls = getattr(self, "calls", 0) + 1
         return super().train(False)
+
+
+def test_a_train_method_of_its_own_is_kept_and_not_called():
+    model = Frozen(SPELLINGS["operator"])
+    report = anynorm.accelerate(model, fuse=True)
+    assert report.fused
+    assert not hasattr(model, "calls")
+    assert not report.model.train().training
+    assert report.model.calls == 1
 
 
 def test_models_whose_class_does_more_than_forward_stay():
@@ -165,7 +175,6 @@ def test_models_whose_class_does_more_than_forward_stay():
         (Net(call, lazy=nn.LazyLinear(4)), "it has lazy modules that do not know their size yet"),
         (Optional(call), "takes optional arguments (mask)"),
         (Several(call), "takes optional arguments (inputs)"),
-        (Frozen(call), "it overrides train"),
         (hooked, "it has hooks or a replaced forward"),
         (patch(Net(call)), "it has hooks or a replaced forward"),
     ):

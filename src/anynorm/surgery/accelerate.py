@@ -4,28 +4,37 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.nn as nn
 
+from ..modules.adapted import Adapted
 from ..modules.fused import Fused
 from ..modules.norm import Norm
 from ..modules.sync import SyncBatchNorm
 from ..torch_private import NormBase
+from .activation import read_module
+from .adapters import Finder
 from .exact_types import NOTE
-from .fuse import fuse_graph, report_unfused
+from .graph_model import make_graph_model
 from .report import FUSED, PAIRS, UNDO_FIRST, Entry, Report, describe, is_ours
-from .rewrite import apply_graph
-from .sequential import Place, fuse_place, is_norm, plan_fusion, plan_undo, take_apart
-from .trace import Traces, copy_sharing, is_hooked, trace
+from .sequential import Place, count_places, find_module_obstacle, fuse_place, plan_fusion, plan_undo, take_apart
+from .trace import trace
 
 NAMED_NORM = re.compile("norm(?!al(?!i[sz])|ous)", re.IGNORECASE)  # LlamaRMSNorm, Normalize; no NormalDistribution
-UNKNOWN = "no norm of torch.nn; where it computes what one of those computes, put that one in its place first"
+UNKNOWN = "no norm of torch.nn, and nothing is known of its class: anynorm.register({name}, ...) tells what it computes"
 BASES = (NormBase, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 
 
-def accelerate(model: nn.Module, undo: bool = False, fuse: bool = False) -> Report:
-    """Turn every torch.nn norm of a model into ours, in place: the same objects, with another class.
+def accelerate(
+    model: nn.Module, undo: bool = False, fuse: bool = False, *, trust: tuple[type[nn.Module], ...] = ()
+) -> Report:
+    """Turn every norm of a model into ours, in place: the same objects, with another class.
+
+    torch.nn's norms, and classes of other packages that compute what those compute: what timm, transformers,
+    torchvision and MONAI have, subclasses without a `forward` of their own, and those named to `anynorm.register`. Such
+    a module is compared with ours on random input first, stays an instance of its class, and gets our `forward`.
 
     Parameters, buffers, mode, hooks, sharing and names stay, so optimizers and references go on working.
 
@@ -33,13 +42,14 @@ def accelerate(model: nn.Module, undo: bool = False, fuse: bool = False) -> Repo
         model: any module; a norm itself is allowed.
         undo: turn ours back into torch's, and take fused norms in Sequentials apart.
         fuse: fuse norms with the activation behind them too, and with a sum between.
+        trust: further classes that are norms of their input; what they compute is found by comparing.
 
     Returns:
-        A report of what changed, and of what was left and why: subclasses of torch's norms with code of their own,
-        norms whose `forward` was replaced on the object, SyncBatchNorm, which `sync` turns into ours and back, norms
-        of nn.TransformerEncoderLayer, whose fast path in evaluation reads their weights and never calls them, and
-        modules that call themselves norms and are none of torch's (LlamaRMSNorm). With `fuse` also the norms that were
-        not fused.
+        A report of what changed, and of what was left and why: subclasses of torch's norms with code of their own, of
+        which nothing is known, or which compute something else, norms whose `forward` was replaced on the object,
+        SyncBatchNorm, which `sync` turns into ours and back, norms of nn.TransformerEncoderLayer, whose fast path in
+        evaluation reads their weights and never calls them, and other modules that call themselves norms. With `fuse`
+        also the norms that were not fused.
 
         ``report.model`` is the model to go on with. Norm and activation side by side in a Sequential are fused in
         place; the activation's place takes nn.Identity. Norm, sum and activation, and functional activations, need a
@@ -80,7 +90,7 @@ def accelerate(model: nn.Module, undo: bool = False, fuse: bool = False) -> Repo
         raise ValueError("accelerate: undo and fuse exclude each other; got both; call it twice")
     report = Report(model=model)
     # All is planned before anything is changed: whatever raises leaves the model as it was.
-    swaps = plan_swaps(model, undo, report)
+    swaps = plan_swaps(model, undo, report, Finder(trust))
     if undo:
         fused = plan_undo(model, report)
         report.changed += [make_undo_entry(model, place) for place in fused]
@@ -93,13 +103,21 @@ def accelerate(model: nn.Module, undo: bool = False, fuse: bool = False) -> Repo
         traces = trace(model)
         places = plan_fusion(model, traces.graphs, report)
         report_fused(model, places, report)
-        report.model = make_graph_model(model, swaps, places, traces, report)
-    swap(model, swaps, places)  # Last: whatever can fail has been done.
+        activations = plan_activations(model, swaps, report)
+        report.model = make_graph_model(model, lambda twin: swap(twin, swaps, places, activations), traces, report)
+        swap(model, swaps, places, activations)  # Last: whatever can fail has been done.
+    else:
+        swap(model, swaps)
     report.note = NOTE if report.changed else ""
     return report
 
 
-def swap(model: nn.Module, swaps: dict[str, type[nn.Module]], places: Iterable[Place] = ()) -> None:
+def swap(
+    model: nn.Module,
+    swaps: dict[str, type[nn.Module]],
+    places: Iterable[Place] = (),
+    activations: dict[str, str] | None = None,
+) -> None:
     """Change classes, then fuse in place."""
     for name, kind in swaps.items():
         module = model.get_submodule(name)
@@ -108,33 +126,34 @@ def swap(model: nn.Module, swaps: dict[str, type[nn.Module]], places: Iterable[P
         if isinstance(module, Norm):
             module.label = name
         else:
-            vars(module).pop("label", None)
+            for attribute in ("label", "activation"):
+                vars(module).pop(attribute, None)
     for place in places:
         fuse_place(model, place)
+    for name, activation in (activations or {}).items():
+        model.get_submodule(name).activation = activation  # type: ignore[assignment] # adapted norms have it
 
 
-def make_graph_model(
-    model: nn.Module, swaps: dict[str, type[nn.Module]], places: list[Place], traces: Traces, report: Report
-) -> nn.Module:
-    """The model as a graph with what only a graph can fuse, or the model itself where there is nothing or no graph."""
-    reported = {place.norm for place in places} | {entry.name for entry in report.left} | {""}
-    norms = {name for name, module in model.named_modules() if is_norm(module)} - reported
-    if traces.reason:
-        if norms:
-            reason = f"not fused beyond Sequentials: {traces.reason}"
-            report.left.append(Entry("", describe(type(model)), reason=reason))
-        return model
-    for name, module in model.named_modules():
-        inside = {norm for norm in norms if norm.startswith(f"{name}.")}
-        if is_hooked(module) and inside:
-            reason = "not fused beyond Sequentials: it has hooks, so it stays a call of its own in a graph"
-            report.left.append(Entry(name, describe(type(module)), reason=reason))
-            norms -= inside
-    twin, graph = copy_sharing(model), traces.graphs[0]
-    swap(twin, swaps, places)
-    fused = fuse_graph(twin, graph, report)
-    report_unfused(twin, graph, norms, report)
-    return apply_graph(twin, graph, fused) if fused else model
+def plan_activations(model: nn.Module, swaps: dict[str, type[nn.Module]], report: Report) -> dict[str, str]:
+    """The activations, by name of the norm, that adapted norms hold as a module of their own and take over."""
+    counts = count_places(model)
+    found: dict[str, str] = {}
+    for name, norm in model.named_modules():
+        kind = swaps.get(name, type(norm))
+        if not issubclass(kind, Adapted) or not kind.adapter.then:
+            continue
+        *before, last = (child for key in kind.adapter.then if (child := getattr(norm, key, None)) is not None)
+        activation, reason = read_module(last)
+        reason = next((r for child in (*before, last) if (r := find_module_obstacle(name, child, counts))), reason)
+        if all(type(child) is nn.Identity for child in before) and activation and not reason:
+            found[name] = activation
+            became = f"anynorm, {kind.adapter.describe()}"
+            report.fused.append(Entry(name, describe(type(norm)), became=became, then=activation, where="model"))
+        elif reason:
+            report.left.append(
+                Entry(name, describe(type(norm)), reason=f"not fused with {describe(type(last))}: {reason}")
+            )
+    return found
 
 
 def report_fused(model: nn.Module, places: list[Place], report: Report) -> None:
@@ -157,7 +176,7 @@ def make_undo_entry(model: nn.Module, place: Place) -> Entry:
     return Entry(place.norm, describe(type(norm)), became=describe(theirs))
 
 
-def plan_swaps(model: nn.Module, undo: bool, report: Report) -> dict[str, type[nn.Module]]:
+def plan_swaps(model: nn.Module, undo: bool, report: Report, finder: Finder) -> dict[str, type[nn.Module]]:
     """Which norm, by name, becomes which class; changes and what is left are added to the report."""
     pairs = {ours: theirs for theirs, ours in PAIRS.items()} if undo else PAIRS
     others = set(pairs.values())
@@ -165,12 +184,23 @@ def plan_swaps(model: nn.Module, undo: bool, report: Report) -> dict[str, type[n
     swaps: dict[str, type[nn.Module]] = {}
     for name, module in model.named_modules():
         kind = type(module)
+        if isinstance(module, Adapted):
+            if undo:
+                swaps[name] = module.original
+                report.changed.append(
+                    Entry(name, f"anynorm, {module.adapter.describe()}", became=describe(module.original))
+                )
+            continue
         scripted = getattr(module, "original_name", None) in {theirs.__name__ for theirs in PAIRS}
         if scripted and isinstance(module, torch.jit.ScriptModule):
             report.left.append(Entry(name, describe(kind), reason="it is compiled by torch.jit.script"))
+        found = None if undo or id(module) in bypassed else finder.find(module)
+        if found is not None and "forward" not in vars(module):
+            swaps |= plan_adapted(name, module, found, report)
+            continue
         if not isinstance(module, BASES) or kind in others or (is_ours(kind) and not undo):
             if not undo and is_unknown_norm(module):
-                report.left.append(Entry(name, describe(kind), reason=UNKNOWN))
+                report.left.append(Entry(name, describe(kind), reason=UNKNOWN.format(name=kind.__name__)))
             continue
         reason = "" if undo and kind in pairs else find_norm_obstacle(module, bypassed)
         if reason:
@@ -179,6 +209,17 @@ def plan_swaps(model: nn.Module, undo: bool, report: Report) -> dict[str, type[n
             swaps[name] = pairs[kind]
             report.changed.append(Entry(name, describe(kind), became=describe(pairs[kind])))
     return swaps
+
+
+def plan_adapted(name: str, module: nn.Module, found: tuple[Any, Any, str], report: Report) -> dict[str, Any]:
+    """What becomes of a norm of somebody else's class."""
+    kind, adapter, note = found
+    if kind is None:
+        report.left.append(Entry(name, describe(type(module)), reason=note))
+        return {}
+    became = f"anynorm, {adapter.describe()}"
+    report.changed.append(Entry(name, describe(type(module)), became=became, computes=f" ({note})" if note else ""))
+    return {name: kind}
 
 
 def is_unknown_norm(module: nn.Module) -> bool:

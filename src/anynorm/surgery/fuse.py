@@ -66,6 +66,7 @@ def fuse_graph(model: nn.Module, graph: fx.Graph, report: Report) -> list[str]:
     counts = count_places(model)
     reported = {entry.name for entry in report.left}
     fused: list[str] = []
+    erase_identities(graph, modules)
     for node in list(graph.nodes):
         activation, reason = read_node(node, modules)
         if not activation and not reason:
@@ -87,6 +88,16 @@ def fuse_graph(model: nn.Module, graph: fx.Graph, report: Report) -> list[str]:
                 called = describe(type(modules[str(node.target)])) if node.op == "call_module" else name_call(node)
                 report.left.append(make_unfused_entry(name, modules[name], called, obstacle))
     return fused
+
+
+def erase_identities(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
+    """Take calls of nn.Identity out: models put it where others have dropout, between a norm and its activation."""
+    for node in list(graph.nodes):
+        module = modules.get(str(node.target)) if node.op == "call_module" else None
+        if type(module) is nn.Identity and not is_hooked(module) and "forward" not in vars(module):
+            if len(node.args) == 1 and not node.kwargs and isinstance(node.args[0], fx.Node):
+                node.replace_all_uses_with(node.args[0])
+                graph.erase_node(node)
 
 
 def report_unfused(model: nn.Module, graph: fx.Graph, norms: Collection[str], report: Report) -> None:

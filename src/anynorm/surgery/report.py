@@ -38,6 +38,7 @@ class Entry:
         name: its first name there.
         kind, became: its class before and now.
         reason: why it was left, or left unfused.
+        computes: of a class of somebody else's, which norm it was found to compute, and what to know of half types.
         then: what was fused behind it, ``"relu"`` or ``"add, relu"``.
         where: the model it was fused in, ``"model"`` for the given one or ``"report.model"``.
     """
@@ -46,6 +47,7 @@ class Entry:
     kind: str
     became: str = ""
     reason: str = ""
+    computes: str = ""
     then: str = ""
     where: str = ""
 
@@ -69,7 +71,7 @@ class Report:
     note: str = ""
 
     def __str__(self) -> str:
-        kinds = Counter(f"{entry.kind} -> {entry.became}" for entry in self.changed)
+        kinds = Counter(f"{entry.kind} -> {entry.became}{entry.computes}" for entry in self.changed)
         fusions = Counter(f"{entry.kind}, {entry.then} -> {entry.became} in {entry.where}" for entry in self.fused)
         count = f", {len(self.fused)} fused" if self.fused else ""
         lines = [f"{len(self.changed)} norms changed{count}, {len(self.left)} left"]

@@ -7,8 +7,10 @@ from typing import Any
 import torch.nn as nn
 
 from ..modules import batch, fused
+from ..modules.adapted import Adapted, make_adapted
 from ..modules.sync import SyncBatchNorm, _Synchronized
 from ..ranks.frames import register_label
+from .adapters import Finder
 from .report import Entry, Report, describe, is_ours
 
 PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, batch.BatchNorm1d, batch.BatchNorm2d, batch.BatchNorm3d)
@@ -47,7 +49,7 @@ def sync(model: nn.Module, undo: bool = False, process_group: Any = None) -> Rep
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"sync: model must be a torch.nn.Module; got {type(model).__name__}; pass the model itself")
-    report = Report(model=model)
+    report, finder = Report(model=model), Finder(sync=True)
     swaps: dict[str, type[nn.Module]] = {}
     for name, module in model.named_modules():
         if not isinstance(module, BASES):
@@ -58,7 +60,7 @@ def sync(model: nn.Module, undo: bool = False, process_group: Any = None) -> Rep
                 swaps[name] = type(module)
                 report.changed.append(Entry(name, describe(type(module)), became=describe(type(module))))
                 continue
-        became, reason = find_change(module, undo)
+        became, reason = find_change(module, undo, finder)
         if became is not None:
             swaps[name] = became
             report.changed.append(Entry(name, describe(type(module)), became=describe(became)))
@@ -69,7 +71,7 @@ def sync(model: nn.Module, undo: bool = False, process_group: Any = None) -> Rep
     return report
 
 
-def find_change(module: Any, undo: bool) -> tuple[type[nn.Module] | None, str]:
+def find_change(module: Any, undo: bool, finder: Finder) -> tuple[type[nn.Module] | None, str]:
     """Which class a norm gets, or why none."""
     kind = type(module)
     if undo:
@@ -80,7 +82,12 @@ def find_change(module: Any, undo: bool) -> tuple[type[nn.Module] | None, str]:
         return module.before, ""
     if isinstance(module, _Synchronized):
         return None, ""
+    if isinstance(module, Adapted) and "forward" not in vars(module):
+        return make_adapted(module.original, module.adapter, SyncBatchNorm), ""
     if kind not in SYNCHRONIZED:
+        found = finder.find(module) if "forward" not in vars(module) else None
+        if found is not None:
+            return found[0], found[2] if found[0] is None else ""
         if isinstance(module, nn.modules.lazy.LazyModuleMixin):
             return None, "it has not seen an input; run one batch first"
         return None, "its statistics are its own, or a subclass may have code of its own"

@@ -26,7 +26,7 @@ from .in_place import IN_PLACE
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 DEVICES = ("cpu", "cuda")
-LOST_OVERRIDES = ("train", "state_dict", "load_state_dict", "_save_to_state_dict", "_load_from_state_dict", "_apply")
+LOST_OVERRIDES = ("state_dict", "load_state_dict", "_save_to_state_dict", "_load_from_state_dict", "_apply")
 
 
 class Recorder(fx.Proxy):
@@ -86,7 +86,7 @@ def trace(model: nn.Module) -> Traces:
     for training in (True, False):
         try:
             with changed_modes(not training):
-                graph, reason = trace_mode(copy_sharing(model).train(training))
+                graph, reason = trace_mode(set_mode(copy_sharing(model), training))
         except Exception as error:
             reason = f"torch.fx cannot trace it: {' '.join(str(error).split())}"
         else:
@@ -112,6 +112,13 @@ def trace_mode(model: nn.Module) -> tuple[fx.Graph, str]:
             reason = reason or "its forward changes attributes of the model, which a graph would not"
         fx.GraphModule(model, copy.deepcopy(graph))  # Writes the code; not every constant can be written.
     return graph, reason
+
+
+def set_mode(model: nn.Module, training: bool) -> nn.Module:
+    """The model in a mode. Its own `train` is not called: it may do more, such as merging weights that are shared."""
+    for module in model.modules():
+        module.training = training
+    return model
 
 
 def copy_sharing(model: nn.Module) -> nn.Module:

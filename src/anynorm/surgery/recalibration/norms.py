@@ -19,6 +19,7 @@ from torch import Tensor
 from ...engine import paths
 from ...family import FAMILY
 from ...modules import batch, fused
+from ...modules.adapted import Adapted
 from ...modules.norm import Norm
 from ...modules.sync import _Synchronized
 from ...padding.context import may_be_masked
@@ -26,6 +27,7 @@ from ...padding.masks import find_mask
 from ...padding.ragged import is_ragged, open_rows
 from ...sources import BATCH, Batch, overriding
 from ...statistics import Moments
+from ..adapters import find_adapters
 from ..report import Entry, describe, is_ours
 from .statistics import Tally
 
@@ -75,7 +77,7 @@ def find_reason(module: nn.Module, trust: tuple[type, ...]) -> str | None:
         return "its running averages are not those of a batch norm over (N, C, *)" if has_averages else None
     if "forward" in vars(module):
         return "its forward was replaced on the object"
-    if isinstance(module, trust) or is_ours(kind) or kind.forward in FORWARDS:
+    if isinstance(module, (*trust, Adapted)) or is_ours(kind) or kind.forward in FORWARDS or find_adapters(module):
         return ""
     return "a subclass with a forward of its own may not normalize its input as it comes; name it in trust="
 
@@ -185,6 +187,8 @@ def find_input(norm: Any, args: Any, kwargs: Any) -> tuple[Any, Tensor | None]:
     """A norm's input and its mask, however the model passes them."""
     given = find_signature(norm.__class__).bind(norm, *args, **kwargs).arguments
     x = next(value for name, value in given.items() if name != "self")
+    if isinstance(norm, Adapted):  # whose forward takes its input under any name
+        x = next(iter((*given.get("given", ()), *given.get("named", {}).values())))
     if not isinstance(norm, batch._BatchNorm):
         return x, None
     mask, lengths = given.get("mask"), given.get("lengths")
