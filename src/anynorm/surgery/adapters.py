@@ -15,10 +15,11 @@ from torch import Tensor
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..modules import layer
-from ..modules.adapted import Adapted, Adapter, FeatureNorm, FrozenNorm, make_adapted
+from ..modules.adapted import Adapter, FeatureNorm, FrozenNorm, make_adapted
+from ..modules.norm import Norm
 from ..modules.sync import SyncBatchNorm
 from .proof import NOT_COMPARED, find_difference, find_half_note
-from .report import PAIRS, describe, is_ours
+from .report import PAIRS, describe
 
 NORMS = ("batch", "instance", "group", "layer", "rms", "frozen")
 OF_TORCH = {"batch": "BatchNorm", "instance": "InstanceNorm", "group": "GroupNorm"}
@@ -123,7 +124,7 @@ def register(
 def find_adapters(module: nn.Module, trust: tuple[type[nn.Module], ...] = ()) -> tuple[Adapter, ...] | None:
     """What may say how a module is computed, the likeliest first; None where nothing is known of its class."""
     kind = type(module)
-    if is_ours(kind) or isinstance(module, Adapted) or kind in PAIRS or is_parametrized(module):
+    if isinstance(module, Norm) or kind in PAIRS or is_parametrized(module):
         return None
     # Whose forward it is counts: a subclass that leaves it alone computes the same.
     owner = next(base for base in kind.__mro__ if "forward" in vars(base))
