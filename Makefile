@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: studies batchsize ddp faults fuzz masked sanitize help setup compare vowels try speed bench explain env list test check accuracy format clean
+.PHONY: types studies batchsize ddp faults fuzz masked sanitize help setup compare vowels try speed bench explain env list test check accuracy format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -78,6 +78,14 @@ check: $(READY) ## lint and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The pyright that PyPI has with everything in it, node too (300 MB): not in `make check`, where mypy reads the same code.
+$(VENV)/.types: constraints.txt | $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt basedpyright
+	@touch $@
+
+types: $(READY) $(VENV)/.types ## whether every public name has a complete type (a minute)
+	PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH=src $(BIN)/basedpyright --verifytypes anynorm --ignoreexternal
 
 faults: $(READY) ## what goes wrong on one of several ranks, five times each (5 minutes)
 	FAULTS=5 $(BIN)/pytest -n 2 tests/test_faults.py $(ARGS)
