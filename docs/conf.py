@@ -66,6 +66,7 @@ html_copy_source = False
 
 suppress_warnings = ["myst.header"]  # docs/claims.md goes from its title to headings of the third level
 myst_heading_anchors = 4  # links name headings as the host does
+highlight_language = "none"  # formulas are no Python; what is says so
 default_role = "py:obj"
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
