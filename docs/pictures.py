@@ -13,8 +13,8 @@ from pathlib import Path
 
 FOLDER = Path("build/pictures")
 COMPARE = (
-    "compare --data digits --model mlp --norms none,batch,layer --batch-sizes 32,8 --images 512 --seeds 3 --rates 0.01,0.1"
-    " --minutes 1"
+    "compare --data digits --model mlp --norms none,batch,layer --batch-sizes 32,8 --images 512 --seeds 3"
+    " --rates 0.01,0.1 --minutes 1"
 )
 PLOT = re.compile(r'<div role="img" aria-label="([^"]*)">(<svg.*?</svg>)', re.DOTALL)
 
