@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: studies batchsize ddp faults fuzz masked sanitize help setup compare vowels try speed bench explain env list test check accuracy format clean
+.PHONY: types docs studies batchsize ddp faults fuzz masked sanitize help setup compare vowels try speed bench explain env list test check accuracy format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -29,9 +29,9 @@ speed: $(READY) ## layers and training steps against torch, on this machine (2 m
 	$(BIN)/anynorm speed $(ARGS)
 
 # Only the extra's packages: installing it as '.[bench]' would compile the kernels once more.
-EXTRA := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["bench"])
-$(VENV)/.bench: pyproject.toml constraints.txt | $(READY)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt $$($(BIN)/python -c '$(EXTRA)')
+EXTRAS := import sys, tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"][sys.argv[1]])
+$(VENV)/.bench $(VENV)/.docs: $(VENV)/.%: pyproject.toml constraints.txt | $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt $$($(BIN)/python -c '$(EXTRAS)' $*)
 	@touch $@
 
 bench: $(READY) $(VENV)/.bench ## the benchmark, and docs/speed.md (30 minutes; ARGS=--quick is shorter)
@@ -79,6 +79,14 @@ check: $(READY) ## lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The pyright that PyPI has with everything in it, node too (300 MB): not in `make check`, where mypy reads the same code.
+$(VENV)/.types: constraints.txt | $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt basedpyright
+	@touch $@
+
+types: $(READY) $(VENV)/.types ## whether every public name has a complete type (a minute)
+	PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH=src $(BIN)/basedpyright --verifytypes anynorm --ignoreexternal
+
 faults: $(READY) ## what goes wrong on one of several ranks, five times each (5 minutes)
 	FAULTS=5 $(BIN)/pytest -n 2 tests/test_faults.py $(ARGS)
 
@@ -95,6 +103,12 @@ $(VENV)/.sanitize: constraints.txt | $(READY)
 
 sanitize: $(READY) $(VENV)/.sanitize ## the kernel tests under address, undefined-behaviour and thread sanitizers
 	bash tests/sanitize/run.sh $(BIN)/python
+
+# Any warning fails it: a link that leads nowhere, a page without a place, a docstring that does not read.
+docs: $(READY) $(VENV)/.docs ## the documentation site, in build/site (a minute)
+	$(BIN)/python docs/pictures.py
+	$(BIN)/python -m sphinx --builder html --conf-dir docs --doctree-dir build/doctrees --fail-on-warning --keep-going --quiet . build/site
+	@echo "The site: build/site/index.html"
 
 accuracy: $(READY) ## measure the errors against float64 and write docs/accuracy.md
 	$(BIN)/python -m benchmarks.accuracy

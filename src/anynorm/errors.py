@@ -29,6 +29,9 @@ class SyncError(RuntimeError):
         ranks: global ranks that differ or are missing; empty where nobody could say.
     """
 
+    layer: str
+    ranks: tuple[int, ...]
+
     def __init__(self, message: str, layer: str = "", ranks: tuple[int, ...] = ()) -> None:
         super().__init__(message)
         self.layer, self.ranks = layer, ranks

@@ -168,7 +168,7 @@ def find_pooling(pattern: str, affine: str, centred: bool, ndim: int, sizes: Siz
     return Pooling(splits, pooled, varied, samples, centred, where[ghosts] if ghosts else ())
 
 
-def find_widths(left: list[tuple[str, ...]], known: dict, ndim: int, pattern: str) -> list[int]:
+def find_widths(left: list[tuple[str, ...]], known: dict[str, Any], ndim: int, pattern: str) -> list[int]:
     """How many axes of x each axis of the pattern stands for."""
     flat = [names[0] if len(names) == 1 else "" for names in left]
     elastic = "s" if "s" in flat else "n" if "d" in flat and "n" in flat else None
@@ -183,7 +183,7 @@ def find_widths(left: list[tuple[str, ...]], known: dict, ndim: int, pattern: st
     return widths
 
 
-def find_split(names: tuple[str, ...], known: dict, pattern: str) -> tuple[int, ...]:
+def find_split(names: tuple[str, ...], known: dict[str, Any], pattern: str) -> tuple[int, ...]:
     """The sizes of an axis in parentheses, -1 for the one that is not given."""
     missing = [name for name in names if name not in known]
     if len(missing) > 1:

@@ -79,4 +79,5 @@ def gradients(
 def shrink(x: Array, shape: tuple[int, ...]) -> Array:
     """Sum x over the axes along which something of `shape` was broadcast."""
     x = x.sum(axis=tuple(range(x.ndim - len(shape))))
-    return x.sum(axis=tuple(a for a, size in enumerate(shape) if size == 1), keepdims=True)
+    found: Array = x.sum(axis=tuple(a for a, size in enumerate(shape) if size == 1), keepdims=True)
+    return found

@@ -28,7 +28,8 @@ class Moments:
     @property
     def var(self) -> Tensor:
         """Population variance (mean square where uncentred)."""
-        return self.m2 / at_least_one(self.count)
+        found: Tensor = self.m2 / at_least_one(self.count)
+        return found
 
     def rstd(self, eps: float) -> Tensor:
         """1 / sqrt(var + eps), never below float64 where the device has it."""

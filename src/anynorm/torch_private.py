@@ -56,7 +56,7 @@ count_function_modes: Callable[[], int] = find("_C._len_torch_function_stack", l
 find_dispatch_modes: Callable[[], list[Any]] = find("utils._python_dispatch._get_current_dispatch_mode_stack", list)
 find_function_modes: Callable[[], list[Any]] = find("overrides._get_current_function_mode_stack", lambda: [None])
 # Whether torch.jit.trace is at work. Since 1.0; torch.jit.is_tracing is public, and slower.
-is_tracing: Callable[[], bool] = find("_C._is_tracing", torch.jit.is_tracing)
+is_tracing: Callable[[], bool] = find("_C._is_tracing", torch.jit.is_tracing)  # type: ignore[attr-defined]
 # Whether a tensor is batched by the older vmap, as torch.autograd.grad(is_grads_batched=True) does. Since 2.0.
 is_legacy_batched: Callable[[torch.Tensor], bool] = find("_C._functorch.is_legacy_batchedtensor", lambda tensor: True)
 
@@ -105,7 +105,8 @@ def tree_leaves(tree: Any) -> list[Any]:
     """Everything in nested containers, in their order. torch's own knows those that users register. Since 2.2."""
     own = find("utils._pytree.tree_leaves", None)
     if own is not None:
-        return own(tree)
+        leaves: list[Any] = own(tree)
+        return leaves
     if isinstance(tree, dict):
         return [leaf for part in tree.values() for leaf in tree_leaves(part)]
     return [leaf for part in tree for leaf in tree_leaves(part)] if isinstance(tree, list | tuple) else [tree]

@@ -34,6 +34,10 @@ class NormCall:
         ranks: what merges over ranks, where the layer is synchronized.
     """
 
+    layer: Any
+    name: str
+    dtype: torch.dtype
+
     def __init__(self, layer: Any, name: str, dtype: torch.dtype) -> None:
         self.layer, self.name, self.dtype = layer, name, dtype
         self.partial: Moments | None = None
@@ -95,6 +99,14 @@ class ForwardPass:
     Attributes:
         is_in_loss: whether the loss is still being computed.
     """
+
+    calls: list[NormCall]
+    names: dict[Any, str]
+    kind: type[WholeBatchExchange]
+    special: tuple[int, WholeBatchExchange] | None
+    is_first: bool
+    place: int
+    is_in_loss: bool
 
     def __init__(
         self,

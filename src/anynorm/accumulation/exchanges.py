@@ -121,6 +121,9 @@ class GuardedExchange(Exchange):
     A loss that differentiates would get a gradient without the other micro-batches' part, and nothing would say so.
     """
 
+    exchange: WholeBatchExchange
+    forward_pass: ForwardPass
+
     def __init__(self, exchange: WholeBatchExchange, forward_pass: ForwardPass) -> None:
         self.exchange, self.forward_pass = exchange, forward_pass
 

@@ -42,7 +42,9 @@ class MicroBatchThread:
         self.event: tuple[str, Any] = ("start", None)
         context, modes = contextvars.copy_context(), find_modes()
         # A daemon, so that a model that hangs does not keep the process from ending.
-        self.thread = threading.Thread(target=context.run, args=(self.run, function, modes), daemon=True)
+        self.thread: threading.Thread = threading.Thread(
+            target=context.run, args=(self.run, function, modes), daemon=True
+        )
 
     def run(self, function: Callable[[], Any], modes: list[torch.autocast]) -> None:
         """Call the function, in the thread."""

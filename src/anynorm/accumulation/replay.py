@@ -18,8 +18,10 @@ class SavedBuffers:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.modules = list(model.modules())
-        self.before = {place: (buffer, clone(buffer)) for place, buffer in self.list_all()}
+        self.modules: list[nn.Module] = list(model.modules())
+        self.before: dict[tuple[int, str], tuple[Tensor | None, Tensor | None]] = {
+            place: (buffer, clone(buffer)) for place, buffer in self.list_all()
+        }
         self.after: dict[tuple[int, str], Tensor | None] = {}
 
     def list_all(self) -> list[tuple[tuple[int, str], Tensor | None]]:
@@ -91,7 +93,9 @@ class SavedGradients:
     """The `.grad` of a model's parameters: untouched until all of this batch is there."""
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
-        self.before = [(parameter, parameter.grad) for parameter in parameters]
+        self.before: list[tuple[nn.Parameter, Tensor | None]] = [
+            (parameter, parameter.grad) for parameter in parameters
+        ]
         for parameter, _ in self.before:
             # None, not 0: what comes is this batch's alone, and an error leaves the tensors of the start untouched.
             parameter.grad = None

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(
+app: typer.Typer = typer.Typer(
     name="anynorm",
     help="Normalization layers as one formula: see the family, try it on your model, learn how it works.",
     no_args_is_help=True,
@@ -175,7 +175,7 @@ def compare_norms(
     raise typer.Exit(compare(options, started=process_start()))
 
 
-studies = typer.Typer(
+studies: typer.Typer = typer.Typer(
     help="The claims about batch normalization put to the test, one command each.", no_args_is_help=True
 )
 app.add_typer(studies, name="study")

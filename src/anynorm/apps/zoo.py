@@ -14,10 +14,10 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
+        self.conv1: nn.Conv2d = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
+        self.bn1: nn.BatchNorm2d = nn.BatchNorm2d(channels)
+        self.conv2: nn.Conv2d = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2: nn.BatchNorm2d = nn.BatchNorm2d(channels)
         self.downsample: nn.Module | None = None
         if stride != 1 or in_channels != channels:
             project = nn.Conv2d(in_channels, channels, 1, stride, bias=False)
@@ -34,13 +34,13 @@ class ResNet18(nn.Module):
 
     def __init__(self, num_classes: int = 1000) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
-        self.bn1 = nn.BatchNorm2d(64)
-        self.layer1 = self._stage(64, 64, 1)
-        self.layer2 = self._stage(64, 128, 2)
-        self.layer3 = self._stage(128, 256, 2)
-        self.layer4 = self._stage(256, 512, 2)
-        self.fc = nn.Linear(512, num_classes)
+        self.conv1: nn.Conv2d = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
+        self.bn1: nn.BatchNorm2d = nn.BatchNorm2d(64)
+        self.layer1: nn.Sequential = self._stage(64, 64, 1)
+        self.layer2: nn.Sequential = self._stage(64, 128, 2)
+        self.layer3: nn.Sequential = self._stage(128, 256, 2)
+        self.layer4: nn.Sequential = self._stage(256, 512, 2)
+        self.fc: nn.Linear = nn.Linear(512, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -52,7 +52,8 @@ class ResNet18(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 3, stride=2, padding=1)
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return self.fc(x.mean(dim=(2, 3)))
+        y: Tensor = self.fc(x.mean(dim=(2, 3)))
+        return y
 
 
 class InvertedResidual(nn.Module):
@@ -63,11 +64,12 @@ class InvertedResidual(nn.Module):
         width = in_channels * widen
         layers = [] if widen == 1 else [convolve(in_channels, width, 1)]
         narrow = [nn.Conv2d(width, channels, 1, bias=False), nn.BatchNorm2d(channels)]
-        self.conv = nn.Sequential(*layers, convolve(width, width, 3, stride, groups=width), *narrow)
-        self.is_residual = stride == 1 and in_channels == channels
+        self.conv: nn.Sequential = nn.Sequential(*layers, convolve(width, width, 3, stride, groups=width), *narrow)
+        self.is_residual: bool = stride == 1 and in_channels == channels
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv(x) if self.is_residual else self.conv(x)
+        y: Tensor = x + self.conv(x) if self.is_residual else self.conv(x)
+        return y
 
 
 class MobileNetV2(nn.Module):
@@ -83,11 +85,12 @@ class MobileNetV2(nn.Module):
             for place in range(count):
                 layers.append(InvertedResidual(source, channels, stride if place == 0 else 1, widen))
                 source = channels
-        self.features = nn.Sequential(*layers, convolve(source, 1280, 1))
-        self.classifier = nn.Sequential(nn.Dropout(0.2), nn.Linear(1280, num_classes))
+        self.features: nn.Sequential = nn.Sequential(*layers, convolve(source, 1280, 1))
+        self.classifier: nn.Sequential = nn.Sequential(nn.Dropout(0.2), nn.Linear(1280, num_classes))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.classifier(self.features(x).mean(dim=(2, 3)))
+        y: Tensor = self.classifier(self.features(x).mean(dim=(2, 3)))
+        return y
 
 
 def convolve(in_channels: int, channels: int, size: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
@@ -104,14 +107,14 @@ class UNet(nn.Module):
 
     def __init__(self, in_channels: int = 1, channels: int = 16, num_classes: int = 2) -> None:
         super().__init__()
-        self.down1 = self._level(in_channels, channels)
-        self.down2 = self._level(channels, 2 * channels)
-        self.bottom = self._level(2 * channels, 4 * channels)
-        self.widen2 = nn.ConvTranspose2d(4 * channels, 2 * channels, 2, stride=2)
-        self.up2 = self._level(4 * channels, 2 * channels)
-        self.widen1 = nn.ConvTranspose2d(2 * channels, channels, 2, stride=2)
-        self.up1 = self._level(2 * channels, channels)
-        self.head = nn.Conv2d(channels, num_classes, 1)
+        self.down1: nn.Sequential = self._level(in_channels, channels)
+        self.down2: nn.Sequential = self._level(channels, 2 * channels)
+        self.bottom: nn.Sequential = self._level(2 * channels, 4 * channels)
+        self.widen2: nn.ConvTranspose2d = nn.ConvTranspose2d(4 * channels, 2 * channels, 2, stride=2)
+        self.up2: nn.Sequential = self._level(4 * channels, 2 * channels)
+        self.widen1: nn.ConvTranspose2d = nn.ConvTranspose2d(2 * channels, channels, 2, stride=2)
+        self.up1: nn.Sequential = self._level(2 * channels, channels)
+        self.head: nn.Conv2d = nn.Conv2d(channels, num_classes, 1)
 
     @staticmethod
     def _level(in_channels: int, channels: int) -> nn.Sequential:
@@ -130,25 +133,32 @@ class UNet(nn.Module):
         x = self.bottom(F.max_pool2d(second, 2))
         x = self.up2(torch.cat([self.widen2(x), second], dim=1))
         x = self.up1(torch.cat([self.widen1(x), first], dim=1))
-        return self.head(x)
+        y: Tensor = self.head(x)
+        return y
 
 
 class TransformerBlock(nn.Module):
     """Attention and a two-layer network, each normalized first and added to its input (pre-norm)."""
 
+    norm1: nn.Module
+    norm2: nn.Module
+
     def __init__(self, width: int, heads: int, norm: Callable[[int], nn.Module]) -> None:
         super().__init__()
         self.heads = heads
         self.norm1, self.norm2 = norm(width), norm(width)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.project = nn.Linear(width, width)
-        self.feed_forward = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.qkv: nn.Linear = nn.Linear(width, 3 * width)
+        self.project: nn.Linear = nn.Linear(width, width)
+        self.feed_forward: nn.Sequential = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         query, key, value = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).unbind(2)
         attended = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (query, key, value)))
         x = x + self.project(attended.transpose(1, 2).flatten(2))
-        return x + self.feed_forward(self.norm2(x))
+        y: Tensor = x + self.feed_forward(self.norm2(x))
+        return y
 
 
 class Transformer(nn.Module):
@@ -164,15 +174,16 @@ class Transformer(nn.Module):
         longest: int = 512,
     ) -> None:
         super().__init__()
-        self.embed = nn.Embedding(vocabulary, width)
-        self.position = nn.Parameter(0.02 * torch.randn(longest, width))
-        self.blocks = nn.Sequential(*(TransformerBlock(width, heads, norm) for _ in range(depth)))
-        self.norm = norm(width)
-        self.head = nn.Linear(width, vocabulary)
+        self.embed: nn.Embedding = nn.Embedding(vocabulary, width)
+        self.position: nn.Parameter = nn.Parameter(0.02 * torch.randn(longest, width))
+        self.blocks: nn.Sequential = nn.Sequential(*(TransformerBlock(width, heads, norm) for _ in range(depth)))
+        self.norm: nn.Module = norm(width)
+        self.head: nn.Linear = nn.Linear(width, vocabulary)
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.embed(tokens) + self.position[: tokens.shape[1]]
-        return self.head(self.norm(self.blocks(x)))
+        y: Tensor = self.head(self.norm(self.blocks(x)))
+        return y
 
 
 class RecurrentNet(nn.Module):
@@ -180,14 +191,15 @@ class RecurrentNet(nn.Module):
 
     def __init__(self, features: int = 40, width: int = 96, num_classes: int = 10) -> None:
         super().__init__()
-        self.bn = nn.BatchNorm1d(features)
-        self.lstm = nn.LSTM(features, width, batch_first=True)
-        self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, num_classes)
+        self.bn: nn.BatchNorm1d = nn.BatchNorm1d(features)
+        self.lstm: nn.LSTM = nn.LSTM(features, width, batch_first=True)
+        self.norm: nn.LayerNorm = nn.LayerNorm(width)
+        self.head: nn.Linear = nn.Linear(width, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.bn(x.transpose(1, 2)).transpose(1, 2)
-        return self.head(self.norm(self.lstm(x)[0]))
+        y: Tensor = self.head(self.norm(self.lstm(x)[0]))
+        return y
 
 
 def resnet18() -> Model:

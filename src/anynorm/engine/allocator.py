@@ -52,7 +52,7 @@ class AllocatorReport:
         return self.text
 
 
-done = AllocatorReport({}, False, "glibc as it is; tune_allocator was not called")
+done: AllocatorReport = AllocatorReport({}, False, "glibc as it is; tune_allocator was not called")
 
 
 def tune_allocator(keep_large: bool = False) -> AllocatorReport:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from ..pooling import Pooling
 from ..sources import BATCH, Given
 from ..torch_private import is_legacy_batched
 from . import kernels, memory, plain, transforms
-from .kernels import Saved
+from .addresses import Saved
 from .merge import backward_uncompiled
 from .request import Request
 from .walks import Plan
@@ -76,7 +77,7 @@ def backward_checked(ctx: Any, g: Tensor, saved: tuple[Any, ...]) -> tuple[Any, 
 
 
 # What Normalize.apply does once it has found that no transform is active, which `find_key` and `is_plain` know.
-apply = super(torch.autograd.Function, Normalize).apply
+apply: Callable[..., Tensor] = super(torch.autograd.Function, Normalize).apply
 
 
 def keep(t: Any) -> Any:

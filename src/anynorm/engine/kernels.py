@@ -27,7 +27,8 @@ from .addresses import (
 from .memory import find_address
 from .plain import find_memory_format
 from .request import Request
-from .walks import Plan, compiled, make_plan
+from .walks import Plan, make_plan
+from .walks import compiled as compiled
 
 PLANS_KEPT = 4096  # for each pooling
 
@@ -45,7 +46,7 @@ def why_off() -> str:
 
 
 OFF = why_off()
-READS_TENSORS = not OFF and compiled.find_torch()  # else their addresses are found in Python
+READS_TENSORS: bool = not OFF and compiled.find_torch()  # else their addresses are found in Python
 if READS_TENSORS:
     compiled.set_activations(addresses.CHOICES)
 
@@ -70,7 +71,8 @@ def find_plan(x: Tensor, pooling: Pooling, statistics: int = 0, masked: bool = F
     """The plan of x, remembered with its pooling; None where `plain` must serve."""
     key = (x.shape, x.stride(), x.dtype, statistics, masked)
     try:
-        return pooling.plans[key]
+        plan: Plan | None = pooling.plans[key]
+        return plan
     except KeyError:
         plan = None if OFF or x.numel() == 0 else make_plan(pooling, *key)
         if len(pooling.plans) >= PLANS_KEPT:

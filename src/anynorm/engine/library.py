@@ -19,7 +19,7 @@ from ..pooling import Pooling, remember
 from ..sources import BATCH
 from ..statistics import Moments, count_positions
 from ..torch_private import is_legacy_batched
-from . import kernels, plain
+from . import addresses, kernels, plain
 from .gradients import backward_differentiable
 from .request import Request
 from .walks import CODES
@@ -99,7 +99,7 @@ def backward_cpu(g: Tensor, x: Tensor, statistics: Tensor, *rest: Any) -> tuple[
     inputs = (x, weight, bias, residual)
     found: tuple[Tensor | None, ...]
     if plan is not None:
-        saved = kernels.Saved(x, weight, bias, residual, mask, statistics)
+        saved = addresses.Saved(x, weight, bias, residual, mask, statistics)
         dx, dgamma, dbeta, dresidual = kernels.backward(g, saved, plan, eps, activation or None, needs)
         dx, dresidual = (t if t is None else t.contiguous(memory_format=memory_format) for t in (dx, dresidual))
         found = dx, dgamma, dbeta, dresidual
@@ -122,14 +122,14 @@ def empty_output(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=plain.find_memory_format(x))
 
 
-@register_fake("anynorm::forward")
+@register_fake("anynorm::forward")  # type: ignore[untyped-decorator] # torch's
 def _(x: Tensor, weight: Any, bias: Any, residual: Any, mask: Any, *how: Any) -> Any:
     pooling = read_pooling(how[0])
     rows = 2 if pooling.centred else 1
     return empty_output(x), x.new_empty((rows, count_pools(x, pooling)), dtype=torch.float64)
 
 
-@register_fake("anynorm::backward")
+@register_fake("anynorm::backward")  # type: ignore[untyped-decorator]
 def _(g: Tensor, x: Tensor, _: Any, weight: Any, bias: Any, residual: Any, *rest: Any) -> Any:
     needs = rest[-1]
     found = [empty_output(x) if needs[0] else x.new_empty(0)]

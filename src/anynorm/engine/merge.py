@@ -15,7 +15,8 @@ from ..torch_private import not_compiled
 @not_compiled
 def backward_uncompiled(function: Any, ctx: Any, *g: Tensor) -> tuple[Any, ...]:
     """Compiled autograd traces the backward of a norm that ran eagerly; a compiler cannot look into the kernels."""
-    return function.backward(ctx, *g)
+    found: tuple[Any, ...] = function.backward(ctx, *g)
+    return found
 
 
 class Merge(torch.autograd.Function):

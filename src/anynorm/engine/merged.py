@@ -40,7 +40,8 @@ def normalize(
     assert own is not None
     moments = request.source.exchange.merge(own)
     move(request.source, moments, pooling)
-    return NormalizeMerged.apply(x, weight, bias, residual, request, plan, moments)
+    found: Tensor = NormalizeMerged.apply(x, weight, bias, residual, request, plan, moments)
+    return found
 
 
 def move(source: Merged, moments: Moments, pooling: Pooling) -> None:
@@ -100,7 +101,7 @@ class NormalizeMerged(torch.autograd.Function):
             plan = kernels.find_plan(x, plan.pooling, 2, mask is not None)
         needs_x, needs_weight, needs_bias, needs_residual, *_ = ctx.needs_input_grad
         needs = needs_x, True, True, needs_residual
-        saved = kernels.Saved(x, weight, bias, residual, mask, (mean, var))
+        saved = addresses.Saved(x, weight, bias, residual, mask, (mean, var))
         dx, dgamma, dbeta, dresidual = kernels.backward(g, saved, plan, eps, activation, needs)
         assert dgamma is not None
         assert dbeta is not None

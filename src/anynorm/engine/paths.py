@@ -48,6 +48,9 @@ class exact:
         ...     pass
     """
 
+    on: bool
+    before: bool
+
     def __init__(self, on: bool) -> None:
         self.on, self.before = bool(on), EXACT.get()
         EXACT.set(self.on)
@@ -70,7 +73,7 @@ is_exact._dynamo_marked_constant = True  # type: ignore[attr-defined] # torch's 
 
 def prefers_torch(x: Tensor) -> bool:
     """Whether torch's own operation should serve: in exported graphs, which other tools read, and off the CPU."""
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined] # public, but not said so
         return True
     return x.device.type != "cpu" and not is_exact()
 

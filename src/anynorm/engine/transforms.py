@@ -151,7 +151,7 @@ class Project(torch.autograd.Function):
         if plan is not None:
             if statistics is None:
                 statistics = kernels.find_statistics(x, plan)
-            saved = kernels.Saved(x, None, None, None, None, statistics)
+            saved = addresses.Saved(x, None, None, None, None, statistics)
             dx = kernels.backward(g, saved, plan, eps, None, needs)[0]
         else:
             pull = torch.func.vjp(lambda x: plain.compose(x, None, None, None, Request(BATCH, eps), pooling)[0], x)[1]
@@ -177,7 +177,8 @@ class Project(torch.autograd.Function):
     def jvp(ctx: Any, g_tangent: Tensor | None, x_tangent: Tensor | None, *_: Any) -> Tensor:
         g, x, statistics = ctx.saved_tensors
         along_g: Any = 0 if g_tangent is None else Project.apply(g_tangent, x, statistics, *ctx.how)
-        return along_g if x_tangent is None else along_g + SecondDerivative.apply(g, x_tangent, x, *ctx.how)
+        found: Tensor = along_g if x_tangent is None else along_g + SecondDerivative.apply(g, x_tangent, x, *ctx.how)
+        return found
 
     @staticmethod
     def vmap(
@@ -234,7 +235,8 @@ class SecondDerivative(torch.autograd.Function):
         known = tuple(
             torch.zeros_like(t) if tangent is None else tangent for t, tangent in zip(inputs, tangents[:3], strict=True)
         )
-        return torch.func.jvp(lambda g, t, x: differentiate_twice(g, t, x, *ctx.how), inputs, known)[1]
+        found: Tensor = torch.func.jvp(lambda g, t, x: differentiate_twice(g, t, x, *ctx.how), inputs, known)[1]
+        return found
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Tensor, int]:
@@ -256,6 +258,8 @@ def differentiate_twice(g: Tensor, t: Tensor, x: Tensor, pooling: Pooling, eps: 
 
     def project(x: Tensor) -> Tensor:
         pull = torch.func.vjp(lambda x: plain.compose(x, None, None, None, Request(BATCH, eps), pooling)[0], x)[1]
-        return pull(g)[0]
+        found: Tensor = pull(g)[0]
+        return found
 
-    return torch.func.vjp(project, x)[1](t)[0]
+    found: Tensor = torch.func.vjp(project, x)[1](t)[0]
+    return found

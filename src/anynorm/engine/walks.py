@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from typing import Any, NamedTuple
@@ -12,10 +13,11 @@ import torch
 from ..pooling import Pooling
 from .plain import suggest_memory_format
 
-try:
-    from .. import _kernels as compiled  # type: ignore[attr-defined] # compiled, without stubs
-except ImportError:
-    compiled = None
+compiled: Any = None  # the compiled module; None where it was not built
+with suppress(ImportError):
+    from .. import _kernels  # type: ignore[attr-defined] # without stubs
+
+    compiled = _kernels
 
 CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 

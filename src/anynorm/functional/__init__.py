@@ -16,5 +16,5 @@ from .rms import rms_norm
 __all__ = ["batch_norm", "batch_renorm", "ghost_batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"]
 
 # FX records a call of these as one node.
-for name in __all__:
-    torch.fx.wrap(name)
+for _name in __all__:
+    torch.fx.wrap(_name)

@@ -17,6 +17,8 @@ from ..errors import (
     check_no_overlap,
     check_parameter_dtypes,
 )
+from ..padding.masks import Lengths
+from ..padding.ragged import Rows
 from ..sources import Batch, Given, Merged
 from .front import Front, find_source
 
@@ -84,7 +86,7 @@ BATCH_NORM: BatchFront = BatchFront("batch_norm", "batch")
 
 
 def batch_norm(
-    input: Tensor,
+    input: Rows,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     weight: Tensor | None = None,
@@ -94,10 +96,10 @@ def batch_norm(
     eps: float = 1e-5,
     *,
     activation: str | None = None,
-    residual: Tensor | None = None,
+    residual: Rows | None = None,
     mask: Tensor | None = None,
-    lengths: Any = None,
-) -> Tensor:
+    lengths: Lengths | None = None,
+) -> Rows:
     """Normalize each channel over the batch and all positions.
 
     y[n,c,s] = (x[n,c,s] - mean[c]) / sqrt(var[c] + eps) * weight[c] + bias[c]
@@ -132,4 +134,5 @@ def batch_norm(
                 [ 1.]])
     """
     request = Request(find_source(running_mean, running_var, training, momentum), eps, activation, mask, lengths)
-    return BATCH_NORM.normalize(input, weight, bias, residual, request)
+    y: Rows = BATCH_NORM.normalize(input, weight, bias, residual, request)
+    return y

@@ -15,7 +15,8 @@ from ..engine.request import Request
 from ..errors import check_batch_norm, check_channels, check_floating, check_more_than_one
 from ..family import FAMILY
 from ..padding import ragged
-from ..padding.masks import find_mask
+from ..padding.masks import Lengths, find_mask
+from ..padding.ragged import Rows
 from ..pooling import Pooling, find_pooling
 from ..sources import Batch
 from .batch import BATCH_NORM, BatchFront, name_averages
@@ -103,12 +104,14 @@ class GhostFront(BatchFront):
             return self.normalize_pooled(x, weight, bias, residual, request, pooling)
 
         def gather(t: Tensor) -> Tensor:  # The kernels walk no axis of channels between two that are pooled.
-            return t.unflatten(0, (ghosts, -1)).transpose(1, 2).flatten(2)
+            y: Tensor = t.unflatten(0, (ghosts, -1)).transpose(1, 2).flatten(2)
+            return y
 
         pooling = find_pooling("b c s -> b c", "c", True, 3, (), "b")
         x, residual, mask = (None if t is None else gather(t) for t in (x, residual, mask))
         y = self.normalize_pooled(x, weight, bias, residual, request._replace(mask=mask), pooling)
-        return y.unflatten(2, (-1, *positions)).transpose(1, 2).flatten(0, 1)
+        result: Tensor = y.unflatten(2, (-1, *positions)).transpose(1, 2).flatten(0, 1)
+        return result
 
     def normalize_pooled(
         self, x: Any, weight: Any, bias: Any, residual: Any, request: Request, pooling: Pooling
@@ -122,7 +125,7 @@ GHOST: BatchFront = GhostFront("ghost_batch_norm", "ghost")
 
 
 def ghost_batch_norm(
-    input: Tensor,
+    input: Rows,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     weight: Tensor | None = None,
@@ -133,10 +136,10 @@ def ghost_batch_norm(
     *,
     ghost_size: int,
     activation: str | None = None,
-    residual: Tensor | None = None,
+    residual: Rows | None = None,
     mask: Tensor | None = None,
-    lengths: Any = None,
-) -> Tensor:
+    lengths: Lengths | None = None,
+) -> Rows:
     """Batch norm of each `ghost_size` samples by themselves, in one call; in evaluation `batch_norm`.
 
     y[b,m,c,s] = (x[b,m,c,s] - mean[b,c]) / sqrt(var[b,c] + eps) * weight[c] + bias[c]
@@ -172,7 +175,10 @@ def ghost_batch_norm(
         tensor([[-1.,  1., -1.,  1.]])
     """
     source = find_source(running_mean, running_var, training, momentum)
-    return GHOST.normalize(input, weight, bias, residual, Request(source, eps, activation, mask, lengths, ghost_size))
+    y: Rows = GHOST.normalize(
+        input, weight, bias, residual, Request(source, eps, activation, mask, lengths, ghost_size)
+    )
+    return y
 
 
 def check_not_ragged(request: Request) -> None:

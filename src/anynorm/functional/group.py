@@ -10,6 +10,8 @@ from torch import Tensor
 from ..engine.request import Request
 from ..errors import check_channels, check_groups, check_more_than_one, check_parameter_dtypes, warn_of_one_value
 from ..padding import ragged
+from ..padding.masks import Lengths
+from ..padding.ragged import Rows
 from ..pooling import Pooling
 from ..sources import BATCH
 from .front import Front
@@ -50,17 +52,17 @@ GROUP_NORM = GroupFront("group_norm", "group")
 
 
 def group_norm(
-    input: Tensor,
+    input: Rows,
     num_groups: int,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
     *,
     activation: str | None = None,
-    residual: Tensor | None = None,
+    residual: Rows | None = None,
     mask: Tensor | None = None,
-    lengths: Any = None,
-) -> Tensor:
+    lengths: Lengths | None = None,
+) -> Rows:
     """Normalize each group of channels of each sample over the group and all positions.
 
     y[n,c,s] = (x[n,c,s] - mean[n,g]) / sqrt(var[n,g] + eps) * weight[c] + bias[c],  g the group of channel c
@@ -88,4 +90,5 @@ def group_norm(
         tensor([[-1.,  1., -1.,  1.]])
     """
     request = Request(BATCH, eps, activation, mask, lengths, num_groups)
-    return GROUP_NORM.normalize(input, weight, bias, residual, request)
+    y: Rows = GROUP_NORM.normalize(input, weight, bias, residual, request)
+    return y

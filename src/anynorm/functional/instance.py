@@ -16,6 +16,8 @@ from ..errors import (
     check_parameter_dtypes,
 )
 from ..padding import ragged
+from ..padding.masks import Lengths
+from ..padding.ragged import Rows
 from .batch import check_averages, is_given, name_averages
 from .front import Front, find_source
 
@@ -66,7 +68,7 @@ INSTANCE_NORM = InstanceFront("instance_norm", "instance")
 
 
 def instance_norm(
-    input: Tensor,
+    input: Rows,
     running_mean: Tensor | None = None,
     running_var: Tensor | None = None,
     weight: Tensor | None = None,
@@ -76,10 +78,10 @@ def instance_norm(
     eps: float = 1e-5,
     *,
     activation: str | None = None,
-    residual: Tensor | None = None,
+    residual: Rows | None = None,
     mask: Tensor | None = None,
-    lengths: Any = None,
-) -> Tensor:
+    lengths: Lengths | None = None,
+) -> Rows:
     """Normalize each channel of each sample over its positions.
 
     y[n,c,s] = (x[n,c,s] - mean[n,c]) / sqrt(var[n,c] + eps) * weight[c] + bias[c]
@@ -110,4 +112,5 @@ def instance_norm(
     """
     source = find_source(running_mean, running_var, use_input_stats, momentum)
     request = Request(source, eps, activation, mask, lengths)
-    return INSTANCE_NORM.normalize(input, weight, bias, residual, request)
+    y: Rows = INSTANCE_NORM.normalize(input, weight, bias, residual, request)
+    return y

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..engine.request import Request
 from ..errors import check_normalized_shape, check_parameter_dtypes, warn_of_one_value
-from ..padding.masks import find_feature_mask
+from ..padding.masks import Lengths, find_feature_mask
+from ..padding.ragged import Rows
 from ..pooling import Pooling
 from ..sources import BATCH
 from .front import Front
@@ -51,17 +52,17 @@ LAYER_NORM = LayerFront("layer_norm", "layer")
 
 
 def layer_norm(
-    input: Tensor,
+    input: Rows,
     normalized_shape: Sequence[int],
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
     *,
     activation: str | None = None,
-    residual: Tensor | None = None,
+    residual: Rows | None = None,
     mask: Tensor | None = None,
-    lengths: Any = None,
-) -> Tensor:
+    lengths: Lengths | None = None,
+) -> Rows:
     """Normalize each sample over its last axes.
 
     y[n,d] = (x[n,d] - mean[n]) / sqrt(var[n] + eps) * weight[d] + bias[d]
@@ -89,4 +90,5 @@ def layer_norm(
         tensor([[-1.,  1.]])
     """
     request = Request(BATCH, eps, activation, mask, lengths, normalized_shape)
-    return LAYER_NORM.normalize(input, weight, bias, residual, request)
+    y: Rows = LAYER_NORM.normalize(input, weight, bias, residual, request)
+    return y

@@ -12,7 +12,8 @@ from ..engine import paths, protocol
 from ..engine.request import Request
 from ..errors import check_floating, check_parameter_dtypes
 from ..padding import ragged
-from ..padding.masks import find_mask
+from ..padding.masks import Lengths, find_mask
+from ..padding.ragged import Rows
 from ..sources import Batch, Renorm, correct
 from .batch import BATCH_NORM, BatchFront, name_averages
 from .front import find_source
@@ -60,7 +61,7 @@ RENORM: BatchFront = RenormFront("batch_renorm", "renorm")
 
 
 def batch_renorm(
-    input: Tensor,
+    input: Rows,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     weight: Tensor | None = None,
@@ -73,10 +74,10 @@ def batch_renorm(
     d_max: float | Tensor = 5.0,
     start_share: float | Tensor = 0.0,
     activation: str | None = None,
-    residual: Tensor | None = None,
+    residual: Rows | None = None,
     mask: Tensor | None = None,
-    lengths: Any = None,
-) -> Tensor:
+    lengths: Lengths | None = None,
+) -> Rows:
     """Batch norm whose output in training is moved towards what evaluation will give.
 
     y[n,c,s] = ((x[n,c,s] - mean[c]) / sqrt(var[c] + eps) * r[c] + d[c]) * weight[c] + bias[c]
@@ -124,7 +125,8 @@ def batch_renorm(
             )
         check_limits("batch_renorm", r_max, d_max, start_share)
         source = Renorm(running_mean, running_var, momentum, running_mean, running_var, (r_max, d_max), start_share)
-    return RENORM.normalize(input, weight, bias, residual, Request(source, eps, activation, mask, lengths))
+    y: Rows = RENORM.normalize(input, weight, bias, residual, Request(source, eps, activation, mask, lengths))
+    return y
 
 
 def join(r: Tensor, d: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:

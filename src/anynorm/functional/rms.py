@@ -12,6 +12,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ..engine.request import Request
 from ..errors import warn_of_one_value
+from ..padding.masks import Lengths
+from ..padding.ragged import Rows
 from ..pooling import Pooling
 from ..sources import BATCH
 from .layer import FeaturesFront
@@ -43,16 +45,16 @@ def find_rms_eps(eps: float | None, x: Any) -> float:
 
 
 def rms_norm(
-    input: Tensor,
+    input: Rows,
     normalized_shape: Sequence[int],
     weight: Tensor | None = None,
     eps: float | None = None,
     *,
     activation: str | None = None,
-    residual: Tensor | None = None,
+    residual: Rows | None = None,
     mask: Tensor | None = None,
-    lengths: Any = None,
-) -> Tensor:
+    lengths: Lengths | None = None,
+) -> Rows:
     """Divide each sample by the root mean square of its last axes; nothing is subtracted.
 
     y[n,d] = x[n,d] / sqrt(mean over d of x[n,d]**2 + eps) * weight[d]
@@ -81,4 +83,5 @@ def rms_norm(
         tensor([[1., 1.]])
     """
     request = Request(BATCH, find_rms_eps(eps, input), activation, mask, lengths, normalized_shape)
-    return RMS_NORM.normalize(input, weight, None, residual, request)
+    y: Rows = RMS_NORM.normalize(input, weight, None, residual, request)
+    return y

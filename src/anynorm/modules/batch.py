@@ -6,7 +6,7 @@ Constructors, attributes, buffers and state_dict are those of torch.nn, whose cl
 from __future__ import annotations
 
 import inspect
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn as nn
@@ -24,6 +24,11 @@ from ..statistics import blank
 from .counting import NonFiniteGuard, is_counted, mark_counted
 from .norm import Norm, read_entry
 from .recomputation import read_or_replay
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .keywords import TorchBatchNormKeywords
 
 
 class _Running(Norm):
@@ -190,9 +195,14 @@ class _Batch(_BatchNorm):
     """
 
     def __init__(
-        self, *arguments: Any, on_single: str = "error", on_nonfinite: str = "propagate", **options: Any
+        self,
+        num_features: int,
+        *arguments: Any,  # torch's others, by place
+        on_single: str = "error",
+        on_nonfinite: str = "propagate",
+        **options: Unpack[TorchBatchNormKeywords],
     ) -> None:
-        super().__init__(*arguments, **options)
+        super().__init__(num_features, *arguments, **options)
         for name, choice in (("on_single", on_single), ("on_nonfinite", on_nonfinite)):
             if choice not in CHOICES[name]:
                 raise ValueError(
@@ -249,5 +259,5 @@ class BatchNorm3d(_Batch, nn.BatchNorm3d):
     _axes: tuple[int, ...] = (5,)
 
 
-for kind, theirs in ((BatchNorm1d, nn.BatchNorm1d), (BatchNorm2d, nn.BatchNorm2d), (BatchNorm3d, nn.BatchNorm3d)):
-    show_choices(kind, theirs)
+for _kind, _theirs in ((BatchNorm1d, nn.BatchNorm1d), (BatchNorm2d, nn.BatchNorm2d), (BatchNorm3d, nn.BatchNorm3d)):
+    show_choices(_kind, _theirs)

@@ -80,11 +80,14 @@ class NonFiniteGuard:
         mean, var: its running averages, before they move.
     """
 
+    layer: Any
+    moving: tuple[Tensor, Tensor]
+
     def __init__(self, layer: Any, mean: Tensor, var: Tensor) -> None:
         self.layer, self.moving = layer, (mean, var)
         # Averages move inside the kernel, before anybody can look at the statistics; so they are copied and put back.
         # That costs two copies of C numbers and, on an accelerator, a wait for the device: only layers that ask pay it.
-        self.before = tuple(t.clone() for t in self.moving)
+        self.before: tuple[Tensor, ...] = tuple(t.clone() for t in self.moving)
 
     def restore_if_nonfinite(self) -> bool:
         """Whether the batch made an average NaN or Inf; the averages are put back then.

@@ -18,7 +18,7 @@ from torch.fx import Proxy
 
 from ..activations import IDENTITY, check_activation, finish
 from ..padding.context import masked, may_be_masked
-from ..padding.masks import find_mask
+from ..padding.masks import Lengths, find_mask
 from ..statistics import blank
 from . import batch, ghost, group, instance, layer, renorm, rms, sync
 from .norm import Norm, check_hooks, drop_none, record_call
@@ -35,6 +35,7 @@ class Fused(Norm):
     """
 
     plain: ClassVar[type[nn.Module]]
+    __signature__: ClassVar[inspect.Signature]
     activation: str
     add: Callable[[Tensor, Any], Tensor] | None = None
 
@@ -47,14 +48,14 @@ class Fused(Norm):
             cls._axes = plain._axes  # type: ignore[attr-defined] # hasattr has just found it
         known = inspect.signature(plain)
         last = inspect.Parameter("activation", inspect.Parameter.KEYWORD_ONLY, default="relu")
-        cls.__signature__ = known.replace(parameters=[*known.parameters.values(), last])  # type: ignore[attr-defined] # for people and for `inspect`
+        cls.__signature__ = known.replace(parameters=[*known.parameters.values(), last])  # for people and for `inspect`
 
     def __init__(self, *arguments: Any, activation: str | None = "relu", **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.activation = check_activation(type(self).__name__, activation) or IDENTITY
 
     def forward(  # type: ignore[override] # the residual comes first, as before masks
-        self, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None, lengths: Any = None
+        self, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None, lengths: Lengths | None = None
     ) -> Tensor:
         """activation(norm(input) + residual); shape, dtype and memory format (channels_last is kept) of the input.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn as nn
@@ -13,6 +13,11 @@ from ..functional.batch import BatchFront
 from ..functional.ghost import GHOST, check_ghost_size, count_real, cut
 from ..padding.masks import find_mask
 from . import batch
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .keywords import BatchNormKeywords
 
 
 class _Ghost(batch._BatchNorm):
@@ -67,8 +72,10 @@ class _Ghost(batch._BatchNorm):
 class _GhostBatch(_Ghost, batch._Batch):
     """The constructor of torch's batch norms, `ghost_size`, and the choices of `anynorm.BatchNorm2d`."""
 
-    def __init__(self, *arguments: Any, ghost_size: int, **options: Any) -> None:
-        super().__init__(*arguments, **options)
+    def __init__(
+        self, num_features: int, *arguments: Any, ghost_size: int, **options: Unpack[BatchNormKeywords]
+    ) -> None:
+        super().__init__(num_features, *arguments, **options)
         check_ghost_size(type(self).__name__, ghost_size)
         self.ghost_size = ghost_size
 
@@ -145,9 +152,9 @@ def show_options(kind: Any, theirs: type, **options: Any) -> None:
     kind.__signature__ = kind.__signature__.replace(parameters=[*known[:end], *added, *known[end:]])
 
 
-for kind, theirs in (
+for _kind, _theirs in (
     (GhostBatchNorm1d, nn.BatchNorm1d),
     (GhostBatchNorm2d, nn.BatchNorm2d),
     (GhostBatchNorm3d, nn.BatchNorm3d),
 ):
-    show_options(kind, theirs, ghost_size=inspect.Parameter.empty)
+    show_options(_kind, _theirs, ghost_size=inspect.Parameter.empty)

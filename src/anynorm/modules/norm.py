@@ -11,6 +11,7 @@ from torch.fx import Proxy
 from ..engine.protocol import look_at
 from ..errors import check_state
 from ..padding.context import find_current, masked, may_be_masked
+from ..padding.masks import Lengths
 from ..padding.ragged import is_ragged
 from .checkpoints import repair_state
 
@@ -26,7 +27,7 @@ class Norm(nn.Module):
     weight: Any
     bias: Any
 
-    def forward(self, input: Tensor, mask: Tensor | None = None, lengths: Any = None) -> Tensor:
+    def forward(self, input: Tensor, mask: Tensor | None = None, lengths: Lengths | None = None) -> Tensor:
         """Normalize; same shape, dtype and memory format (channels_last is kept).
 
         Args:
@@ -50,7 +51,7 @@ class Norm(nn.Module):
         residual: Tensor | None = None,
         activation: str | None = None,
         mask: Tensor | None = None,
-        lengths: Any = None,
+        lengths: Lengths | None = None,
     ) -> Tensor:
         """What `forward` does outside FX; see the function of the same name in `anynorm.functional`."""
         raise NotImplementedError

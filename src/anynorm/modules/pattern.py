@@ -91,6 +91,12 @@ class AnyNorm(Norm):
     running_mean: Tensor | None
     running_var: Tensor | None
     num_batches_tracked: Tensor | None
+    pattern: str
+    affine: str
+    centred: bool
+    eps: float
+    track_running_stats: bool
+    momentum: float | None
 
     def __init__(
         self,
@@ -102,7 +108,7 @@ class AnyNorm(Norm):
         bias: bool = True,
         track_running_stats: bool = False,
         momentum: float | None = 0.1,
-        device: torch.device | str | None = None,
+        device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
         **sizes: int | tuple[int, ...],
     ) -> None:

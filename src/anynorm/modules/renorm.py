@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 import torch.nn as nn
@@ -17,6 +17,11 @@ from ..sources import Batch, Renorm, Source, find_momentum
 from . import batch
 from .ghost import show_options
 from .recomputation import read_or_replay
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .keywords import BatchNormKeywords
 
 Warmup = tuple[int, int, int] | Callable[[Tensor], tuple[Any, Any]]
 PAPERS_WARMUP = (5_000, 40_000, 25_000)
@@ -123,15 +128,20 @@ class _Renorm(batch._BatchNorm):
 class _BatchRenorm(_Renorm, batch._Batch):
     """The constructor of torch's batch norms, limits and schedule, and the choices of `anynorm.BatchNorm2d`."""
 
+    r_max: float
+    d_max: float
+    warmup: Warmup
+
     def __init__(
         self,
+        num_features: int,
         *arguments: Any,
         r_max: float = 3.0,
         d_max: float = 5.0,
         warmup: Warmup = PAPERS_WARMUP,
-        **options: Any,
+        **options: Unpack[BatchNormKeywords],
     ) -> None:
-        super().__init__(*arguments, **options)
+        super().__init__(num_features, *arguments, **options)
         name = type(self).__name__
         if not self.track_running_stats:
             raise ValueError(
@@ -220,9 +230,9 @@ class BatchRenorm3d(_BatchRenorm, nn.BatchNorm3d):
     _axes: tuple[int, ...] = (5,)
 
 
-for kind, theirs in (
+for _kind, _theirs in (
     (BatchRenorm1d, nn.BatchNorm1d),
     (BatchRenorm2d, nn.BatchNorm2d),
     (BatchRenorm3d, nn.BatchNorm3d),
 ):
-    show_options(kind, theirs, r_max=3.0, d_max=5.0, warmup=PAPERS_WARMUP)
+    show_options(_kind, _theirs, r_max=3.0, d_max=5.0, warmup=PAPERS_WARMUP)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..engine.request import Request
 from ..functional.rms import RMS_NORM, find_rms_eps
+from ..padding.masks import Lengths
 from ..sources import BATCH
 from .layer import _ByFeatures
 from .norm import read_entry
@@ -21,7 +22,7 @@ class _RMSNorm(_ByFeatures):
     weight: Any
 
     def normalize(
-        self, input: Any, residual: Any = None, activation: Any = None, mask: Any = None, lengths: Any = None
+        self, input: Any, residual: Any = None, activation: Any = None, mask: Any = None, lengths: Lengths | None = None
     ) -> Any:
         eps = find_rms_eps(self.eps, input)
         request = Request(BATCH, eps, activation, mask, lengths, self.normalized_shape)
@@ -36,6 +37,8 @@ class RMSNorm(_RMSNorm, nn.RMSNorm):
         tensor([1., 1.])
     """
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, lengths: Any = None) -> Tensor:  # torch calls it x here.
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, lengths: Lengths | None = None
+    ) -> Tensor:  # torch calls it x here.
         """Normalize, see `anynorm.LayerNorm.forward`."""
         return super().forward(x, mask, lengths)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from itertools import count
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn as nn
@@ -21,6 +21,12 @@ from ..statistics import Moments
 from ..torch_private import not_compiled
 from . import batch
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from typing_extensions import Unpack
+
+    from .keywords import SyncKeywords
+
 
 class OneValueError(ValueError):
     """All ranks together have one value per channel."""
@@ -28,6 +34,10 @@ class OneValueError(ValueError):
 
 class RankExchange(Exchange):
     """One call of a layer on all ranks, merged in the order of ranks, so that every rank finds the same bits."""
+
+    ranks: Ranks
+    layer: _Synchronized
+    call: dict[str, Any]
 
     def __init__(self, ranks: Ranks, layer: _Synchronized, call: dict[str, Any]) -> None:
         self.ranks, self.layer, self.call = ranks, layer, call
@@ -70,11 +80,11 @@ class _Synchronized(batch._BatchNorm):
         before: the class that `anynorm.sync` found.
     """
 
-    process_group: Any = None
+    process_group: ProcessGroup | None = None
     before: type[nn.Module] | None = None
-    serial = 0
-    calls = 0
-    merged_count = 0  # values per channel on all ranks, of the last call
+    serial: int = 0
+    calls: int = 0
+    merged_count: int = 0  # values per channel on all ranks, of the last call
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:
@@ -139,6 +149,7 @@ class _SyncBatch(_Synchronized, batch._Batch):
     """The constructor of `torch.nn.SyncBatchNorm`, and the choices of `anynorm.BatchNorm2d`."""
 
     created: ClassVar[Iterator[int]] = count()
+    serial: int
 
     def __init__(
         self,
@@ -147,10 +158,10 @@ class _SyncBatch(_Synchronized, batch._Batch):
         momentum: float | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
-        process_group: Any | None = None,
-        device: Any = None,
-        dtype: Any = None,
-        **options: Any,
+        process_group: ProcessGroup | None = None,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        **options: Unpack[SyncKeywords],
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **options)
         self.process_group = process_group

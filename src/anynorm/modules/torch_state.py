@@ -6,6 +6,7 @@ no instance of their own class.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from numbers import Integral
 from typing import Any, ClassVar
 
@@ -38,7 +39,8 @@ class TorchState(nn.Module):
 
     def extra_repr(self) -> str:
         """The constructor's arguments."""
-        return self.theirs.extra_repr(self)
+        arguments: str = self.theirs.extra_repr(self)
+        return arguments
 
 
 class BatchNormState(TorchState):
@@ -49,6 +51,11 @@ class BatchNormState(TorchState):
     running_mean: Tensor | None
     running_var: Tensor | None
     num_batches_tracked: Tensor | None
+    num_features: int
+    eps: float
+    momentum: float | None
+    affine: bool
+    track_running_stats: bool
 
     def __init__(
         self,
@@ -57,8 +64,8 @@ class BatchNormState(TorchState):
         momentum: float | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
-        device: Any = None,
-        dtype: Any = None,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
         *,
         bias: bool = True,
     ) -> None:
@@ -99,8 +106,8 @@ class InstanceNormState(BatchNormState):
         momentum: float | None = 0.1,
         affine: bool = False,
         track_running_stats: bool = False,
-        device: Any = None,
-        dtype: Any = None,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
         *,
         bias: bool = True,
     ) -> None:
@@ -129,6 +136,10 @@ class GroupNormState(TorchState):
     """The state of `torch.nn.GroupNorm`."""
 
     theirs = nn.GroupNorm
+    num_groups: int
+    num_channels: int
+    eps: float
+    affine: bool
 
     def __init__(
         self,
@@ -136,8 +147,8 @@ class GroupNormState(TorchState):
         num_channels: int,
         eps: float = 1e-5,
         affine: bool = True,
-        device: Any = None,
-        dtype: Any = None,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
         *,
         bias: bool = True,
     ) -> None:
@@ -153,18 +164,20 @@ class LayerNormState(TorchState):
     """The state of `torch.nn.LayerNorm`."""
 
     theirs = nn.LayerNorm
+    eps: float
+    elementwise_affine: bool
 
     def __init__(
         self,
-        normalized_shape: Any,
+        normalized_shape: int | Sequence[int],
         eps: float = 1e-5,
         elementwise_affine: bool = True,
         bias: bool = True,
-        device: Any = None,
-        dtype: Any = None,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.normalized_shape = as_shape(normalized_shape)
+        self.normalized_shape: tuple[int, ...] = as_shape(normalized_shape)
         self.eps, self.elementwise_affine = eps, elementwise_affine
         wanted = elementwise_affine, elementwise_affine and bias
         register_affine(self, self.normalized_shape, *wanted, device=device, dtype=dtype)
@@ -175,23 +188,27 @@ class RMSNormState(TorchState):
     """The state of `torch.nn.RMSNorm`."""
 
     theirs = nn.RMSNorm
+    eps: float | None
+    elementwise_affine: bool
 
     def __init__(
         self,
-        normalized_shape: Any,
+        normalized_shape: int | Sequence[int],
         eps: float | None = None,
         elementwise_affine: bool = True,
-        device: Any = None,
-        dtype: Any = None,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.normalized_shape = as_shape(normalized_shape)
+        self.normalized_shape: tuple[int, ...] = as_shape(normalized_shape)
         self.eps, self.elementwise_affine = eps, elementwise_affine
         weight = torch.empty(self.normalized_shape, device=device, dtype=dtype) if elementwise_affine else None
         self.register_parameter("weight", None if weight is None else Parameter(weight))
         self.reset_parameters()
 
 
-def as_shape(normalized_shape: Any) -> tuple[int, ...]:
+def as_shape(normalized_shape: int | Sequence[int]) -> tuple[int, ...]:
     """The sizes of the last axes, one of which may be given as a number."""
-    return (int(normalized_shape),) if isinstance(normalized_shape, Integral) else tuple(normalized_shape)
+    if isinstance(normalized_shape, Integral):  # NumPy's too, which are no int
+        return (int(normalized_shape),)
+    return tuple(normalized_shape)  # type: ignore[arg-type] # int is Integral, which type checkers do not know

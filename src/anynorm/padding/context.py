@@ -69,8 +69,8 @@ class masked:
         torch.Size([2, 4, 3])
     """
 
-    opened = 0  # contexts in the process: nothing is looked up where there are none
-    was_opened = False
+    opened: int = 0  # contexts in the process: nothing is looked up where there are none
+    was_opened: bool = False
 
     def __init__(self, *masks: Any, model: nn.Module | None = None) -> None:
         if model is not None and not isinstance(model, nn.Module):

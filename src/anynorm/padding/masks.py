@@ -6,6 +6,7 @@ which is True at padding.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,9 +18,11 @@ from ..engine.watch import has_memory, is_watched
 from ..errors import check_normalized_shape
 from .ragged import is_ragged
 
+Lengths = Tensor | Sequence[int]  # of each sample, (N,), whole numbers
+
 
 def find_mask(
-    function: str, x: Tensor, channels: tuple[int, ...], mask: Tensor | None, lengths: Any = None
+    function: str, x: Tensor, channels: tuple[int, ...], mask: Tensor | None, lengths: Lengths | None = None
 ) -> Tensor | None:
     """The mask as the engine takes it: float32, in the axes of x with size 1 for channels, contiguous.
 
@@ -54,7 +57,9 @@ def find_mask(
     return mask.reshape([1 if axis in channels else size for axis, size in enumerate(x.shape)]).contiguous()
 
 
-def open_mask(x: Tensor, channels: tuple[int, int], mask: Any, lengths: Any) -> tuple[Tensor, int] | None:
+def open_mask(
+    x: Tensor, channels: tuple[int, int], mask: Tensor | None, lengths: Lengths | None
+) -> tuple[Tensor, int] | None:
     """What `find_mask` finds, and how many positions are real, by the compiled module.
 
     Args:
@@ -66,7 +71,10 @@ def open_mask(x: Tensor, channels: tuple[int, int], mask: Any, lengths: Any) -> 
     """
     if not READS_TENSORS or (mask is not None and lengths is not None):
         return None
-    return compiled.open_mask(x, mask, *channels) if lengths is None else compiled.open_lengths(x, lengths, *channels)
+    found: tuple[Tensor, int] | None = (
+        compiled.open_mask(x, mask, *channels) if lengths is None else compiled.open_lengths(x, lengths, *channels)
+    )
+    return found
 
 
 def has_real(mask: Tensor | None, lengths: Any) -> Any:
@@ -118,7 +126,7 @@ def check_zeros_and_ones(function: str, mask: Tensor) -> None:
         )
 
 
-def check_lengths(function: str, lengths: Any, wanted: tuple[int, ...], x: Tensor) -> Tensor:
+def check_lengths(function: str, lengths: Lengths, wanted: tuple[int, ...], x: Tensor) -> Tensor:
     """Lengths as a tensor, checked against the input.
 
     Raises:
@@ -149,7 +157,7 @@ def check_lengths(function: str, lengths: Any, wanted: tuple[int, ...], x: Tenso
     return lengths
 
 
-def mask_of(lengths: Any, size: int) -> Tensor:
+def mask_of(lengths: Lengths, size: int) -> Tensor:
     """The mask of sequences that begin at position 0.
 
     Args:

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 from .layers import fill_padding, find_action, has_window_name, is_over_positions, is_pointwise, run_per_sample
 from .masks import lengths_of
 from .parts import ModelParts
-from .registry import SizedMask
+from .registry import MaskRegistry, SizedMask
 from .shorten import Window, apply_transposed_windows, apply_windows, find_windows, read_option
 from .unmasked import UnmaskedLayers
 
@@ -22,9 +22,12 @@ FILL_VALUES = {"window": 0.0, "transposed": 0.0, "max_pool": -torch.inf}
 class MaskedModel:
     """A model whose layers are given inputs with blank padding, and whose outputs' masks are followed."""
 
+    parts: ModelParts
+    masks: MaskRegistry
+
     def __init__(self, parts: ModelParts) -> None:
         self.parts, self.masks = parts, parts.masks
-        self.unmasked = UnmaskedLayers(self.parts)
+        self.unmasked: UnmaskedLayers = UnmaskedLayers(self.parts)
         self.derived: dict[Any, Tensor] = {}  # masks behind windows, computed once for all layers with the same ones
 
     def has_layer(self, layer: nn.Module) -> bool:

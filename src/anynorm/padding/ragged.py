@@ -6,7 +6,7 @@ for these the rows are an ordinary input. Instance and group norm need to know w
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from ..engine.request import Request
 from ..errors import check_channels, check_floating, check_groups
 from ..sources import Given, update_running
 from ..statistics import Moments, at_least_one, find_wide_dtype
+
+# An input, jagged or not, or a packed one; a norm returns what it got.
+Rows = TypeVar("Rows", Tensor, PackedSequence)
 
 
 def is_ragged(x: Any) -> bool:
@@ -43,7 +46,8 @@ def open_rows(function: str, x: Any) -> Tensor:
         raise ValueError(
             f"{function}: a jagged input must have no holes; got one with lengths; call contiguous() first"
         )
-    return x.values().movedim(find_ragged_axis(x) - 1, 0)
+    found: Tensor = x.values().movedim(find_ragged_axis(x) - 1, 0)
+    return found
 
 
 def close_rows(rows: Tensor, x: Any) -> Any:

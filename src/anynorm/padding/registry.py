@@ -28,6 +28,9 @@ class SizedMask:
         sizes: of samples and positions; None for a mask that was given, which broadcasts.
     """
 
+    mask: Tensor
+    sizes: Sizes | None
+
     def __init__(self, mask: Tensor, sizes: Sizes | None = None) -> None:
         self.mask, self.sizes = mask, sizes
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..torch_private import NormBase
 from .layers import NORMS, has_mask_argument
 from .parts import ModelParts
+from .registry import MaskRegistry
 
 
 class UnmaskedLayers:
@@ -21,6 +22,9 @@ class UnmaskedLayers:
     Attributes:
         kinds: the name of each layer's class, by the layer's name in the model.
     """
+
+    parts: ModelParts
+    masks: MaskRegistry
 
     def __init__(self, parts: ModelParts) -> None:
         self.parts, self.masks = parts, parts.masks

@@ -15,6 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
@@ -42,18 +43,20 @@ class Ranks:
     """
 
     instances: ClassVar[WeakKeyDictionary[Any, Ranks]] = WeakKeyDictionary()  # by process group
+    rank: int
+    world: int
 
     def __init__(self, group: Any) -> None:
-        self.members = dist.get_process_group_ranks(group)
+        self.members: list[int] = dist.get_process_group_ranks(group)
         self.rank, self.world = dist.get_rank(group), len(self.members)
-        self.timeout = find_timeout(group)
-        self.store_prefix = f"anynorm/{group.group_name}"  # in the default store, the same on all ranks
+        self.timeout: timedelta = find_timeout(group)
+        self.store_prefix: str = f"anynorm/{group.group_name}"  # in the default store, the same on all ranks
         self.channel: Any = None
-        self.frame_size = FRAME
-        self.sent = 0
+        self.frame_size: int = FRAME
+        self.sent: int = 0
         self.broken: SyncError | None = None
         self.order: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
-        self.layers = 0  # not len(order), which sinks where a layer is collected
+        self.layers: int = 0  # not len(order), which sinks where a layer is collected
 
     @classmethod
     def find(cls, group: Any) -> Ranks | None:

@@ -21,7 +21,7 @@ def find_timeout(group: Any) -> timedelta:
     # Private: torch has no public way to read it. Where it cannot be read, torch's default stands in.
     for device in ("cpu", "cuda"):
         with suppress(Exception):
-            timeout: Any = group._get_backend(torch.device(device)).options._timeout
+            timeout: timedelta = group._get_backend(torch.device(device)).options._timeout
             return timeout
     return dist.distributed_c10d.default_pg_timeout
 

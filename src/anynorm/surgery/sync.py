@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.nn as nn
 
@@ -13,6 +13,9 @@ from ..ranks.frames import register_label
 from .adapters import Finder
 from .report import Entry, Report, describe, is_ours
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, batch.BatchNorm1d, batch.BatchNorm2d, batch.BatchNorm3d)
 SYNCHRONIZED: dict[type[nn.Module], type[nn.Module]] = {
     **dict.fromkeys((*PLAIN, nn.SyncBatchNorm), SyncBatchNorm),
@@ -21,7 +24,7 @@ SYNCHRONIZED: dict[type[nn.Module], type[nn.Module]] = {
 BASES = (nn.modules.batchnorm._BatchNorm, batch._BatchNorm)
 
 
-def sync(model: nn.Module, undo: bool = False, process_group: Any = None) -> Report:
+def sync(model: nn.Module, undo: bool = False, process_group: ProcessGroup | None = None) -> Report:
     """Turn every batch norm of a model into one over all ranks, in place: the same objects, with another class.
 
     Parameters, buffers, mode, hooks, sharing, names and fused activations stay. Call it on every rank, before or after
@@ -102,7 +105,7 @@ def set_label(module: Any, name: str) -> None:
     register_label(name)
 
 
-def change(module: Any, name: str, kind: type[nn.Module], undo: bool, process_group: Any) -> None:
+def change(module: Any, name: str, kind: type[nn.Module], undo: bool, process_group: ProcessGroup | None) -> None:
     """Change the class, and remember what it was."""
     if undo:
         for attribute in ("before", "calls", "merged_count"):

@@ -210,7 +210,8 @@ def _print_notes(console: Console, observed: ObservedLayer) -> None:
 def evaluate(observed: ObservedLayer) -> Tensor:
     """Return the layer's output in evaluation, on the input it received in training."""
     with torch.no_grad():
-        return copy.deepcopy(observed.norm).double().eval()(observed.x)
+        y: Tensor = copy.deepcopy(observed.norm).double().eval()(observed.x)
+        return y
 
 
 def _short(value: float) -> str:

@@ -206,7 +206,8 @@ def _pool_values(observed: Any, values: torch.Tensor) -> torch.Tensor:
     view = observed.pooling.open(values)
     kept = [axis for axis in range(view.dim()) if axis not in observed.pooling.pooled]
     size = observed.pooling.count(view)
-    return view.permute(*kept, *observed.pooling.pooled).reshape(-1, size)
+    y: torch.Tensor = view.permute(*kept, *observed.pooling.pooled).reshape(-1, size)
+    return y
 
 
 def _draw_histogram(axes: Any, title: str, values: torch.Tensor, colour: str) -> None:

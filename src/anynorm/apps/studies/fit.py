@@ -69,7 +69,8 @@ def fit_steps(
 
 def call(network: nn.Module, x: Tensor, chosen: Tensor | slice, lengths: Tensor | None) -> Tensor:
     """Outputs for some of the samples."""
-    return network(x[chosen]) if lengths is None else network(x[chosen], lengths[chosen])
+    y: Tensor = network(x[chosen]) if lengths is None else network(x[chosen], lengths[chosen])
+    return y
 
 
 def fit(

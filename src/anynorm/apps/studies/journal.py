@@ -25,12 +25,16 @@ class Journal:
         command: what the user called, for messages.
     """
 
+    directory: Path
+    identify: Callable[[Run], Any]
+    command: str
+
     def __init__(self, directory: Path, identify: Callable[[Run], Any], command: str = "compare") -> None:
         self.directory, self.identify, self.command = directory, identify, command
-        self.path = directory / JOURNAL
-        self.file = self.open()
+        self.path: Path = directory / JOURNAL
+        self.file: IO[bytes] = self.open()
         self.keys: dict[Run, str] = {}
-        self.records = read_records(self.path)
+        self.records: dict[str, Record] = read_records(self.path)
 
     def open(self) -> IO[bytes]:
         """The journal opened for appending and locked, with a torn last line closed off."""

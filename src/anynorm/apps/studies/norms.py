@@ -111,6 +111,9 @@ NORMS: dict[str, NormFactory] = {
 class InParts(nn.Module):
     """A norm that is called, in training, on `size` samples after the other: as if it saw micro-batches."""
 
+    norm: nn.Module
+    size: int
+
     def __init__(self, norm: nn.Module, size: int) -> None:
         super().__init__()
         self.norm, self.size = norm, size

@@ -20,10 +20,13 @@ class LiveProgress:
         deadline: when the command ends, by time.monotonic(); None where it ends when all is done.
     """
 
+    console: Console
+    deadline: float | None
+
     def __init__(self, console: Console, deadline: float | None) -> None:
         self.console, self.deadline = console, deadline
         self.leaders: list[str] = []  # who is ahead so far, a line for each network
-        self.live = Live(console=console, refresh_per_second=4, transient=True)
+        self.live: Live = Live(console=console, refresh_per_second=4, transient=True)
 
     def __enter__(self) -> LiveProgress:
         if self.console.is_terminal:

@@ -120,6 +120,10 @@ def perform_study(
 class StudyAgenda:
     """What is to be done for a study."""
 
+    study: Study
+    setting: Setting
+    journal: Journal
+
     def __init__(self, study: Study, setting: Setting, journal: Journal) -> None:
         self.study, self.setting, self.journal = study, setting, journal
 

@@ -32,8 +32,10 @@ class ByLengths(nn.Module):
         if isinstance(self.norm, nn.Identity):
             return x.where(find_real(x, lengths), 0)
         if isinstance(self.norm, anynorm.LayerNorm):
-            return self.norm(x.mT, lengths=lengths).mT
-        return self.norm(x, lengths=lengths)
+            y: Tensor = self.norm(x.mT, lengths=lengths).mT
+        else:
+            y = self.norm(x, lengths=lengths)
+        return y
 
 
 class ByPadding(nn.Module):
@@ -44,7 +46,8 @@ class ByPadding(nn.Module):
         self.norm = norm
 
     def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
-        return self.norm(x)
+        y: Tensor = self.norm(x)
+        return y
 
 
 class Gru(nn.Module):
@@ -52,14 +55,15 @@ class Gru(nn.Module):
 
     def __init__(self, channels: int, norm: str | None, steps: int) -> None:
         super().__init__()
-        self.counted = norm == "counted"
+        self.counted: bool = norm == "counted"
         kind = "batch-sequence" if self.counted else norm
         most = steps if norm == "batch-per-step" else None
-        self.gru = anynorm.GRU(channels, WIDTH, batch_first=True, norm=kind, max_steps=most)
+        self.gru: nn.GRU = anynorm.GRU(channels, WIDTH, batch_first=True, norm=kind, max_steps=most)
 
     def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
         output, _ = self.gru(x.mT, lengths=None if self.counted else lengths)
-        return output.mT
+        y: Tensor = output.mT
+        return y
 
 
 class SequenceNetwork(nn.Module):
@@ -75,12 +79,12 @@ class SequenceNetwork(nn.Module):
         super().__init__()
         channels, steps = sample_shape
         sizes = (channels, WIDTH, WIDTH) if callable(norm) else ()
-        self.convolutions = nn.ModuleList(nn.Conv1d(a, b, 5, padding=2) for a, b in pairwise(sizes))
+        self.convolutions: nn.ModuleList = nn.ModuleList(nn.Conv1d(a, b, 5, padding=2) for a, b in pairwise(sizes))
         for convolution in self.convolutions:
             nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")  # type: ignore[arg-type]
         parts = [norm() for _ in self.convolutions] if callable(norm) else [Gru(channels, norm, steps)]
-        self.parts = nn.ModuleList(parts)
-        self.head = nn.Linear(WIDTH, classes)
+        self.parts: nn.ModuleList = nn.ModuleList(parts)
+        self.head: nn.Linear = nn.Linear(WIDTH, classes)
 
     def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
         """(N, C, L) and (N,) to logits (N, classes)."""
@@ -90,7 +94,8 @@ class SequenceNetwork(nn.Module):
             x = norm(convolution(x), lengths).relu()
         # Cut at the longest: a sum over more zeros is rounded in another order.
         x = x[..., : int(lengths.max())]
-        return self.head(x.where(find_real(x, lengths), 0).sum(-1) / lengths[:, None])
+        y: Tensor = self.head(x.where(find_real(x, lengths), 0).sum(-1) / lengths[:, None])
+        return y
 
 
 class Reader(nn.Module):
@@ -104,18 +109,24 @@ class Reader(nn.Module):
         seed: of those lengths.
     """
 
+    network: SequenceNetwork
+    x: Tensor
+    lengths: Tensor
+    most: int | None
+
     def __init__(
         self, network: SequenceNetwork, x: Tensor, lengths: Tensor, most: int | None = None, seed: int = 0
     ) -> None:
         super().__init__()
         self.network, self.x, self.lengths, self.most = network, x, lengths, most
-        self.generator = np.random.default_rng([seed, 3])
+        self.generator: np.random.Generator = np.random.default_rng([seed, 3])
 
     def forward(self, chosen: Tensor) -> Tensor:
         x, lengths = self.take(chosen)
         if self.most is not None:
             x = pad(x, int(self.generator.integers(x.shape[2], self.most, endpoint=True)))
-        return self.network(x, lengths)
+        y: Tensor = self.network(x, lengths)
+        return y
 
     def take(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """Some sequences, padded to their longest, and their lengths."""

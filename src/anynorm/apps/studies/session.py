@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Protocol
 
 from .journal import Journal
@@ -51,6 +51,13 @@ class Session:
         budget: seconds from then, or None where all is to be done.
     """
 
+    agenda: Agenda
+    journal: Journal
+    workers: Workers
+    progress: LiveProgress
+    started: float
+    budget: float
+
     def __init__(
         self,
         agenda: Agenda,
@@ -62,7 +69,7 @@ class Session:
     ) -> None:
         self.agenda, self.journal, self.workers, self.progress = agenda, journal, workers, progress
         self.started, self.budget = started, float("inf") if budget is None else budget
-        self.costs = RunCosts(agenda)
+        self.costs: RunCosts = RunCosts(agenda)
 
     def run(self) -> None:
         """Perform runs until nothing is left to do or to fit in."""
@@ -100,7 +107,7 @@ class RunCosts:
     """
 
     def __init__(self, agenda: Agenda) -> None:
-        self.price = agenda.price
+        self.price: Callable[[Run], tuple[Hashable, float]] = agenda.price
         self.costs: dict[Hashable, list[float]] = {}
 
     def learn(self, run: Run, wall: float) -> None:

@@ -15,7 +15,8 @@ def standardize(x: np.ndarray, train: np.ndarray, lengths: np.ndarray | None = N
     if lengths is None:
         axes = 0 if x.ndim == 2 else None
         mean, std = x[train].mean(axes, dtype=np.float64), x[train].std(axes, dtype=np.float64)
-        return ((x - mean) / np.where(std > 0, std, 1.0)).astype(np.float32)
+        found: np.ndarray = ((x - mean) / np.where(std > 0, std, 1.0)).astype(np.float32)
+        return found
     axis = find_positions(x, lengths)
     real = np.arange(x.shape[axis]) < lengths[:, None]
     moved = np.moveaxis(x, axis, 1)

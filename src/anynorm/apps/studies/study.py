@@ -112,13 +112,16 @@ class Results:
         find: gives the record of a trial, or None while it is unfinished.
     """
 
+    setting: Setting
+    trials: Sequence[Trial]
+
     def __init__(self, setting: Setting, trials: Sequence[Trial], find: Find) -> None:
         self.setting, self.trials = setting, trials
         found = [(trial, find(trial)) for trial in trials]
         records = [{**trial.fields, **record} for trial, record in found if record is not None]
-        self.records = [record for record in records if record["status"] != "failed"]
-        self.failures = [record for record in records if record["status"] == "failed"]
-        self.missing = [trial for trial, record in found if record is None]
+        self.records: list[dict[str, Any]] = [record for record in records if record["status"] != "failed"]
+        self.failures: list[dict[str, Any]] = [record for record in records if record["status"] == "failed"]
+        self.missing: list[Trial] = [trial for trial, record in found if record is None]
 
     def where(self, **fields: Value) -> list[Record]:
         """Records whose fields have these values, in the order of their seeds; trials of the search only if asked."""

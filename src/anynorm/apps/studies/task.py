@@ -88,7 +88,10 @@ class Task:
         """The user's optimizer, or the rate of SGD with momentum."""
         if not self.optimizer:
             return rate
-        return find_function("--optimizer", self.optimizer, OPTIMIZER_TAKES)[0](network.parameters(), rate)
+        found: torch.optim.Optimizer = find_function("--optimizer", self.optimizer, OPTIMIZER_TAKES)[0](
+            network.parameters(), rate
+        )
+        return found
 
     def measure(
         self, network: nn.Module, part: tuple[Tensor, Tensor, Tensor | None], **options: Any

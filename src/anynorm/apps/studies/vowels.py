@@ -73,4 +73,5 @@ def load_vowels() -> tuple[Part, Part, Part, str]:
 def find_lengths(x: np.ndarray) -> np.ndarray:
     """Steps of each sequence of (N, C, L) that are there: up to the last at which a channel is not 0."""
     there = (x != 0).any(1)
-    return x.shape[2] - there[:, ::-1].argmax(1)
+    found: np.ndarray = x.shape[2] - there[:, ::-1].argmax(1)
+    return found

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
 from typing import Any
 
 Record = dict[str, Any]
@@ -25,7 +26,7 @@ def work(connection: Connection) -> None:
         threading.Thread(target=follow, args=(parent,), daemon=True).start()
     import torch
 
-    from .models import describe
+    from .user_code import describe
 
     torch.set_num_threads(1)
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
@@ -50,10 +51,14 @@ def follow(parent: Any) -> None:
 class Worker:
     """One process with its pipe and the run that it is busy with."""
 
+    connection: Connection
+    began: float
+    dead: bool
+
     def __init__(self, number: int) -> None:
         context = multiprocessing.get_context("spawn")
         self.connection, other = context.Pipe()
-        self.process = context.Process(target=work, args=(other,), name=f"anynorm-{number}", daemon=True)
+        self.process: SpawnProcess = context.Process(target=work, args=(other,), name=f"anynorm-{number}", daemon=True)
         self.process.start()
         other.close()
         self.run: Run | None = None
@@ -90,7 +95,7 @@ class Workers:
     def __init__(self, most: int = 2) -> None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         with interrupts_ignored():
-            self.all = [Worker(number) for number in range(max(1, min(most, cores)))]
+            self.all: list[Worker] = [Worker(number) for number in range(max(1, min(most, cores)))]
         self.task: Any = None
 
     def send_task(self, perform: Callable[[Run, Any], Record], setting: Any) -> None:

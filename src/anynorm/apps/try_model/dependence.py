@@ -52,6 +52,10 @@ Select = Callable[[list[Tensor], list[Tensor]], tuple[list[Tensor], list[Tensor]
 class ModelProbe:
     """A copy of the model in float64 where it can be (so that rounding is told from change), without dropout."""
 
+    model: nn.Module
+    call: Call
+    tolerance: float
+
     def __init__(self, model: nn.Module, call: Call) -> None:
         few = _first_samples(call)
         # A model may be made for one batch size, or make its own float32 tensors and refuse float64.

@@ -29,12 +29,15 @@ class FixedStatistics:
 
     def __init__(self, model: nn.Module, batch_only: bool) -> None:
         kinds = ("batch",) if batch_only else ("batch", "instance", "group")
-        self.norms = [module for module in model.modules() if find_kind(find_plain_class(module)) in kinds]
+        self.norms: list[nn.Module] = [
+            module for module in model.modules() if find_kind(find_plain_class(module)) in kinds
+        ]
         self.recorded: dict[nn.Module, list[Statistics]] = {}
         self.calls: dict[nn.Module, int] = {}
         self.unknown: list[nn.Module] = []
         # `calling`: a norm's own forward runs inside of its hook, which must not answer it a second time.
-        self.replaying = self.calling = False
+        self.replaying: bool = False
+        self.calling: bool = False
         self._handles: list[Any] = []
 
     def __enter__(self) -> "FixedStatistics":
@@ -113,7 +116,8 @@ def _evaluate(norm: Any, args: tuple[Any, ...], statistics: Statistics) -> Tenso
     norm.running_mean, norm.running_var = (values.flatten() for values in statistics)
     norm.training, norm.track_running_stats = False, True
     try:
-        return norm.forward(*args)
+        y: Tensor = norm.forward(*args)
+        return y
     finally:
         norm.running_mean, norm.running_var, norm.training, norm.track_running_stats = before
 

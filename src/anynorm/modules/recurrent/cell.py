@@ -34,7 +34,8 @@ class Cell:
         """norm(weight_hh h) with beta bias_hh, for the rows of one step."""
         if self.norm_hh is None:
             return F.linear(h, self.weight_hh, self.bias_hh)
-        return self.norm_hh(F.linear(h, self.weight_hh), self.bias_hh, step, self.moves)
+        found: Tensor = self.norm_hh(F.linear(h, self.weight_hh), self.bias_hh, step, self.moves)
+        return found
 
     def from_cell(self, c: Tensor, step: int) -> Tensor:
         """norm(c), for the rows of one step."""

@@ -62,7 +62,7 @@ class LSTM(Recurrent, nn.LSTM):
         (torch.Size([2, 7, 5]), torch.Size([1, 2, 5]), True)
     """
 
-    gates = (4,)
+    gates: tuple[int, ...] = (4,)
     has_cell = True
 
     def _step(self, cell: Cell, x: Tensor, state: State, step: int) -> State:
@@ -97,7 +97,7 @@ class GRU(Recurrent, nn.GRU):
         tensor([1, 1, 1, 1])
     """
 
-    gates = (2, 1)
+    gates: tuple[int, ...] = (2, 1)
     has_cell = False
 
     def _step(self, cell: Cell, x: Tensor, state: State, step: int) -> State:

@@ -31,9 +31,11 @@ class RowNorm(Norm):
         eps: in units of x squared.
     """
 
-    gamma = 1.0  # where gamma begins
+    gamma: float = 1.0  # where gamma begins
     weight: Parameter
     bias: Parameter | None
+    features: int
+    eps: float
 
     def __init__(
         self,
@@ -54,7 +56,9 @@ class RowNorm(Norm):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def forward(self, input: Tensor, bias: Tensor | None = None, step: int = 0, moves: bool = True) -> Tensor:
+    def forward(  # type: ignore[override] # rows are all there, and have no mask
+        self, input: Tensor, bias: Tensor | None = None, step: int = 0, moves: bool = True
+    ) -> Tensor:
         """Normalize the rows of one step, or of all where steps do not matter.
 
         Args:
@@ -67,7 +71,8 @@ class RowNorm(Norm):
 
     def over_steps(self, input: Tensor, bias: Tensor | None, sizes: list[int], moves: bool) -> Tensor:
         """Normalize the rows of all steps, ``sizes[t]`` of each, at once where the norm allows it."""
-        return self(input, bias, moves=moves)
+        found: Tensor = self(input, bias, moves=moves)
+        return found
 
     def check_sizes(self, name: str, sizes: list[int]) -> None:
         """Whether statistics can be taken from batches of these sizes; called before anything is changed."""
@@ -89,7 +94,9 @@ class LayerRows(RowNorm):
         self.parts = parts
         self.reset_parameters()
 
-    def forward(self, input: Tensor, bias: Tensor | None = None, step: int = 0, moves: bool = True) -> Tensor:
+    def forward(  # type: ignore[override]
+        self, input: Tensor, bias: Tensor | None = None, step: int = 0, moves: bool = True
+    ) -> Tensor:
         """Normalize each part of each row."""
         beta = self.bias if bias is None else bias
         if len(self.parts) == 1:
@@ -131,7 +138,8 @@ class _BatchRows(RowNorm):
     @property
     def counter(self) -> Tensor:
         """How many batches the running averages have seen."""
-        return getattr(self, self.counter_name)
+        found: Tensor = getattr(self, self.counter_name)
+        return found
 
     def reset_parameters(self) -> None:
         """Gamma where it begins, beta 0, running averages of a standard normal."""
@@ -159,7 +167,9 @@ class _BatchRows(RowNorm):
 class SequenceRows(_BatchRows):
     """Batch norm over all rows, whatever their step."""
 
-    def forward(self, input: Tensor, bias: Tensor | None = None, step: int = 0, moves: bool = True) -> Tensor:
+    def forward(  # type: ignore[override]
+        self, input: Tensor, bias: Tensor | None = None, step: int = 0, moves: bool = True
+    ) -> Tensor:
         """Normalize rows by their statistics in training, by the running averages in evaluation."""
         beta = self.bias if bias is None else bias
         running = self.running_mean, self.running_var
@@ -185,10 +195,12 @@ class StepRows(_BatchRows):
             averages of that step, or of the last step that has any, and leaves them; "error" refuses the batch.
     """
 
-    gamma = 0.1
+    gamma: float = 0.1
     # Not torch's name: a norm's num_batches_tracked is one number, and checkpoints are checked for that.
     counter_name = "num_batches_per_step"
     num_batches_per_step: Tensor
+    max_steps: int
+    on_single: str
 
     def __init__(
         self,
@@ -203,7 +215,9 @@ class StepRows(_BatchRows):
         super().__init__(features, bias, eps, momentum, (max_steps,), **options)
         self.max_steps, self.on_single = max_steps, on_single
 
-    def forward(self, input: Tensor, bias: Tensor | None = None, step: int = 0, moves: bool = True) -> Tensor:
+    def forward(  # type: ignore[override]
+        self, input: Tensor, bias: Tensor | None = None, step: int = 0, moves: bool = True
+    ) -> Tensor:
         """Normalize the rows of a step by their statistics in training, by that step's averages in evaluation."""
         beta = self.bias if bias is None else bias
         if self.training and input.shape[0] != 1:

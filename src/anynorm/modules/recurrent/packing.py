@@ -6,13 +6,11 @@ are the first ``sizes[t]``, and ``sizes`` never rises. This is what torch's Pack
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-Lengths = Tensor | Sequence[int]
+from ...padding.masks import Lengths
 
 
 def pack(name: str, input: Tensor, lengths: Lengths, batch_first: bool) -> PackedSequence:
@@ -68,13 +66,16 @@ def unpack(packed: PackedSequence, batch_first: bool, steps: int) -> Tensor:
 def split_steps(rows: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
     """The rows of each step. Steps of one size are cut without it, so that a traced graph takes other batches."""
     if sizes[0] is sizes[-1] or sizes[0] == sizes[-1]:
-        return rows.unflatten(0, (len(sizes), -1)).unbind(0)
-    return rows.split(sizes)
+        found: tuple[Tensor, ...] = rows.unflatten(0, (len(sizes), -1)).unbind(0)
+    else:
+        found = rows.split(sizes)
+    return found
 
 
 def find_flip_of_all(rows: Tensor, steps: int) -> Tensor:
     """`find_flip` where every sequence has all steps, for any number of rows in a graph."""
-    return torch.arange(rows.shape[0], device=rows.device).unflatten(0, (steps, -1)).flip(0).flatten()
+    found: Tensor = torch.arange(rows.shape[0], device=rows.device).unflatten(0, (steps, -1)).flip(0).flatten()
+    return found
 
 
 def find_flip(batch_sizes: Tensor) -> Tensor:

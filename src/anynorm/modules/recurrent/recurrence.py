@@ -6,7 +6,7 @@ start of what they read: step 0 of the reverse direction is the last step of eac
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn as nn
@@ -16,13 +16,18 @@ from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence
 
 from ...padding.context import find_current, may_be_masked
-from ...padding.masks import lengths_of
+from ...padding.masks import Lengths, lengths_of
 from ..counting import is_counted, mark_counted
 from ..norm import record_call
 from .cell import Cell, State
 from .norms import LayerRows, RowNorm, SequenceRows, StepRows
 from .options import check_options
-from .packing import Lengths, find_flip, find_flip_of_all, pack, split_steps, unpack
+from .packing import find_flip, find_flip_of_all, pack, split_steps, unpack
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from ..keywords import RecurrentKeywords
 
 
 class Recurrent(nn.RNNBase):
@@ -31,19 +36,26 @@ class Recurrent(nn.RNNBase):
     gates: tuple[int, ...]  # how many gates share a mean and a variance in layer norm
     has_cell: bool
     norm: str | None = None  # on the class, because torch's constructor calls reset_parameters before it is known
+    max_steps: int | None
+    on_single: str
+    eps: float
+    momentum: float | None
 
     def __init__(
         self,
-        *arguments: Any,
+        input_size: int,
+        hidden_size: int,
+        *arguments: Any,  # torch's others, by place
         norm: str | None = None,
         max_steps: int | None = None,
         on_single: str = "running",
         eps: float = 1e-5,
         momentum: float | None = 0.1,
-        **options: Any,
+        **options: Unpack[RecurrentKeywords],
     ) -> None:
         check_options(type(self).__name__, norm, max_steps, on_single, eps)
-        super().__init__(*arguments, **options)
+        # The mode comes first in RNNBase alone, which torch's LSTM and GRU put there
+        super().__init__(input_size, hidden_size, *arguments, **options)  # type: ignore[arg-type]
         self.norm, self.max_steps, self.on_single, self.eps, self.momentum = norm, max_steps, on_single, eps, momentum
         self._suffixes = ("", "_reverse") if self.bidirectional else ("",)
         for layer in range(self.num_layers):
@@ -109,7 +121,8 @@ class Recurrent(nn.RNNBase):
             RuntimeError: sizes or lengths that do not fit.
         """
         if isinstance(input, Proxy):
-            return record_call(self, input, hx, lengths)
+            recorded: tuple[Any, Any] = record_call(self, input, hx, lengths)
+            return recorded
         if lengths is None and may_be_masked() and isinstance(input, Tensor) and input.dim() == 3:
             lengths = self._find_lengths(input)
         if lengths is not None:
@@ -119,7 +132,8 @@ class Recurrent(nn.RNNBase):
         if isinstance(input, PackedSequence) and hx is not None:  # torch takes states of too many sequences in silence
             self.check_forward_args(input.data, hx, input.batch_sizes)
         if self.norm is None:
-            return super().forward(input, hx)
+            found: tuple[Any, Any] = super().forward(input, hx)
+            return found
         if isinstance(input, PackedSequence):
             return self._forward_rows(input, hx)
         self._check_axes(input)

@@ -71,11 +71,14 @@ class Feed:
         shows: draw a progress bar.
     """
 
+    model: nn.Module
+    loader: Any
+
     def __init__(self, model: nn.Module, loader: Any, forward_fn: Callable[..., Any] | None, shows: bool) -> None:
         self.model, self.loader = model, loader
-        self.forward = call_model if forward_fn is None else forward_fn
-        self.device = find_device(model)
-        self.progress = ProgressBar(shows)
+        self.forward: Callable[..., Any] = call_model if forward_fn is None else forward_fn
+        self.device: torch.device | None = find_device(model)
+        self.progress: ProgressBar = ProgressBar(shows)
 
     def run(self, title: str, limit: int | None) -> Iterator[int]:
         """Feed up to `limit` batches; yields, after each, how many there have been."""

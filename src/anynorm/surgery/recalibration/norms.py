@@ -95,9 +95,13 @@ class MomentRecorder:
         follows: put what was recorded so far into the running averages at every call.
     """
 
+    norms: dict[str, Any]
+    by_batch: bool
+    follows: bool
+
     def __init__(self, norms: dict[str, Any], by_batch: bool) -> None:
         self.norms, self.by_batch = norms, by_batch
-        self.averages = {name: norm.running_mean for name, norm in norms.items()}
+        self.averages: dict[str, Any] = {name: norm.running_mean for name, norm in norms.items()}
         self.follows = False
         self.tallies: dict[str, Tally] = {}
         self._in_batch: dict[str, Moments] = {}  # in the present batch

@@ -20,7 +20,7 @@ class ProgressBar:
     """
 
     def __init__(self, shows: bool) -> None:
-        self.bar = make_bar() if shows else None
+        self.bar: Progress | None = make_bar() if shows else None
 
     def __enter__(self) -> ProgressBar:
         if self.bar is not None:

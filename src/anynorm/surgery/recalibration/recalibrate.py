@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from math import ceil, inf, sqrt
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn as nn
@@ -18,6 +18,9 @@ from .data import Feed, unwrap, wants_progress
 from .norms import NOT_CALLED, MomentRecorder, find_norms, keeping, part_ranks, put
 from .report import Recalibration, find_distance, find_error, make_moved_entry
 from .statistics import Peers, Population, merge_groups
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 EARLIER = ("batch", "population")
 SETTLED = 1e-6  # of std, and of the variance: no pass more where the last one moved nothing further
@@ -32,7 +35,7 @@ def recalibrate(
     earlier: str = "batch",
     batches: int | None = None,
     rtol: float | None = None,
-    process_group: Any = None,
+    process_group: ProcessGroup | None = None,
     progress: bool | None = None,
     trust: tuple[type[nn.Module], ...] = (),
 ) -> Recalibration:

@@ -43,7 +43,7 @@ class Tally:
     def __init__(self) -> None:
         self.groups: list[Moments] = []
         self.total: Moments | None = None
-        self.batches = 0
+        self.batches: int = 0
         self._each, self._last = 1, 1  # batches in a full group, and in the last one
 
     def add(self, moments: Moments) -> None:
@@ -115,8 +115,8 @@ class Peers:
     def __init__(self, group: Any) -> None:
         there = dist.is_available() and dist.is_initialized()
         self.group = group
-        self.world = dist.get_world_size(group) if there else 1
-        self.rank = dist.get_rank(group) if there else 0
+        self.world: int = dist.get_world_size(group) if there else 1
+        self.rank: int = dist.get_rank(group) if there else 0
         if self.rank < 0:
             raise ValueError(
                 "recalibrate: every rank that calls it must be in process_group; got a group without this one; call it "

@@ -26,8 +26,13 @@ LARGE, SMALL, PHASE, PHASES = 64, 4, 1_984, 3  # images; a phase is a whole numb
 RATES, SEARCH_SEED = (0.003, 0.01, 0.03), 1001
 # With statistics over a part of SGD's batch: which norms at which sizes. Group and layer norm do not depend on them;
 # renormalization takes five times as long as the others, and so has the smallest alone.
-FULLY_CONNECTED = {"batch": SIZES, "renorm": SIZES[-2:], "group": (BATCH,), "layer": (BATCH,)}
-CONVOLUTIONAL = {"batch": SIZES, "group": (BATCH,)}
+FULLY_CONNECTED: dict[str, tuple[int, ...]] = {
+    "batch": SIZES,
+    "renorm": SIZES[-2:],
+    "group": (BATCH,),
+    "layer": (BATCH,),
+}
+CONVOLUTIONAL: dict[str, tuple[int, ...]] = {"batch": SIZES, "group": (BATCH,)}
 # Lines of the picture: arm, what is measured, look.
 LINES = {
     "batch, running averages": ("batch", "error", {"color": COLOURS["batch"], "marker": MARKERS["batch"]}),

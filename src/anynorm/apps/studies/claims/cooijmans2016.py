@@ -20,7 +20,7 @@ from ..study import Find, Published, Results, Setting, Study, Trial, try_rates
 from ..verdicts import INCONCLUSIVE, Effect, Verdict, conclude, difference
 from ..workers import Record
 
-ARMS = {"LSTM": None, "BN-LSTM": "batch-per-step"}
+ARMS: dict[str, str | None] = {"LSTM": None, "BN-LSTM": "batch-per-step"}
 ORDERS = ("plain", "permuted")
 RATES = (0.003, 0.01, 0.03)  # of RMSprop
 HIDDEN, BATCH, STEPS, EVERY, SEARCH_SEED = 100, 64, 150, 15, 1001
@@ -36,13 +36,14 @@ class PixelReader(nn.Module):
     def __init__(self, norm: str | None, steps: int, classes: int) -> None:
         super().__init__()
         most = steps if norm == "batch-per-step" else None
-        self.lstm = anynorm.LSTM(1, HIDDEN, batch_first=True, norm=norm, max_steps=most)
-        self.head = nn.Linear(HIDDEN, classes)
+        self.lstm: nn.LSTM = anynorm.LSTM(1, HIDDEN, batch_first=True, norm=norm, max_steps=most)
+        self.head: nn.Linear = nn.Linear(HIDDEN, classes)
         nn.init.ones_(self.lstm.get_parameter("bias_hh_l0").data[HIDDEN : 2 * HIDDEN])
 
     def forward(self, x: Tensor) -> Tensor:
         output, _ = self.lstm(x)
-        return self.head(output[:, -1])
+        y: Tensor = self.head(output[:, -1])
+        return y
 
 
 def read_pixels(x: np.ndarray, order: str, *, pooled: bool = True) -> Tensor:

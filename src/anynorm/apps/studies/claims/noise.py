@@ -25,8 +25,8 @@ ENOUGH = 0.5  # points of error: what group norm lacks against batch norm at 32 
 IMAGES, BATCH, STEPS, EVERY = 500, 128, 200, 20
 RATES, SEARCH_SEEDS = (0.01, 0.03, 0.1), (1001, 1002)
 NONE = 0  # the size that stands for no noise
-SIZES = {"batch": (8, 16, 32, 64, 128, NONE), "group": (8, 32, 128, NONE)}
-CELLS = [(arm, size) for arm, sizes in SIZES.items() for size in sizes]
+SIZES: dict[str, tuple[int, ...]] = {"batch": (8, 16, 32, 64, 128, NONE), "group": (8, 32, 128, NONE)}
+CELLS: list[tuple[str, int]] = [(arm, size) for arm, sizes in SIZES.items() for size in sizes]
 
 
 class WholeSet(nn.Module):
@@ -35,12 +35,16 @@ class WholeSet(nn.Module):
     Gradients go through these statistics to all images, so that they are those of one fixed function of the weights.
     """
 
+    network: nn.Module
+    images: Tensor
+
     def __init__(self, network: nn.Module, images: Tensor) -> None:
         super().__init__()
         self.network, self.images = network, images
 
     def forward(self, chosen: Tensor) -> Tensor:
-        return self.network(self.images)[chosen]
+        y: Tensor = self.network(self.images)[chosen]
+        return y
 
 
 class NoisyGroupNorm(nn.Module):
@@ -52,9 +56,12 @@ class NoisyGroupNorm(nn.Module):
     channel and each `size` samples, and n is the number of their values, as if these were independent and normal.
     """
 
+    weight: nn.Parameter
+    bias: nn.Parameter
+
     def __init__(self, num_features: int, size: int) -> None:
         super().__init__()
-        self.norm = anynorm.GroupNorm(choose_groups(num_features), num_features, affine=False)
+        self.norm: nn.GroupNorm = anynorm.GroupNorm(choose_groups(num_features), num_features, affine=False)
         self.weight, self.bias = nn.Parameter(torch.ones(num_features)), nn.Parameter(torch.zeros(num_features))
         self.size = size
 

@@ -41,12 +41,14 @@ WAYS: dict[str, dict[str, Any]] = {
 def corrupt(x: np.ndarray, kind: str, strength: float) -> np.ndarray:
     """Samples as a worse camera might give them, the same noise at every call."""
     if kind == "noise":
-        return x + strength * np.random.default_rng(0).standard_normal(x.shape, np.float32)
+        noisy: np.ndarray = x + strength * np.random.default_rng(0).standard_normal(x.shape, np.float32)
+        return noisy
     if kind == "brightness":
         return x + np.float32(strength)
     if kind == "contrast":
         mean = x.mean(tuple(range(1, x.ndim)), keepdims=True)
-        return mean + np.float32(strength) * (x - mean)
+        grey: np.ndarray = mean + np.float32(strength) * (x - mean)
+        return grey
     for axis in range(x.ndim - 1, max(x.ndim - 3, 0), -1):
         x = blur(x, axis, strength)
     return x

@@ -23,6 +23,11 @@ REFRESH = 5.0
 class Comparison:
     """What is to be done for a comparison; `plot_seconds` is what a plot of the report takes."""
 
+    plan: Plan
+    journal: Journal
+    context: dict[str, Any]
+    plot_seconds: float
+
     def __init__(self, plan: Plan, journal: Journal, context: dict[str, Any], plot_seconds: float) -> None:
         self.plan, self.journal, self.context, self.plot_seconds = plan, journal, context, plot_seconds
         self.refreshed: float | None = None
@@ -74,8 +79,9 @@ class Comparison:
 
 def time_plot() -> float:
     """Import what draws the report while the workers start; seconds that a plot takes here and now."""
+    from anynorm.apps.document import draw
+
     from . import report  # noqa: F401
-    from .plots import draw
 
     draw("", "", lambda axes: None)  # The first drawing loads fonts.
     began = time.monotonic()

@@ -40,7 +40,8 @@ class Use:
     """What networks did with `norm`: how many modules it made, and how many of those a forward pass ran."""
 
     def __init__(self) -> None:
-        self.made = self.run = 0
+        self.made: int = 0
+        self.run: int = 0
 
     def watch(self, module: nn.Module) -> nn.Module:
         """Count a module that was made, and its calls."""

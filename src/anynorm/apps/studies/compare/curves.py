@@ -8,8 +8,9 @@ from matplotlib.ticker import LogLocator
 
 from anynorm.apps.document import Plot, draw
 
+from ..plots import COLOURS, MARKERS
 from .findings import Findings, plain_sizes
-from .plots import COLOURS, MARKERS, say_values
+from .plots import say_values
 
 Curve = dict[str, np.ndarray]
 

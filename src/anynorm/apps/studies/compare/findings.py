@@ -29,6 +29,12 @@ class Findings:
         metric: by which runs are judged.
     """
 
+    plan: Plan
+    find: Find
+    metric: Metric
+    validation_samples: int
+    test_samples: int
+
     def __init__(self, plan: Plan, find: Find, sizes: Sequence[int], metric: Metric = ACCURACY) -> None:
         self.plan, self.find, self.metric = plan, find, metric
         _, self.validation_samples, self.test_samples = sizes

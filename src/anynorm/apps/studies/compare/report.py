@@ -6,14 +6,14 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
-from anynorm.apps.document import write_document, write_figures
+from anynorm.apps.document import Plot, write_document, write_figures
 
 from ..plots import COLOURS, MARKERS
 from .curves import plot_curves, plot_drift
 from .findings import WORKING_SHARE, Findings
 from .judge import Choice
 from .method import say_limits, write_method
-from .plots import Plot, plot_batches, plot_modes, plot_rates
+from .plots import plot_batches, plot_modes, plot_rates
 from .sentences import say_batch, say_choice
 from .tables import group_reasons, write_cell_text
 from .train import PROBE

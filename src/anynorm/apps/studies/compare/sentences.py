@@ -8,8 +8,9 @@ from anynorm.apps.terminal import join_words
 
 from ..intervals import CONFIDENCE, Interval
 from ..metrics import Metric
-from .findings import Cell, Findings
+from .findings import Findings
 from .judge import Choice
+from .plan import Cell
 
 
 def name_norm(norm: str) -> str:

@@ -114,14 +114,19 @@ def is_hopeless(losses: list[float], steps: int, guessing: float) -> bool:
 class CurveRecorder:
     """Measures a network at evenly spaced steps of its training, and leaves it as it was."""
 
+    network: nn.Module
+    task: Task
+    layer: str | None
+    module: nn.Module | None
+
     def __init__(self, network: nn.Module, task: Task, steps: int) -> None:
         self.network, self.task = network, task
-        self.validation = task.part("validation")
+        self.validation: tuple[Tensor, Tensor, Tensor | None] = task.part("validation")
         self.layer, self.module = find_last_layer(network)
         self.curve: dict[str, list[float | None]] = {
             name: [] for name in ("step", "images", "seconds", "loss", "score", "probe_mean", "probe_std")
         }
-        self.steps = {round(steps * k / CHECKPOINTS) for k in range(1, CHECKPOINTS + 1)} if steps else set()
+        self.steps: set[int] = {round(steps * k / CHECKPOINTS) for k in range(1, CHECKPOINTS + 1)} if steps else set()
         self.losses: list[float] = []
         if steps:
             self.look(0, 0, 0.0)
