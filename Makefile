@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: types docs studies batchsize ddp faults fuzz masked sanitize help setup compare vowels try speed bench explain env list test check accuracy format clean
+.PHONY: arm docs host types wheel studies batchsize ddp faults fuzz masked sanitize help setup compare vowels try speed bench explain env list test check accuracy format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -109,6 +109,26 @@ docs: $(READY) $(VENV)/.docs ## the documentation site, in build/site (a minute)
 	$(BIN)/python docs/pictures.py
 	$(BIN)/python -m sphinx --builder html --conf-dir docs --doctree-dir build/doctrees --fail-on-warning --keep-going --quiet . build/site
 	@echo "The site: build/site/index.html"
+
+# Debian: apt-get install g++-aarch64-linux-gnu qemu-user
+arm: ## the kernels alone on aarch64, cross-compiled and emulated, against the formula (3 minutes)
+	bash tests/arm/run.sh
+
+# Each try downloads a torch, of 3 GB where it brings CUDA. PYTHONS names interpreters, TORCH a version of torch.
+PYTHONS ?= $(PYTHON)
+wheel: ## wheels into dist, each installed and tried without a compiler (PYTHONS="python3.11 python3.12")
+	bash tests/wheels/build.sh dist $(PYTHONS)
+
+$(VENV)/.host: constraints.txt | $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt check-jsonschema zizmor
+	@touch $@
+
+host: $(READY) $(VENV)/.host ## lint the workflow, the issue form and CITATION.cff
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/fault.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.citation-file-format --default-filetype yaml CITATION.cff
+	$(BIN)/zizmor --offline --quiet --config .github/zizmor.yml .github/workflows
 
 accuracy: $(READY) ## measure the errors against float64 and write docs/accuracy.md
 	$(BIN)/python -m benchmarks.accuracy

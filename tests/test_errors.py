@@ -103,6 +103,7 @@ BAD_STATE = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Casting complex values to real")
 @pytest.mark.parametrize("text", BAD_STATE)
 def test_checkpoints_that_cannot_be_a_norms_are_refused(text):
     """torch loads each of these without a word."""
@@ -124,6 +125,7 @@ def test_one_value_per_group_is_said_aloud():
         anynorm.LayerNorm(1)(torch.randn(2, 1))
 
 
+@pytest.mark.filterwarnings("ignore:.*one value per")
 @pytest.mark.parametrize("shape", [(7.0,), [7.0], (True,), "[7]"])
 @pytest.mark.parametrize("name", ["layer_norm", "rms_norm"])
 def test_shapes_that_equal_one_that_was_taken_are_refused(name, shape):

@@ -57,10 +57,9 @@ from .surgery.accelerate import accelerate
 from .surgery.adapters import register
 from .surgery.recalibration.recalibrate import recalibrate
 from .surgery.sync import sync
+from .version import __version__
 
 exact_types.register_with_packages()
-
-__version__ = "0.1.0"
 
 __all__ = [
     "FAMILY",
@@ -108,6 +107,7 @@ __all__ = [
     "SyncBatchNormAct",
     "SyncError",
     "UserError",
+    "__version__",
     "accelerate",
     "accumulate",
     "exact",

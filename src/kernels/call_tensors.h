@@ -54,8 +54,8 @@ class Tensors {
         if (!PyTuple_Check(sizes.ptr()) || !PyTuple_Check(strides.ptr())) return false;
         if (nb::len(sizes) != size_t(x_.axes) || nb::len(strides) != size_t(x_.axes)) return false;
         for (int i = 0; i < x_.axes; ++i) {
-            if (PyLong_AsLongLong(PyTuple_GET_ITEM(sizes.ptr(), i)) != x_.sizes[i]) return false;
-            if (PyLong_AsLongLong(PyTuple_GET_ITEM(strides.ptr(), i)) != x_.strides[i]) return false;
+            if (PyLong_AsLongLong(tuple_item(sizes.ptr(), i)) != x_.sizes[i]) return false;
+            if (PyLong_AsLongLong(tuple_item(strides.ptr(), i)) != x_.strides[i]) return false;
         }
         return true;
     }

@@ -43,7 +43,7 @@ bool read_running(const Tensors& tensors, const Plan& plan, nb::handle mean, nb:
                   Arguments& given) {
     if (mean.is_none() || var.is_none()) return true;
     if (plan.call.k != 1 || !PyFloat_CheckExact(momentum.ptr())) return false;
-    given.momentum = PyFloat_AS_DOUBLE(momentum.ptr());
+    given.momentum = PyFloat_AsDouble(momentum.ptr());
     return given.momentum >= 0 && tensors.read_running(mean, given.running_mean) &&
            tensors.read_running(var, given.running_var);
 }
@@ -58,13 +58,13 @@ nb::object find_like(nb::handle parameter, const nb::object& like) {
 
 // What backward reads, as `Normalize.forward` saved it.
 bool read_saved(const Tensors& tensors, const Plan& plan, nb::handle saved, Arguments& given) {
-    const auto item = [&](Py_ssize_t i) { return nb::handle(PyTuple_GET_ITEM(saved.ptr(), i)); };
+    const auto item = [&](Py_ssize_t i) { return nb::handle(tuple_item(saved.ptr(), i)); };
     if (!tensors.read_parameter(item(1), given.gamma) || !tensors.read_parameter(item(2), given.beta) ||
         !tensors.read_alike(item(3), given.residual) || !tensors.read_mask(item(4), given.mask)) {
         return false;
     }
     if (!plan.call.has_given_statistics()) return tensors.read_statistics(item(5), given);
-    return PyTuple_GET_SIZE(saved.ptr()) == 7 && tensors.read_given(item(5), given.mean) &&
+    return tuple_size(saved.ptr()) == 7 && tensors.read_given(item(5), given.mean) &&
            tensors.read_given(item(6), given.var);
 }
 
@@ -153,11 +153,11 @@ nb::object forward_saving(nb::handle context, nb::handle x, nb::handle weight, n
 }
 
 nb::object backward_tensors(nb::handle grad, nb::handle saved, nb::handle how, nb::handle needs) {
-    if (!PyTuple_Check(saved.ptr()) || PyTuple_GET_SIZE(saved.ptr()) < 6 || !PyTuple_Check(how.ptr()) ||
-        PyTuple_GET_SIZE(how.ptr()) != 6 || !PyTuple_Check(needs.ptr()) || PyTuple_GET_SIZE(needs.ptr()) < 4) {
+    if (!PyTuple_Check(saved.ptr()) || tuple_size(saved.ptr()) < 6 || !PyTuple_Check(how.ptr()) ||
+        tuple_size(how.ptr()) != 6 || !PyTuple_Check(needs.ptr()) || tuple_size(needs.ptr()) < 4) {
         throw nb::type_error("kernels: not what forward saved");
     }
-    const auto item = [](nb::handle tuple, Py_ssize_t i) { return nb::handle(PyTuple_GET_ITEM(tuple.ptr(), i)); };
+    const auto item = [](nb::handle tuple, Py_ssize_t i) { return nb::handle(tuple_item(tuple.ptr(), i)); };
     const nb::handle of = item(how, 0), x = item(saved, 0), mask = item(saved, 4);
     const nb::object like = get(of, names().like), compiled = get(of, names().compiled);
     if ((!item(how, 4).is_none() && !item(how, 4).is(like)) || (!item(how, 5).is_none() && !item(how, 5).is(like))) {

@@ -22,6 +22,13 @@ constexpr int W = 8;
 constexpr int W = 4;
 #endif
 
+// The compiler's own half: g++ 12 knows the standard's name only on x86.
+#if defined(__aarch64__)
+using Half = __fp16;
+#elif !defined(__F16C__)
+using Half = _Float16;
+#endif
+
 using Lanes = double __attribute__((vector_size(8 * W)));
 using Floats = float __attribute__((vector_size(4 * W)));
 using Words = uint32_t __attribute__((vector_size(4 * W)));
@@ -89,7 +96,7 @@ INLINE Lanes load(const float16* p, Full) {
 #elif defined(__F16C__)
     f = bits_of<Floats>(_mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 #else
-    for (int i = 0; i < W; ++i) f[i] = static_cast<float>(bits_of<_Float16>(p[i].bits));
+    for (int i = 0; i < W; ++i) f[i] = static_cast<float>(bits_of<Half>(p[i].bits));
 #endif
     return widen(f);
 }
@@ -112,7 +119,7 @@ INLINE Shorts narrow(const float16*, Lanes v) {
     const __m128i both = _mm_cvtps_ph(bits_of<__m128>(f), 0);
     std::memcpy(&h, &both, sizeof(h));
 #else
-    for (int i = 0; i < W; ++i) h[i] = bits_of<uint16_t>(static_cast<_Float16>(f[i]));
+    for (int i = 0; i < W; ++i) h[i] = bits_of<uint16_t>(static_cast<Half>(f[i]));
 #endif
     return h;
 }
@@ -128,7 +135,7 @@ INLINE Singles load_singles(const float16* p, Full) {
     return bits_of<Singles>(_mm256_cvtph_ps(raw_load<__m128i>(p)));
 #else
     Singles f;
-    for (int i = 0; i < 2 * W; ++i) f[i] = static_cast<float>(bits_of<_Float16>(p[i].bits));
+    for (int i = 0; i < 2 * W; ++i) f[i] = static_cast<float>(bits_of<Half>(p[i].bits));
     return f;
 #endif
 }
@@ -147,7 +154,7 @@ INLINE SingleShorts narrow(const float16*, Singles v) {
     return bits_of<SingleShorts>(_mm256_cvtps_ph(bits_of<__m256>(v), 0));
 #else
     SingleShorts h;
-    for (int i = 0; i < 2 * W; ++i) h[i] = bits_of<uint16_t>(static_cast<_Float16>(v[i]));
+    for (int i = 0; i < 2 * W; ++i) h[i] = bits_of<uint16_t>(static_cast<Half>(v[i]));
     return h;
 #endif
 }

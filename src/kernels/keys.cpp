@@ -5,8 +5,9 @@
 namespace anynorm {
 namespace {
 
+constexpr int kMostTensors = 7, kMostAxes = 8;
+
 nb::object describe(PyObject* const* tensors, size_t count) {
-    constexpr int kMostTensors = 7, kMostAxes = 8;
     int64_t found[kMostTensors * (1 + kMostAxes) + kMostAxes];
     int size = 0;
     View first{};
@@ -33,9 +34,9 @@ PyObject* find_kinds(nb::handle sizes) {
     if (given == Py_None) return Py_NewRef(Py_None);
     if (PyLong_CheckExact(given)) return Py_NewRef(reinterpret_cast<PyObject*>(Py_TYPE(given)));
     if (!PyTuple_CheckExact(given)) return nullptr;
-    PyObject* kinds = PyTuple_New(PyTuple_GET_SIZE(given));
-    for (Py_ssize_t i = 0; kinds && i < PyTuple_GET_SIZE(given); ++i) {
-        PyTuple_SET_ITEM(kinds, i, Py_NewRef(reinterpret_cast<PyObject*>(Py_TYPE(PyTuple_GET_ITEM(given, i)))));
+    PyObject* kinds = PyTuple_New(tuple_size(given));
+    for (Py_ssize_t i = 0; kinds && i < tuple_size(given); ++i) {
+        set_tuple_item(kinds, i, Py_NewRef(reinterpret_cast<PyObject*>(Py_TYPE(tuple_item(given, i)))));
     }
     return kinds;
 }
@@ -43,7 +44,10 @@ PyObject* find_kinds(nb::handle sizes) {
 }  // namespace
 
 nb::object describe(nb::args tensors) {
-    return describe(reinterpret_cast<PyTupleObject*>(tensors.ptr())->ob_item, tensors.size());
+    PyObject* given[kMostTensors];
+    const size_t count = tensors.size();
+    for (size_t i = 0; i < count && i < kMostTensors; ++i) given[i] = tuple_item(tensors.ptr(), static_cast<Py_ssize_t>(i));
+    return describe(given, count);
 }
 
 nb::object find_key(nb::handle function, nb::handle x, nb::handle weight, nb::handle bias, nb::handle residual,

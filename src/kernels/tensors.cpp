@@ -105,15 +105,15 @@ int64_t read_answer(PyObject* found) {
     return answer;
 }
 // What a method of torch's without arguments, or a function, answers.
-int64_t ask(PyObject* method, PyObject* tensor) { return read_answer(PyObject_CallOneArg(method, tensor)); }
+int64_t ask(PyObject* method, PyObject* tensor) { return read_answer(call_one(method, tensor)); }
 int64_t ask(PyObject* function) { return read_answer(PyObject_CallNoArgs(function)); }
 
 // As `watch.only_default_device`.
 bool has_only_default_device() {
     PyObject* modes = PyObject_CallNoArgs(torch.function_mode_stack);
     bool is_so = modes && PyList_Check(modes);
-    for (Py_ssize_t i = 0; is_so && i < PyList_GET_SIZE(modes); ++i) {
-        is_so = reinterpret_cast<PyObject*>(Py_TYPE(PyList_GET_ITEM(modes, i))) == torch.default_device;
+    for (Py_ssize_t i = 0; is_so && i < PyList_Size(modes); ++i) {
+        is_so = reinterpret_cast<PyObject*>(Py_TYPE(PyList_GetItem(modes, i))) == torch.default_device;
     }
     Py_XDECREF(modes);
     PyErr_Clear();
@@ -151,7 +151,7 @@ PyObject* write_sizes(const int64_t* sizes, int axes) {
     PyObject* written = PyTuple_New(axes);
     for (int i = 0; written && i < axes; ++i) {
         PyObject* size = PyLong_FromLongLong(sizes[i]);
-        if (size) PyTuple_SET_ITEM(written, i, size);
+        if (size) set_tuple_item(written, i, size);
         else Py_CLEAR(written);
     }
     return written;
@@ -204,7 +204,7 @@ bool read_mask_tensor(PyObject* tensor, View& view) {
 }
 
 bool holds(PyObject* tensor, const View& view, int64_t bytes) {
-    PyObject* storage = PyObject_CallOneArg(torch.untyped_storage, tensor);
+    PyObject* storage = call_one(torch.untyped_storage, tensor);
     if (!storage) {
         PyErr_Clear();
         return false;
@@ -260,12 +260,12 @@ int count_threads() { return static_cast<int>(ask(torch.get_num_threads)); }
 bool increment_version(PyObject* first, PyObject* second) {
     if (is_inference(first)) return true;  // such a tensor has none
     PyObject* both = PyTuple_Pack(2, first, second);
-    PyObject* done = both ? PyObject_CallOneArg(torch.increment_version, both) : nullptr;
+    PyObject* done = both ? call_one(torch.increment_version, both) : nullptr;
     Py_XDECREF(both);
     Py_XDECREF(done);
     return done;
 }
 
-PyObject* copy(PyObject* tensor) { return PyObject_CallOneArg(torch.clone, tensor); }
+PyObject* copy(PyObject* tensor) { return call_one(torch.clone, tensor); }
 
 }  // namespace anynorm

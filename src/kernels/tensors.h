@@ -8,6 +8,7 @@
 
 #include "call.h"
 #include "plan.h"
+#include "python_api.h"
 
 namespace anynorm {
 

@@ -1,16 +1,21 @@
 """The command line: what it prints where nobody watches, and how it ends when something is wrong."""
 
+import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+import anynorm
 from anynorm.apps import cli
 from anynorm.apps.list import shorten
 from anynorm.errors import UserError
 from anynorm.family import FAMILY
+
+ROOT = Path(__file__).parents[2]
 
 
 def run_main(monkeypatch, *arguments):
@@ -48,9 +53,27 @@ def test_help_names_the_commands():
 
 
 def test_version():
-    from importlib.metadata import version
+    assert CliRunner().invoke(cli.app, ["--version"]).stdout == f"anynorm {anynorm.__version__}\n"
 
-    assert CliRunner().invoke(cli.app, ["--version"]).stdout == f"anynorm {version('anynorm')}\n"
+
+def test_the_version_stands_in_one_file():
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 cannot read TOML")
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert "version" not in pyproject["project"]
+    assert pyproject["project"]["dynamic"] == ["version"]
+    source = ROOT / pyproject["tool"]["scikit-build"]["metadata"]["version"]["input"]
+    # As scikit-build-core's provider looks for it.
+    found = re.findall(
+        r"""^(?:__version__|VERSION)(?: ?\: ?str)? *= *['"]v?(.+?)['"]""", source.read_text(), re.MULTILINE
+    )
+    assert found == [anynorm.__version__]
+
+
+def test_env_as_json_has_the_facts_of_its_lines():
+    lines = CliRunner().invoke(cli.app, ["env"]).stdout.splitlines()
+    facts = json.loads(CliRunner().invoke(cli.app, ["env", "--json"]).stdout)
+    assert lines == [f"{name:12} {value}" for name, value in facts.items()]
+    assert {"anynorm", "torch", "python", "machine", "kernels"} <= set(facts)
 
 
 def test_a_users_error_is_one_sentence_on_stderr(monkeypatch, capsys):

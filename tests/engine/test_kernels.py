@@ -183,7 +183,7 @@ def test_what_follows_the_norm(name, shape, sizes, activation, dtype, last, with
     term = (
         4
         * float((g.abs().max() * weight.abs().max()).detach())
-        * float(plain.compose(x.double(), None, None, None, Request(), pooling)[1].rstd(1e-5).max())
+        * float(plain.compose(x.double(), None, None, None, Request(), pooling)[1].rstd(1e-5).max().detach())
     )
     # The gradient before the activation is rounded to the dtype where it is kept, as between torch's own operations.
     half = torch.finfo(dtype).eps * 2 * term if dtype in (torch.bfloat16, torch.float16) else 0.0

@@ -16,7 +16,10 @@ import anynorm
 from anynorm.engine import kernels
 from fused_specimens import TORCHS
 
-pytestmark = pytest.mark.skipif(bool(kernels.OFF), reason="sums of torch's operations depend on the shape")
+pytestmark = [
+    pytest.mark.skipif(bool(kernels.OFF), reason="sums of torch's operations depend on the shape"),
+    pytest.mark.filterwarnings("ignore:.*one value per"),
+]
 
 KINDS = ["batch", "instance", "group", "ghost", "renorm", "layer", "rms"]
 # Positions of one sample: one step, fewer than a vector, two segments, images whose rows get holes between them.

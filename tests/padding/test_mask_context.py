@@ -54,11 +54,13 @@ def test_a_mask_that_fits_no_layer():
         build()(torch.randn(2, 3, 8))
 
 
+@pytest.mark.filterwarnings("ignore:masked. no layer inside took a mask")
 def test_behind_the_pooling_of_positions_no_mask_is_needed():
     with anynorm.masked(MASK):
         assert anynorm.BatchNorm1d(3)(torch.randn(2, 3)).shape == (2, 3)
 
 
+@pytest.mark.filterwarnings("ignore:masked. no layer inside took a mask")
 def test_the_context_is_the_threads_own():
     norm, x, found = anynorm.BatchNorm1d(3), torch.randn(2, 3, 8), []
     with anynorm.masked(MASK):
@@ -123,6 +125,7 @@ def test_checkpointing_does_not_forget_the_mask(use_reentrant):
     torch.testing.assert_close(x.grad, true)
 
 
+@pytest.mark.filterwarnings("ignore:masked. no layer inside took a mask")
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_a_context_that_forward_had_not(use_reentrant):
     y = checkpoint(build(), torch.randn(2, 3, 8, requires_grad=True), use_reentrant=use_reentrant)

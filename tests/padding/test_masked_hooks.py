@@ -141,6 +141,7 @@ def test_checkpointing(with_norm, use_reentrant):
     net(x).sum().backward()
 
 
+@pytest.mark.filterwarnings("ignore:Using .torch.compile.module.. when there are global hooks")
 def test_compiled_models():
     torch._dynamo.reset()
     net, x = build(), torch.randn(3, 4, 40)

@@ -30,6 +30,7 @@ class Translator(nn.Module):
 AUDIO, TEXT = anynorm.mask_of([10, 9, 8, 7], 10), anynorm.mask_of([2, 3, 4, 10], 10)
 
 
+@pytest.mark.filterwarnings("ignore:masked. no layer inside took a mask")
 def test_two_masks_of_one_length_are_refused():
     norm, x = anynorm.BatchNorm1d(3), torch.randn(4, 3, 10)
     with anynorm.masked(AUDIO, TEXT), pytest.raises(ValueError, match=r"several masks .* 10, 9, 8, 7 .* and .* 2, 3"):

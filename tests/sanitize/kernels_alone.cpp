@@ -1,41 +1,17 @@
 // The kernels without Python and torch, on std::thread: what a thread sanitizer can follow. Every walk forward and backward, with
 // a mask and without, must give the same bits with 1, 2 and 4 threads.
-#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <random>
-#include <thread>
 #include <vector>
 
-#include "call.h"
-#include "threads.h"
-
-namespace anynorm {
-
-// Takes the place of threads.cpp: plain threads instead of torch's OpenMP runtime.
-void run_tasks(int threads, int64_t tasks, void (*body)(void*, int64_t), void* context, bool) {
-    std::atomic<int64_t> next{0};
-    auto take = [&] {
-        for (int64_t task = next++; task < tasks; task = next++) body(context, task);
-    };
-    std::vector<std::thread> team;
-    for (int i = 1; i < threads; ++i) team.emplace_back(take);
-    take();
-    for (auto& thread : team) thread.join();
-}
-
-}  // namespace anynorm
+#include "alone.h"
 
 namespace {
 
 using anynorm::Call;
-
-struct Case {
-    const char* name;
-    int64_t n, g, k, s;
-    bool last, pool_n, centred;
-};
+using anynorm::Case;
 
 std::vector<float> draw(int64_t size, int seed) {
     std::mt19937 generator(seed);
@@ -78,18 +54,8 @@ std::vector<float> run(const Case& c, int activation, bool masked, int threads) 
 }  // namespace
 
 int main() {
-    const Case cases[] = {
-        {"rows, whole pools", 6, 40, 1, 900, false, true, true},
-        {"rows, few and long", 2, 3, 1, 70000, false, true, true},
-        {"rows of groups", 3, 4, 5, 700, false, false, true},
-        {"elements", 90, 1, 300, 1, false, false, true},
-        {"elements, not centred", 90, 1, 300, 1, false, false, false},
-        {"columns, fused", 50, 700, 1, 1, false, true, true},
-        {"columns in tiles", 30000, 40, 1, 1, false, true, true},
-        {"columns of groups", 3, 4, 6, 3000, true, false, true},
-    };
     int wrong = 0;
-    for (const Case& c : cases) {
+    for (const Case& c : anynorm::kCases) {
         for (int activation : {anynorm::kIdentity, anynorm::kRelu, anynorm::kSilu, anynorm::kElu}) {
             for (bool masked : {false, true}) {
                 const auto one = run(c, activation, masked, 1);

@@ -22,6 +22,13 @@ from opacus import GradSampleModule  # noqa: E402
 from opacus.validators import ModuleValidator  # noqa: E402
 from opacus.validators.errors import UnsupportedModuleError  # noqa: E402
 
+# Theirs: Opacus' hooks look at what came out, captum sets requires_grad and hooks itself.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Full backward hook is firing when gradients"),
+    pytest.mark.filterwarnings("ignore:Input Tensor 0 did not already require gradients"),
+    pytest.mark.filterwarnings("ignore:Setting forward, backward hooks and attributes"),
+]
+
 
 def make(kind: type[nn.Module], **options) -> nn.Module:
     """A norm of four channels with gamma and beta."""

@@ -73,6 +73,7 @@ def test_a_hooked_part_stays_a_call_of_its_own_and_is_named():
     assert calls == [1]
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
 def test_hooks_elsewhere_go_on_working():
     """The very same callables, also those of weight norm, and parametrizations."""
     seen = []

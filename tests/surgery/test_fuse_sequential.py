@@ -189,6 +189,7 @@ def test_what_is_left_in_sequentials_and_why(name):
     assert reason in str(report)
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
 def test_weight_norm_is_left():
     model = pair(nn.utils.weight_norm(nn.BatchNorm1d(6), dim=None))
     y = model(draw(5, 6))

@@ -24,9 +24,9 @@ MODEL_HELP = (
 def _print_version(wanted: bool) -> None:
     """Print the installed version and end, where --version was given."""
     if wanted:
-        from importlib.metadata import version
+        from anynorm import __version__
 
-        typer.echo(f"anynorm {version('anynorm')}")
+        typer.echo(f"anynorm {__version__}")
         raise typer.Exit
 
 
@@ -149,6 +149,7 @@ def compare_norms(
     out: Annotated[str, typer.Option("--out", help="Where journal, results and report go.")] = "anynorm-compare",
 ) -> None:
     """Which normalization should this network use, on this data, at this batch size? Trains it with each."""
+    from anynorm.apps.extras import check_installed
     from anynorm.apps.studies.compare.options import read_options
 
     options = read_options(
@@ -170,6 +171,7 @@ def compare_norms(
         optimizer=optimizer,
         checkpoint=checkpoint,
     )
+    check_installed("compare", ["matplotlib", "scipy"])
     from anynorm.apps.studies.compare.compare import compare, process_start
 
     raise typer.Exit(compare(options, started=process_start()))
@@ -221,18 +223,23 @@ def run_study(
     ),
 ) -> None:
     """Put a claim to the test: its trials, its verdict, and a report."""
+    from anynorm.apps.extras import check_installed
     from anynorm.apps.studies.command import StudyOptions, read_study_norms, run_named
+
+    check_installed("study run", ["matplotlib", "scipy"])
 
     chosen = None if norms is None else read_study_norms(norms)
     raise typer.Exit(run_named(names, StudyOptions(quick, full, seeds, minutes, data, model, chosen, out)))
 
 
 @app.command("env")
-def show_environment() -> None:
+def show_environment(
+    as_json: Annotated[bool, typer.Option("--json", help="As one JSON object, for a report of a fault.")] = False,
+) -> None:
     """Show versions, whether the compiled kernels are in use, and how memory is allocated."""
     from anynorm.apps.env import print_environment
 
-    print_environment()
+    print_environment(as_json=as_json)
 
 
 def main() -> None:

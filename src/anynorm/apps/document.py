@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from anynorm.errors import UserError
 
+from .extras import check_installed
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -126,9 +128,4 @@ def check_output(command: str, what: str, out: Path, suffixes: tuple[str, ...]) 
         raise UserError(f"{command}: there is no folder {str(folder)!r} to write {out.name} to; make it first.")
     if out.is_dir() or not os.access(out if out.exists() else folder, os.W_OK):
         raise UserError(f"{command}: {str(out)!r} cannot be written; choose another place.")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise UserError(
-            f"{command}: {what} needs matplotlib, which is not installed; pip install 'anynorm[compare]'."
-        ) from None
+    check_installed(f"{command}: {what}", ["matplotlib"])

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import Library, register_autograd, register_fake
+from torch.library import Library, register_autograd
 
 from ..pooling import Pooling, remember
 from ..sources import BATCH
@@ -122,21 +122,24 @@ def empty_output(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=plain.find_memory_format(x))
 
 
-@register_fake("anynorm::forward")  # type: ignore[untyped-decorator] # torch's
-def _(x: Tensor, weight: Any, bias: Any, residual: Any, mask: Any, *how: Any) -> Any:
+def describe_forward(x: Tensor, weight: Any, bias: Any, residual: Any, mask: Any, *how: Any) -> Any:
     pooling = read_pooling(how[0])
     rows = 2 if pooling.centred else 1
     return empty_output(x), x.new_empty((rows, count_pools(x, pooling)), dtype=torch.float64)
 
 
-@register_fake("anynorm::backward")  # type: ignore[untyped-decorator]
-def _(g: Tensor, x: Tensor, _: Any, weight: Any, bias: Any, residual: Any, *rest: Any) -> Any:
+def describe_backward(g: Tensor, x: Tensor, _: Any, weight: Any, bias: Any, residual: Any, *rest: Any) -> Any:
     needs = rest[-1]
     found = [empty_output(x) if needs[0] else x.new_empty(0)]
     for t, need in zip((weight, bias), needs[1:3], strict=True):
         found.append(t.new_empty(t.shape) if need else x.new_empty(0))
     found.append(empty_output(x) if needs[3] else x.new_empty(0))
     return tuple(found)
+
+
+# As kernels of the meta device and not by register_fake, which looks through every imported module for its caller.
+LIBRARY.impl("forward", describe_forward, "Meta")
+LIBRARY.impl("backward", describe_backward, "Meta")
 
 
 def keep(ctx: Any, inputs: Any, output: Any) -> None:

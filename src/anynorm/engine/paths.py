@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import platform
 from contextvars import ContextVar
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from ..pooling import Pooling
 from ..sources import Given, Merged, move_running
 from ..statistics import Moments
 from ..torch_private import count_transforms
+from ..version import __version__
 from . import kernels, library, memory, merged, plain, protocol, transforms
 from .gradients import apply
 from .request import Request
@@ -93,7 +93,7 @@ def remember(key: tuple[Any, ...], plan: Plan) -> None:
 def describe_environment() -> dict[str, str]:
     """Versions, and which path serves plain CPU tensors; what `anynorm env` prints."""
     return {
-        "anynorm": version("anynorm"),
+        "anynorm": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads",

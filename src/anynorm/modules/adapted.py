@@ -119,7 +119,8 @@ class Adapted(nn.Module):
         """Axes of the input that a mask has not."""
         if self.adapter.channel_axis == 1:
             return (1,)
-        return super().find_channel_axes(input)  # type: ignore[misc] # of the class beside it
+        axes: tuple[int, ...] = super().find_channel_axes(input)  # type: ignore[misc] # of the class beside it
+        return axes
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # A class that was made at run time cannot be found again by its name; it is made again of the same parts.
@@ -205,5 +206,6 @@ def make_adapted(original: type[nn.Module], adapter: Adapter, beside: type[nn.Mo
 
 def restore(original: type[nn.Module], adapter: tuple[Any, ...], beside: type[nn.Module]) -> nn.Module:
     """An empty instance, which pickle and copy fill."""
-    kind: Any = make_adapted(original, Adapter(*adapter), beside)
-    return kind.__new__(kind)
+    kind = make_adapted(original, Adapter(*adapter), beside)
+    module: nn.Module = kind.__new__(kind)
+    return module

@@ -1,13 +1,15 @@
 """The page of `anynorm speed`: the layers as bars against torch and the limit, and the training steps."""
 
+from __future__ import annotations
+
 import datetime
 import re
 from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
+from typing import TYPE_CHECKING
 
 import torch
-from matplotlib.axes import Axes
 
 from anynorm.apps.document import EDGE, INK, LINE, Plot, draw, write_document, write_figures
 from anynorm.apps.speed.layers import LayerTimes, find_mean, is_busy
@@ -17,6 +19,9 @@ from anynorm.apps.timing.cases import MODES
 from anynorm.apps.timing.forms import AGAIN, BUILT
 from anynorm.apps.timing.limits import find_caches, find_cpu, find_last_level
 from anynorm.engine.paths import describe_environment
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 TORCH, OURS, LIMIT = "#9aa1ac", "#0072b2", "#d55e00"
 # What the page's style says of each colour: it knows whether the reader's page is dark.

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
 from torch import Tensor, nn
 
 from ..fit import MOMENTUM, draw_order, evaluate, fit
@@ -18,6 +18,9 @@ from ..study import Find, Published, Results, Setting, Study, Trial, try_rates
 from ..verdicts import Effect, Verdict, conclude, difference
 from ..workers import Record
 from .leak import draw_pure_batches
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 ARMS = ("none", "batch", "layer", "instance", "group")
 SEARCH_SEED = 1001

@@ -5,10 +5,9 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable
 from itertools import product
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from matplotlib.axes import Axes
 from torch import nn
 
 import anynorm
@@ -19,6 +18,9 @@ from ..plots import COLOURS, MARKERS, dots
 from ..study import Find, Published, Results, Setting, Study, Trial, Value, say_network, try_rates
 from ..verdicts import Effect, Table, Verdict, conclude, difference, say_mean
 from ..workers import Record
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 ENOUGH = 0.5  # points of error: what group norm costs at 32 images in Wu and He, so that less is no reason to change
 IMAGES, BATCH, SIZES = 1_000, 32, (32, 8, 4, 2)

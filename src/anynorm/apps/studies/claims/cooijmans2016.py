@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -19,6 +19,9 @@ from ..plots import COLOURS
 from ..study import Find, Published, Results, Setting, Study, Trial, try_rates
 from ..verdicts import INCONCLUSIVE, Effect, Verdict, conclude, difference
 from ..workers import Record
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 ARMS: dict[str, str | None] = {"LSTM": None, "BN-LSTM": "batch-per-step"}
 ORDERS = ("plain", "permuted")

@@ -6,10 +6,10 @@ import math
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -20,6 +20,9 @@ from ..plots import COLOURS, MARKERS, dots, split_axes
 from ..study import Find, Published, Results, Setting, Study, Trial, try_rates
 from ..verdicts import CONFIRMED, INCONCLUSIVE, REFUTED, Effect, Verdict, conclude, difference
 from ..workers import Record
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 ARMS = ("none", "batch", "batch + noise", "none + noise")
 RATES = (0.1, 10**-0.5, 1.0, 10**0.5, 10.0)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
 from torch import Tensor, nn
 
 from ..fit import draw_batches, fit_to_level
@@ -17,6 +16,9 @@ from ..plots import draw_steps, split_axes
 from ..study import Find, Published, Results, Setting, Study, Trial, try_rates
 from ..verdicts import INCONCLUSIVE, Effect, Verdict, conclude, difference
 from ..workers import Record
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 ARMS = ("none", "batch", "layer")  # the first is the baseline, the second is judged
 DEPTHS = (6, 10)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
 from torch import nn
 
 from ..fit import draw_batches, evaluate, find_status, fit_steps, observe
@@ -16,6 +16,9 @@ from ..plots import COLOURS, split_axes
 from ..study import Find, Published, Results, Setting, Study, Trial
 from ..verdicts import Effect, Verdict, conclude, difference
 from ..workers import Record
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 ARMS = ("none", "batch")
 BATCH, RATE, STEPS, FULL_STEPS, LOOKS = 60, 0.05, 9_000, 50_000, 30

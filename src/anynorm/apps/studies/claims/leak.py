@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
 from torch import Tensor
 
 from ..fit import draw_batches, evaluate, fit
@@ -15,6 +15,9 @@ from ..plots import dots
 from ..study import Find, Published, Results, Setting, Study, Trial, try_rates
 from ..verdicts import Effect, Verdict, conclude, difference
 from ..workers import Record
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 ARMS = ("batch", "group", "layer")
 RATES = (0.003, 0.01, 0.03, 0.1)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
 from torch import Tensor, nn
 
 import anynorm
@@ -20,6 +19,9 @@ from ..plots import COLOURS, MARKERS, dots
 from ..study import Find, Published, Results, Setting, Study, Trial, try_rates
 from ..verdicts import Effect, Verdict, conclude, difference, say_mean
 from ..workers import Record
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 ENOUGH = 0.5  # points of error: what group norm lacks against batch norm at 32 images in Wu and He
 IMAGES, BATCH, STEPS, EVERY = 500, 128, 200, 20

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
 
 from ..fit import draw_batches, evaluate, fit
 from ..plots import COLOURS, dots
@@ -15,6 +15,9 @@ from ..study import Find, Published, Results, Setting, Study, Trial, try_rates
 from ..verdicts import Effect, Table, Verdict, conclude, difference
 from ..vowels import find_lengths
 from ..workers import Record
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 NONE, COUNTED, LEAST, MASKED = "none", "batch counting padding", "batch counting least padding", "batch masked"
 STEP, LAYER = "batch per step", "layer"

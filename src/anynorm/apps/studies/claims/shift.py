@@ -6,11 +6,10 @@ import contextlib
 import copy
 from collections.abc import Iterable
 from itertools import product
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
 from torch import Tensor, nn
 
 import anynorm
@@ -22,6 +21,9 @@ from ..plots import COLOURS, MARKERS, dots
 from ..study import Find, Published, Results, Setting, Study, Trial, say_network, try_rates
 from ..verdicts import Effect, Table, Verdict, conclude, difference, say_mean
 from ..workers import Record
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 GAIN, LOSS = 5.0, 5.0  # points of accuracy; a third of what was published for the gain
 BATCH, STEPS, TEST_BATCH = 64, 220, 100

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.ticker import LogLocator
 
 from anynorm.apps.document import Plot, draw
 
 from ..plots import COLOURS, MARKERS
 from .findings import Findings, plain_sizes
 from .plots import say_values
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Curve = dict[str, np.ndarray]
 
@@ -80,6 +83,8 @@ def show_logarithms(axes: Axes) -> None:
     axes.set_yscale("log")
     # Where a run diverged the axis spans many decades, which have no room for ticks between them.
     wide = np.nanmax(values, initial=-np.inf) > 1e3 * np.nanmin(values, initial=np.inf)
+    from matplotlib.ticker import LogLocator
+
     axes.yaxis.set_major_locator(LogLocator() if wide else LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("")

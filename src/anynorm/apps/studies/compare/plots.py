@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-from matplotlib.axes import Axes
 
 from anynorm.apps.document import Plot, draw
 
@@ -11,6 +12,9 @@ from ..intervals import find_interval
 from ..metrics import Metric
 from ..plots import COLOURS, MARKERS
 from .findings import ACCURACY, Findings
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 def say_values(values: dict[str, float], unit: str) -> str:
