@@ -3,13 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+WORKS := .venv-works-with
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: studies batchsize ddp faults fuzz masked sanitize help setup compare vowels try speed bench explain env list test check accuracy format clean
+.PHONY: works-with studies batchsize ddp faults fuzz masked sanitize help setup compare vowels try speed bench explain env list test check accuracy format clean
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
 $(READY): pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/kernels/*)
 	$(PYTHON) -m venv $(VENV)
@@ -96,6 +97,18 @@ $(VENV)/.sanitize: constraints.txt | $(READY)
 sanitize: $(READY) $(VENV)/.sanitize ## the kernel tests under address, undefined-behaviour and thread sanitizers
 	bash tests/sanitize/run.sh $(BIN)/python
 
+# An environment of its own, so that `make test` sees none of these packages. It finds those of .venv by a .pth file, and
+# takes no second torch.
+$(WORKS)/.ready: tests/works_with/requirements.txt constraints.txt | $(READY)
+	$(BIN)/python -m venv $(WORKS)
+	echo "import site; site.addsitedir('$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
+	  > $$($(WORKS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/venv.pth
+	$(WORKS)/bin/pip install --quiet --disable-pip-version-check --no-deps --requirement tests/works_with/requirements.txt
+	@touch $@
+
+works-with: $(READY) $(WORKS)/.ready ## real uses under other packages, and docs/works-with.md (5 minutes; ARGS=timm)
+	OMP_WAIT_POLICY=passive $(WORKS)/bin/python tests/works_with/run.py $(ARGS)
+
 accuracy: $(READY) ## measure the errors against float64 and write docs/accuracy.md
 	$(BIN)/python -m benchmarks.accuracy
 
@@ -104,4 +117,4 @@ format: $(READY) ## format the code
 	$(BIN)/ruff check --fix .
 
 clean: ## remove .venv and caches
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(WORKS) .pytest_cache .mypy_cache .ruff_cache .hypothesis
