@@ -69,7 +69,7 @@ list: $(READY) ## the family
 	$(BIN)/anynorm list
 
 # Two workers with two threads each share the cores: a thread that waits must not spin.
-test faults fuzz: export OMP_WAIT_POLICY = passive
+test faults fuzz works-with: export OMP_WAIT_POLICY = passive
 
 test: check $(VENV)/.vowels ## lint, types, tests and doctests
 	$(BIN)/pytest -n 2 $(ARGS)
@@ -107,7 +107,8 @@ $(WORKS)/.ready: tests/works_with/requirements.txt constraints.txt | $(READY)
 	@touch $@
 
 works-with: $(READY) $(WORKS)/.ready ## real uses under other packages, and docs/works-with.md (5 minutes; ARGS=timm)
-	OMP_WAIT_POLICY=passive $(WORKS)/bin/python tests/works_with/run.py $(ARGS)
+	$(WORKS)/bin/python tests/works_with/run.py $(ARGS)
+	$(WORKS)/bin/python -m pytest tests/works_with
 
 accuracy: $(READY) ## measure the errors against float64 and write docs/accuracy.md
 	$(BIN)/python -m benchmarks.accuracy

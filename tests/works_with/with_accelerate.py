@@ -33,4 +33,4 @@ for precision in ("no", "bf16"):
         torch.testing.assert_close(before, never, rtol=tolerance, atol=tolerance)
     accelerator.free_memory()
     accelerator.state._reset_state(reset_partial_state=True)
-print("works: before or after `prepare`; `fuse=True` before it, and `prepare(report.model)`")
+print("works: before or after `prepare`, the same to the bit")

@@ -22,4 +22,4 @@ with tempfile.TemporaryDirectory() as folder:
     session = onnxruntime.InferenceSession(f"{folder}/model.onnx", providers=["CPUExecutionProvider"])
     found = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
 np.testing.assert_allclose(found, model(x).detach().numpy(), rtol=1e-4, atol=1e-5)
-print("with a catch: export in evaluation mode, and with `dynamo=True`, which is the default")
+print("works: in evaluation mode, by the exporter `dynamo=True`")

@@ -19,4 +19,4 @@ x = torch.randn(4, 64)
 for each in (model, late):
     assert type(each[1]) is anynorm.LayerNorm
     torch.testing.assert_close(each(x), twin(x), rtol=1e-4, atol=1e-4)
-print("works: accelerate before or after; torch.ao.quantization's fuse_modules, by exact type, wants `undo=True` first")
+print("works: accelerate before or after `quantize_`")

@@ -22,4 +22,4 @@ with tempfile.TemporaryDirectory() as folder:
 embedder = model.resnet.embedder.embedder
 seen = embedder.convolution(x).detach().transpose(0, 1).flatten(1)
 torch.testing.assert_close(embedder.normalization.running_mean, seen.mean(1), rtol=1e-4, atol=1e-5)
-print("with a catch: accelerate before `Trainer(model)`; `validation=True` by steps wants a loader of its own")
+print("with a catch: `Recalibrate(validation=True)` by steps wants a loader of its own")
