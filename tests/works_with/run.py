@@ -17,7 +17,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 PAGE = HERE.parents[1] / "docs" / "works-with.md"
-MARKED = re.compile(r"(?<=<!-- works-with -->\n).*?(?=<!-- /works-with -->)", re.DOTALL)
+MARKED = re.compile(r"(?<=<!-- tools -->\n).*?(?=<!-- /tools -->)", re.DOTALL)
 VERDICTS = {"works": "works", "with a catch": "with a catch", "does not": "does not work"}
 HEAD = "\n| what | tried | verdict | | ran |\n|---|---|---|---|---|\n"
 SECONDS = 600  # for one script, on a machine that does something else too
