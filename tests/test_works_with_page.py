@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -24,3 +26,8 @@ def test_a_row_is_what_its_script_says(script):
     assert verdict in [VERDICTS[each] for each in said] and note
     assert re.match(rf"\[{re.escape(read_heading(script)[0].partition(' ')[0])} \d", named)
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", ran)
+
+
+def test_import_loads_no_integration():
+    code = "import anynorm, sys; sys.exit(any(n.startswith('anynorm.integrations') for n in sys.modules))"
+    subprocess.run([sys.executable, "-c", code], check=True)
