@@ -3,13 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+WORKS := .venv-works-with
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: arm docs host types wheel studies batchsize ddp faults fuzz masked sanitize help setup compare vowels try speed bench explain env list test check accuracy format clean
+.PHONY: arm docs host types wheel works-with versions studies batchsize ddp faults fuzz masked sanitize help setup compare vowels try speed bench explain env list test check accuracy format clean
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
 $(READY): pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/kernels/*)
 	$(PYTHON) -m venv $(VENV)
@@ -68,7 +69,7 @@ list: $(READY) ## the family
 	$(BIN)/anynorm list
 
 # Two workers with two threads each share the cores: a thread that waits must not spin.
-test faults fuzz: export OMP_WAIT_POLICY = passive
+test faults fuzz works-with: export OMP_WAIT_POLICY = passive
 
 test: check $(VENV)/.vowels ## lint, types, tests and doctests
 	$(BIN)/pytest -n 2 $(ARGS)
@@ -130,6 +131,19 @@ host: $(READY) $(VENV)/.host ## lint the workflow, the issue form and CITATION.c
 	$(BIN)/check-jsonschema --builtin-schema vendor.citation-file-format --default-filetype yaml CITATION.cff
 	$(BIN)/zizmor --offline --quiet --config .github/zizmor.yml .github/workflows
 
+# An environment of its own, so that `make test` sees none of these packages. It finds those of .venv by a .pth file, and
+# takes no second torch.
+$(WORKS)/.ready: tests/works_with/requirements.txt constraints.txt | $(READY)
+	$(BIN)/python -m venv $(WORKS)
+	echo "import site; site.addsitedir('$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
+	  > $$($(WORKS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/venv.pth
+	$(WORKS)/bin/pip install --quiet --disable-pip-version-check --no-deps --requirement tests/works_with/requirements.txt
+	@touch $@
+
+works-with: $(READY) $(WORKS)/.ready ## real uses under other packages, and docs/works-with.md (5 minutes; ARGS=timm)
+	$(WORKS)/bin/python tests/works_with/run.py $(ARGS)
+	$(WORKS)/bin/python -m pytest tests/works_with
+
 accuracy: $(READY) ## measure the errors against float64 and write docs/accuracy.md
 	$(BIN)/python -m benchmarks.accuracy
 
@@ -138,4 +152,4 @@ format: $(READY) ## format the code
 	$(BIN)/ruff check --fix .
 
 clean: ## remove .venv and caches
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(WORKS) .pytest_cache .mypy_cache .ruff_cache .hypothesis

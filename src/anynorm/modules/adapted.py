@@ -207,5 +207,5 @@ def make_adapted(original: type[nn.Module], adapter: Adapter, beside: type[nn.Mo
 def restore(original: type[nn.Module], adapter: tuple[Any, ...], beside: type[nn.Module]) -> nn.Module:
     """An empty instance, which pickle and copy fill."""
     kind = make_adapted(original, Adapter(*adapter), beside)
-    module: nn.Module = kind.__new__(kind)
+    module: nn.Module = object.__new__(kind)
     return module
