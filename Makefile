@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: studies batchsize ddp faults fuzz masked sanitize help setup compare vowels try speed bench explain env list test check accuracy format clean
+.PHONY: versions studies batchsize ddp faults fuzz masked sanitize help setup compare vowels try speed bench explain env list test check accuracy format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -95,6 +95,9 @@ $(VENV)/.sanitize: constraints.txt | $(READY)
 
 sanitize: $(READY) $(VENV)/.sanitize ## the kernel tests under address, undefined-behaviour and thread sanitizers
 	bash tests/sanitize/run.sh $(BIN)/python
+
+versions: ## the suite on other versions of Python and torch, and docs/versions.md (hours; ARGS="3.13 2.15" is one pair)
+	$(PYTHON) benchmarks/versions.py $(ARGS)
 
 accuracy: $(READY) ## measure the errors against float64 and write docs/accuracy.md
 	$(BIN)/python -m benchmarks.accuracy
