@@ -144,6 +144,9 @@ works-with: $(READY) $(WORKS)/.ready ## real uses under other packages, and docs
 	$(WORKS)/bin/python tests/works_with/run.py $(ARGS)
 	$(WORKS)/bin/python -m pytest tests/works_with
 
+versions: ## the suite on other versions of Python and torch, and docs/versions.md (hours; ARGS="3.13 2.15" is one pair)
+	$(PYTHON) benchmarks/versions.py $(ARGS)
+
 accuracy: $(READY) ## measure the errors against float64 and write docs/accuracy.md
 	$(BIN)/python -m benchmarks.accuracy
 

@@ -32,6 +32,7 @@ LONG = {
 TORCHS = "_load_from_state_dict"
 
 
+names_functions = pytest.mark.skipif(sys.version_info < (3, 11), reason="frames name their functions since Python 3.11")
 CALLS = ("normalize_known", "forward_saving", "forward_tensors", "forward")  # of the compiled module
 
 
@@ -63,6 +64,7 @@ def find_way(norm: torch.nn.Module, x: torch.Tensor, monkeypatch: pytest.MonkeyP
     return ways[-1]
 
 
+@names_functions
 @pytest.mark.skipif(bool(kernels.OFF), reason="there is no compiled call without the kernels")
 @pytest.mark.parametrize("wants_gradient", [True, False])
 @pytest.mark.parametrize("name", ["batch", "evaluation", "layer", "rms", "group", "instance", "fused"])
@@ -102,6 +104,7 @@ def count_calls(step: Any) -> Counter[str]:
     return found
 
 
+@names_functions
 @pytest.mark.skipif(not kernels.READS_TENSORS, reason="without them, or with an older torch, Python finds addresses")
 @pytest.mark.parametrize(("name", "most"), [("batch", 15), ("layer", 6), ("group", 6), ("rms", 8), ("fused", 16)])
 def test_a_small_step_costs_few_calls_of_python(name, most, monkeypatch):

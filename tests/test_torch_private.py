@@ -17,6 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from anynorm import torch_private
+from anynorm.engine.request import Request
+from anynorm.statistics import find_power
 from anynorm.torch_private import (
     DeviceContext,
     NormBase,
@@ -35,6 +37,7 @@ from anynorm.torch_private import (
     find_transforms,
     functions_of_nn,
     increment_version,
+    is_exporting,
     is_legacy_batched,
     is_tracing,
     is_wrapped,
@@ -68,6 +71,31 @@ def test_transforms_are_counted_and_named():
     assert not is_wrapped(X)
     torch.func.jvp(look, (X,), (X,))
     assert seen[-1][1] == [TransformType.Jvp]
+
+
+def test_compilers_know_transforms_exports_and_named_tuples():
+    """torch.compile of 2.10 ends its graph at the first, answers True to the second; that of 2.8 lacks the third."""
+    assert not is_exporting()
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def look(x):
+        request = Request(eps=1.0)._replace(eps=2.0)
+        return x + count_transforms() + 10 * is_exporting() + 100 * request.eps
+
+    assert torch.equal(look(X), X + 200)
+
+    class Look(nn.Module):
+        def forward(self, x):
+            return x + (1 if is_exporting() else 2)
+
+    assert torch.equal(torch.export.export(Look(), (X,)).module()(X), X + 1)
+
+
+def test_powers_of_two_are_the_same_under_vmap():
+    for dtype in (torch.float32, torch.float64):
+        low, high = torch.finfo(dtype).tiny, torch.finfo(dtype).max
+        sizes = torch.tensor([[0, low, 0.3, 1, 1.5], [3, 1e20, high / 2, high, torch.inf]], dtype=dtype)
+        assert torch.equal(torch.func.vmap(find_power)(sizes), find_power(sizes))
 
 
 def test_modes_are_counted_and_found():

@@ -100,7 +100,7 @@ def match_options(activations: Sequence[Activation], given: dict[str, Any]) -> t
         if activation.settings != chosen:
             continue
         number = given.get(activation.option, activation.default)
-        if isinstance(number, int | float) and isfinite(number):
+        if isinstance(number, (int, float)) and isfinite(number):
             return write_activation(activation, float(number)), ""
         return "", f"{activation.name} is fused with a plain number as {activation.option}, this has {number!r}"
     return "", f"{activations[0].name} is not fused with {chosen}"

@@ -110,7 +110,7 @@ def check_normalized_shape(
         raise RuntimeError(
             f"{function}: normalized_shape must name at least one axis; got (); pass the last axes' sizes"
         )
-    if any(isinstance(size, float | bool) for size in shape):
+    if any(isinstance(size, (float, bool)) for size in shape):
         raise TypeError(f"{function}: normalized_shape must be whole numbers; got {shape}; pass ints")
     if x.dim() < len(shape) and function == "rms_norm":
         raise ValueError(
@@ -135,7 +135,7 @@ def check_groups(function: str, x: Tensor, groups: int) -> None:
     if x.dim() < 2:
         kind = ValueError if function == "instance_norm" else RuntimeError
         raise kind(f"{function}: input must have axes (N, C, ...); got {x.dim()} axes; add one with unsqueeze")
-    if isinstance(groups, bool | float):  # 2.0 equals 2, and would be taken where 2 was remembered
+    if isinstance(groups, (bool, float)):  # 2.0 equals 2, and would be taken where 2 was remembered
         raise TypeError(f"{function}: groups must be a whole number; got {groups!r}; pass int({groups})")
     channels = x.shape[1]
     if groups < 1 or channels % groups:

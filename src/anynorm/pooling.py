@@ -105,13 +105,13 @@ def parse(pattern: str) -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
     left = split_words(sides[0], pattern)
     names = [name for axis in left for name in axis]
     right = tuple(name for axis in split_words(sides[1], pattern) for name in axis)
-    for name in names:
-        if names.count(name) > 1:
+    for place, name in enumerate(names):  # not `count`: torch.compile of 2.8 cannot follow it
+        if name in names[:place]:
             raise PatternError(
                 f"pattern {pattern!r}: every axis needs a name of its own; got {name!r} twice; rename one"
             )
-    for name in right:
-        if name not in names or right.count(name) > 1:
+    for place, name in enumerate(right):
+        if name not in names or name in right[:place]:
             raise PatternError(
                 f"pattern {pattern!r}: the right side keeps axes of the left, once each; got {name!r}; "
                 f"choose among {', '.join(names)}"
@@ -122,6 +122,10 @@ def parse(pattern: str) -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
             "leave an axis out on the right"
         )
     return left, right
+
+
+# torch.compile calls it and keeps the answer; followed by it, a pattern costs seconds, and torch 2.8 fails.
+parse._dynamo_marked_constant = True  # type: ignore[attr-defined] # as torch.compiler.assume_constant_result marks
 
 
 @remember

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from .pooling import Pooling
 from .statistics import Moments, at_least_one, find_wide_dtype
+from .torch_private import with_replace
 
 
+@with_replace
 class Batch(NamedTuple):
     """x itself; gradient flows through its mean and variance.
 
@@ -263,5 +265,5 @@ def average_counted(new: Tensor, count: Tensor, samples: tuple[int, ...]) -> tup
 def move_running(source: Any, moments: Moments, pooling: Pooling) -> None:
     """Move a source's running averages by the moments of x, where it has any."""
     if source.running_mean is not None and source.running_var is not None:
-        mean, var, momentum = source[:3]
+        mean, var, momentum = source[0], source[1], source[2]
         update_running(mean, var, moments, pooling.samples, momentum, pooling.ghosts)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .pooling import Pooling
+from .torch_private import count_transforms, with_replace
 
 
 @dataclass
@@ -64,6 +65,7 @@ def find_wide_dtype(x: Tensor) -> torch.dtype:
     return torch.float32 if x.device.type == "mps" else torch.float64
 
 
+@with_replace
 class Centred(NamedTuple):
     """An opened tensor about the mean of its pools, in the precision it came in.
 
@@ -131,11 +133,21 @@ def find_range(view: Tensor, pooling: Pooling) -> tuple[Tensor, Tensor, Tensor]:
         return zeros, zeros, zeros + 1
     least, most = view.amin(pooling.pooled, keepdim=True), view.amax(pooling.pooled, keepdim=True)
     size = torch.maximum(-least, most)
-    # The bits of an exponent alone are that power of two: exactly, as no logarithm is on every device.
-    kind, exponent, limit = (torch.int64, 0x7FF << 52, 2.0**900)
-    if view.dtype is torch.float32:
-        kind, exponent, limit = (torch.int32, 0xFF << 23, 2.0**100)
-    return least, most, (size.view(kind) & exponent).view(view.dtype).clamp(1 / limit, limit).reciprocal()
+    limit = 2.0**100 if view.dtype is torch.float32 else 2.0**900
+    return least, most, find_power(size).clamp(1 / limit, limit).reciprocal()
+
+
+def find_power(size: Tensor) -> Tensor:
+    """The power of two of each float32 or float64: exactly, as no logarithm is on every device.
+
+    0 below all normal numbers, or a power that small; infinity, or the largest number, where there is none.
+    """
+    if count_transforms():  # vmap of torch 2.10 knows no bits.
+        mantissa, _ = torch.frexp(size)
+        return torch.where(size == 0, size, size / (2 * mantissa)).nan_to_num(torch.inf)
+    # The bits of the exponent alone are that power.
+    kind, exponent = (torch.int32, 0xFF << 23) if size.dtype is torch.float32 else (torch.int64, 0x7FF << 52)
+    return (size.view(kind) & exponent).view(size.dtype)
 
 
 def find_moments(found: Centred) -> Moments:

@@ -17,6 +17,7 @@ import torch
 from torch.autograd import forward_ad
 
 T = TypeVar("T")
+TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 
 
 def find(path: str, instead: Any) -> Any:
@@ -44,12 +45,36 @@ class NoKeys:
         return object()
 
 
+def ask_once(function: Callable[[], T]) -> Callable[[], T]:
+    """The function, for a torch.compile that does not know it: asked as a graph is traced, and a constant in it."""
+
+    def answer() -> T:
+        return function()
+
+    answer._dynamo_marked_constant = True  # type: ignore[attr-defined] # as torch.compiler.assume_constant_result marks
+    return answer
+
+
+def with_replace(kind: type[T]) -> type[T]:
+    """A class of named tuples with a `_replace` that torch.compile looks into. torch's follows any since 2.10."""
+    if TORCH < (2, 10):
+
+        def replace(self: Any, **changed: Any) -> Any:
+            return kind(*[changed.get(name, value) for name, value in zip(names, self)])
+
+        names = kind._fields  # type: ignore[attr-defined] # a class of named tuples
+        kind._replace = replace  # type: ignore[attr-defined]
+    return kind
+
+
 # --- Does anything watch the operations? Without an answer something does, and torch's own operations are used. -----
 
 # The dispatch keys of a tensor, whose `raw_repr()` is a number: plain memory or anything else. Since 2.0.
 dispatch_keys: Callable[[torch.Tensor], Any] = find("_C._dispatch_keys", NoKeys)
-# How many transforms of torch.func are in force. Since 2.0; torch.compile follows it since 2.11.
+# How many transforms of torch.func are in force. Since 2.0.
 count_transforms: Callable[[], int] = find("_C._functorch.get_dynamic_layer_stack_depth", lambda: 1)
+if TORCH < (2, 13):  # A torch.compile that does not know the function, as that of 2.10, would end its graph there.
+    count_transforms = ask_once(count_transforms)
 # How many dispatch modes, and function modes, are in force, and which. Since 2.0.
 count_dispatch_modes: Callable[[], int] = find("_C._len_torch_dispatch_stack", lambda: 1)
 count_function_modes: Callable[[], int] = find("_C._len_torch_function_stack", lambda: 1)
@@ -95,6 +120,10 @@ DeviceContext: type = find("utils._device.DeviceContext", type("DeviceContext", 
 # A function that compilers do not look into. Since 2.0; torch.compiler.disable does it too, but loads the compiler,
 # which takes seconds, at import.
 not_compiled: Callable[[T], T] = find("_disable_dynamo", lambda function: function)
+# Public, and yet torch.compile answers True in every graph, whether exported or not, in 2.8 and 2.10 at least.
+is_exporting: Callable[[], bool] = torch.compiler.is_exporting
+if TORCH < (2, 13):
+    is_exporting = ask_once(is_exporting)
 # Where some functions of torch.nn.functional are under a name of their own.
 functions_of_nn: Any = find("_C._nn", torch.nn.functional)
 # What torch.nn's batch and instance norms have in common.
@@ -109,7 +138,7 @@ def tree_leaves(tree: Any) -> list[Any]:
         return leaves
     if isinstance(tree, dict):
         return [leaf for part in tree.values() for leaf in tree_leaves(part)]
-    return [leaf for part in tree for leaf in tree_leaves(part)] if isinstance(tree, list | tuple) else [tree]
+    return [leaf for part in tree for leaf in tree_leaves(part)] if isinstance(tree, (list, tuple)) else [tree]
 
 
 def map_tensors(function: Callable[[torch.Tensor], Any], tree: Any) -> Any:
@@ -119,7 +148,7 @@ def map_tensors(function: Callable[[torch.Tensor], Any], tree: Any) -> Any:
         return own(torch.Tensor, function, tree)
     if isinstance(tree, dict):
         return {key: map_tensors(function, part) for key, part in tree.items()}
-    if isinstance(tree, list | tuple):
+    if isinstance(tree, (list, tuple)):
         return type(tree)(map_tensors(function, part) for part in tree)
     return function(tree) if isinstance(tree, torch.Tensor) else tree
 

@@ -118,7 +118,7 @@ TEXTS = {
         (ValueError, MODES, find_loss, {"model": anynorm.BatchRenormAct1d(3)}),
     "accumulate: the model cannot take part; got LazyBatchNorm2d; it has not seen an input; run one batch first":
         (ValueError, MODES, find_loss, {"model": anynorm.LazyBatchNorm2d()}),
-    "BatchNorm1d(3, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True): statistics need "
+    f"{anynorm.BatchNorm1d(3)}: statistics need "  # torch's words, which name `bias` in some versions only
     "more than 1 value "
     "per channel in all micro-batches together, or every output is beta; got 1; use a larger batch, drop a last "
     "batch of "

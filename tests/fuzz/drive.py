@@ -33,6 +33,11 @@ STEPS = settings(
 )
 
 
+def add_note(error: Exception, note: str) -> None:
+    """What the report of an error shows below it; before Python 3.11 it is printed."""
+    getattr(error, "add_note", print)(note)
+
+
 def drive(check: Callable[[Any], None], cases: SearchStrategy[Any]) -> None:
     """check(case) for case after case; what fails is made as simple as can be and shown as a script."""
 
@@ -40,7 +45,7 @@ def drive(check: Callable[[Any], None], cases: SearchStrategy[Any]) -> None:
         try:
             check(case)
         except Exception as error:
-            error.add_note(f"\n{'-' * 20} a script of it\n\n{write_script(check, case)}")
+            add_note(error, f"\n{'-' * 20} a script of it\n\n{write_script(check, case)}")
             raise
 
     end = monotonic() + SECONDS
@@ -50,5 +55,5 @@ def drive(check: Callable[[Any], None], cases: SearchStrategy[Any]) -> None:
         try:
             hypothesis.seed(f"{SEED} {turn}")(STEPS(hypothesis.given(cases)(run)))()
         except Exception as error:
-            error.add_note(f"found by FUZZ_SEED={SEED} in round {turn}")
+            add_note(error, f"found by FUZZ_SEED={SEED} in round {turn}")
             raise

@@ -146,6 +146,6 @@ def find_sample_count(batch: Any) -> int | None:
         return batch.shape[0] if batch.dim() else None
     if isinstance(batch, Mapping):
         batch = list(batch.values())
-    if isinstance(batch, list | tuple):
+    if isinstance(batch, (list, tuple)):
         return next((size for size in map(find_sample_count, batch) if size is not None), None)
     return None

@@ -31,7 +31,7 @@ def normalize(
 ) -> Tensor:
     """`paths.normalize` with merged statistics, for norms with one mean for each channel; x may be empty."""
     x, plan = request.source.exchange.take_input(x), None
-    if x.numel() and is_plain(x, weight, bias, residual, request.mask, *request.source[:2]):
+    if x.numel() and is_plain(x, weight, bias, residual, request.mask, request.source[0], request.source[1]):
         x = kernels.arrange(x)
         plan = kernels.find_plan(x, pooling, 2, request.mask is not None)
     if plan is None:

@@ -20,7 +20,7 @@ from .. import statistics
 from ..pooling import Pooling
 from ..sources import Given, Merged, move_running
 from ..statistics import Moments
-from ..torch_private import count_transforms
+from ..torch_private import count_transforms, is_exporting
 from ..version import __version__
 from . import kernels, library, memory, merged, plain, protocol, transforms
 from .gradients import apply
@@ -73,7 +73,7 @@ is_exact._dynamo_marked_constant = True  # type: ignore[attr-defined] # torch's 
 
 def prefers_torch(x: Tensor) -> bool:
     """Whether torch's own operation should serve: in exported graphs, which other tools read, and off the CPU."""
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined] # public, but not said so
+    if is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined] # public, but not said so
         return True
     return x.device.type != "cpu" and not is_exact()
 
@@ -126,7 +126,7 @@ def normalize(
     source, _, _, mask, *_ = request
     if type(source) is Merged:
         return merged.normalize(x, weight, bias, residual, request, pooling)
-    if not is_plain(x, weight, bias, residual, mask, *source[:2]):
+    if not is_plain(x, weight, bias, residual, mask, source[0], source[1]):
         found = protocol.hand_over(normalize, (x, weight, bias, residual, request, pooling), {})
         return compose(x, weight, bias, residual, request, pooling) if found is None else found
     arranged, plan = kernels.arrange_for(x, pooling, int(type(source) is Given), mask is not None)
@@ -175,7 +175,7 @@ def compose(
     """The formula in differentiable operations, laid out as torch's result would be."""
     source, _, _, mask, *_ = request
     # Exported graphs are read by other tools, and must not depend on sizes.
-    in_graph = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    in_graph = torch.compiler.is_compiling() and not is_exporting()
     if type(source) is not Given:
         if (in_graph and library.serves(x)) or (is_observed(x, weight, bias, residual, mask) and not kernels.OFF):
             y, moments = library.normalize(x, weight, bias, residual, request, pooling)

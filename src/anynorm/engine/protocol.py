@@ -35,7 +35,7 @@ def read_plain(value: Any) -> Any:
     """The same memory as a Tensor, through which gradients flow; within tuples and requests, too."""
     if type(value) is tuple:
         return tuple(map(read_plain, value))
-    if isinstance(value, Request | Batch | Given | Merged | Renorm):
+    if isinstance(value, (Request, Batch, Given, Merged, Renorm)):
         return type(value)(*map(read_plain, value))
     return value.as_subclass(Tensor) if is_renamed_memory(value) else value
 

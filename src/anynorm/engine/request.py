@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ..sources import BATCH
+from ..torch_private import with_replace
 
 
+@with_replace
 class Request(NamedTuple):
     """What is asked beside the tensors that autograd must see: x, gamma, beta and a residual.
 

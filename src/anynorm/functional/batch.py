@@ -64,7 +64,9 @@ class BatchFront(Front):
         return type(request.source) is not Merged
 
     def is_torchs(self, request: Request) -> bool:
-        return is_given(request) or (type(request.source) is Batch and isinstance(request.source.momentum, float | int))
+        return is_given(request) or (
+            type(request.source) is Batch and isinstance(request.source.momentum, (float, int))
+        )
 
     def call_torch(self, x: Any, weight: Any, bias: Any, request: Request) -> Tensor:
         return F.batch_norm(*self.write_call(x, weight, bias, request)[1])
@@ -77,7 +79,7 @@ def is_given(request: Request) -> bool:
 
 def check_averages(function: str, x: Tensor, request: Request) -> None:
     """Refuse averages that share memory, where they are about to move."""
-    mean, var = request.source[:2]
+    mean, var = request.source[0], request.source[1]  # not a slice: torch.compile of 2.8 makes none of named tuples
     if not is_given(request) and mean is not None and var is not None and watch.has_memory(x, mean, var):
         check_no_overlap(function, x, mean, var)
 

@@ -53,7 +53,7 @@ class Front:
         _, _, activation, mask, lengths, _ = request
         if mask is not None or lengths is not None:
             opened = None
-            if watch.is_plain(x, weight, bias, residual, *request.source[:2]):
+            if watch.is_plain(x, weight, bias, residual, request.source[0], request.source[1]):
                 opened = self.open_mask(x, request)
             if opened is None:
                 found = self.hand_over(x, weight, bias, residual, request)
@@ -133,7 +133,7 @@ class Front:
         if ragged.is_ragged(x):
             return None
         source, _, activation, mask, lengths, _ = request
-        if not isinstance(source, Batch | Given):
+        if not isinstance(source, (Batch, Given)):
             return protocol.hand_over(self.normalize, (x, weight, bias, residual, request), {})
         function, arguments = self.write_call(x, weight, bias, request)
         options = {"activation": activation, "residual": residual, "mask": mask, "lengths": lengths}

@@ -28,7 +28,7 @@ class RenormFront(BatchFront):
         found = self.hand_over(x, weight, bias, residual, request)
         if found is not None:
             return found
-        moving = request._replace(source=Batch(*request.source[:3]))
+        moving = request._replace(source=Batch(request.source[0], request.source[1], request.source[2]))
         rows = ragged.open_rows(self.function, x) if ragged.is_ragged(x) else x
         check_floating(self.function, rows)
         if rows is x:
@@ -54,7 +54,9 @@ class RenormFront(BatchFront):
         r_max, d_max = source.limits
         options = {"r_max": r_max, "d_max": d_max, "start_share": source.start_share}
         options |= {"activation": activation, "residual": residual, "mask": mask, "lengths": lengths}
-        return protocol.hand_over(batch_renorm, (x, *source[:2], weight, bias, True, source.momentum, eps), options)
+        return protocol.hand_over(
+            batch_renorm, (x, source[0], source[1], weight, bias, True, source.momentum, eps), options
+        )
 
 
 RENORM: BatchFront = RenormFront("batch_renorm", "renorm")

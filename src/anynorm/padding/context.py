@@ -158,7 +158,7 @@ def read_masks_of_part(given: Any) -> list[SizedMask]:
         TypeError: none, or something that is no tensor.
         ValueError: values that are neither 0 nor 1.
     """
-    several = list(given) if isinstance(given, tuple | list) else [given]
+    several = list(given) if isinstance(given, (tuple, list)) else [given]
     if not several or any(not isinstance(mask, Tensor) for mask in several):
         got = ", ".join(type(mask).__name__ for mask in several) or "nothing"
         raise TypeError(f"masked: one or more masks are needed; got {got}; pass mask_of(lengths, size)")

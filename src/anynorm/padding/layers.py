@@ -110,21 +110,21 @@ def has_window_name(layer: nn.Module) -> bool:
 
 def depends_on_ends(layer: Any) -> bool:
     """Whether a layer treats blanks behind a sample in another way than the sample's end."""
-    if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+    if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return layer.padding_mode != "zeros" and (layer.padding == "same" or pads(layer.padding))
-    if isinstance(layer, nn.AvgPool1d | nn.AvgPool2d | nn.AvgPool3d):
+    if isinstance(layer, (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)):
         return layer.ceil_mode or (pads(layer.padding) and not layer.count_include_pad)
-    return isinstance(layer, nn.LPPool1d | nn.LPPool2d | nn.LPPool3d) and layer.ceil_mode
+    return isinstance(layer, (nn.LPPool1d, nn.LPPool2d, nn.LPPool3d)) and layer.ceil_mode
 
 
 def pads(padding: Any) -> bool:
     """Whether a layer's own `padding` adds positions."""
-    return any(padding) if isinstance(padding, tuple | list) else bool(padding) and padding != "valid"
+    return any(padding) if isinstance(padding, (tuple, list)) else bool(padding) and padding != "valid"
 
 
 def is_pointwise(layer: Any) -> bool:
     """Whether a convolution looks at one position at a time and keeps all of them."""
-    if not isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+    if not isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return False
     return {*layer.kernel_size, *layer.stride} == {1} and (layer.padding == "same" or not pads(layer.padding))
 
@@ -155,9 +155,12 @@ def run_per_sample(name: str, layer: Any, x: Tensor, recorded: SizedMask, output
         ends = find_real_sizes(name, real)
         box = [slice(None) if shared else slice(0, end) for shared, end in zip(is_shared, ends)]
         # Not layer(...): the hooks of this call are not to run again. An empty sample makes no positions.
-        alone = (
-            layer.forward(sample[(slice(None), slice(None), *box)]) if all(ends) else output[:1, :, *[slice(0)] * axes]
-        )
+        if all(ends):
+            real_part = slice(None), slice(None), *box
+            alone = layer.forward(sample[real_part])
+        else:
+            no_part = slice(1), slice(None), *[slice(0)] * axes
+            alone = output[no_part]
         sizes.append(alone.shape[2:])
         missing = [size - other for size, other in zip(output.shape[2:], alone.shape[2:])]
         padded_outputs.append(F.pad(alone, [n for size in reversed(missing) for n in (0, size)]))

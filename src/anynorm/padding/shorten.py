@@ -164,7 +164,7 @@ def make_windows(
 
 def read_option(name: str, value: Any, axes: int, least: int = 0) -> list[int]:
     """An option for each axis, from one for all or one for each."""
-    values = list(value) if isinstance(value, tuple | list) else [value]
+    values = list(value) if isinstance(value, (tuple, list)) else [value]
     if any(isinstance(one, bool) or not isinstance(one, int) for one in values):
         raise TypeError(f"shorten: {name} must be whole numbers; got {value!r}; pass the layer's own {name}")
     if len(values) not in (1, axes) or any(one < least for one in values):

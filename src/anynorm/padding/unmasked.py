@@ -40,7 +40,7 @@ class UnmaskedLayers:
         Raises:
             ValueError: a norm of torch's that counts the padding.
         """
-        by_features = isinstance(norm, nn.LayerNorm | nn.RMSNorm)
+        by_features = isinstance(norm, (nn.LayerNorm, nn.RMSNorm))
         channels = tuple(range(x.dim() - len(norm.normalized_shape), x.dim())) if by_features else (1,)
         if x.dim() - len(channels) < 2:
             return self.add_if_over_positions(norm, x)

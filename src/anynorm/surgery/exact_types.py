@@ -96,7 +96,7 @@ def register_captum(module: ModuleType) -> None:
 
 def explain_refusal(layer: nn.Module) -> str:
     """Why a layer cannot be used there, and the remedy."""
-    if isinstance(layer, LSTM | GRU):
+    if isinstance(layer, (LSTM, GRU)):
         return f"{describe(type(layer))} has no per-sample gradients here; use torch's layer"
     remedy = "anynorm.accelerate(model, undo=True) first, or a model that was not fused"
     return f"{describe(type(layer))} is norm, sum and activation in one, which it must see apart; {remedy}"

@@ -30,7 +30,8 @@ class GraphForward:
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # A class made at run time cannot be found again by name; a GraphModule knows how its graph is kept.
         graph = fx.GraphModule(self, self.graph)  # type: ignore[arg-type] # annotated as the class of its graph, an fx.Graph
-        return restore, (self.original_class, self.refused, graph), self.__getstate__()
+        find_state = getattr(self, "__getstate__", lambda: self.__dict__)  # every object has it since Python 3.11
+        return restore, (self.original_class, self.refused, graph), find_state()
 
 
 def restore(original: type[nn.Module], refused: dict[str, str], graph: fx.GraphModule) -> nn.Module:

@@ -168,7 +168,7 @@ def plan_undo(model: nn.Module, report: Report) -> list[Place]:
         sequential, first, second = pairs.get(name, ("", "", ""))
         successor = model.get_submodule(join_name(sequential, second))
         # A graph calls what it called when it was made: there only an nn.Identity that was called as the activation.
-        called = not isinstance(model, fx.GraphModule | GraphForward) or ACTIVATION_ATTRIBUTE in vars(successor)
+        called = not isinstance(model, (fx.GraphModule, GraphForward)) or ACTIVATION_ATTRIBUTE in vars(successor)
         if type(successor) is nn.Identity and called and type(norm) in FUSED.values() and counts[id(norm)] == 1:
             places.append(Place(sequential, first, second, norm.activation))
         else:

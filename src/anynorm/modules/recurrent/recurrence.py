@@ -253,4 +253,4 @@ def each(state: Any, change: Any) -> Any:
     """A GRU's h or an LSTM's (h, c), each of them changed; None stays None."""
     if state is None:
         return None
-    return tuple(map(change, state)) if isinstance(state, tuple | list) else change(state)
+    return tuple(map(change, state)) if isinstance(state, (tuple, list)) else change(state)

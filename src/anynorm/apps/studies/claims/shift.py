@@ -46,7 +46,8 @@ def corrupt(x: np.ndarray, kind: str, strength: float) -> np.ndarray:
         noisy: np.ndarray = x + strength * np.random.default_rng(0).standard_normal(x.shape, np.float32)
         return noisy
     if kind == "brightness":
-        return x + np.float32(strength)
+        brighter: np.ndarray = x + np.float32(strength)
+        return brighter
     if kind == "contrast":
         mean = x.mean(tuple(range(1, x.ndim)), keepdims=True)
         grey: np.ndarray = mean + np.float32(strength) * (x - mean)
