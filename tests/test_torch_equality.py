@@ -16,6 +16,7 @@ import torch.nn.functional as F
 import anynorm
 from anynorm import FAMILY
 from anynorm.surgery.accelerate import PAIRS
+from anynorm.torch_private import TORCH
 from specimens import LAYOUTS, SPECIMENS, TRACKING
 
 KINDS = [kind.__name__ for kind in PAIRS]
@@ -268,6 +269,8 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_errors_are_of_torchs_type(name):
     theirs = outcome(lambda: BAD[name](nn, F))
+    if theirs is None and TORCH < (2, 10):
+        pytest.skip("torch before 2.10 raises nothing here")
     ours = outcome(lambda: BAD[name](anynorm, anynorm.functional))
     assert theirs is not None
     assert ours is not None

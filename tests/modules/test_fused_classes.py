@@ -18,6 +18,7 @@ import anynorm
 from anynorm import FAMILY, activations
 from anynorm.activations import ACTIVATIONS
 from anynorm.modules.fused import Fused
+from anynorm.torch_private import TORCH
 from fused_specimens import fuse, ids
 from specimens import ARGUMENTS, SIZES, SPECIMENS, TRACKING
 
@@ -96,6 +97,8 @@ def test_what_torch_refuses_is_refused_in_its_words():
         with pytest.raises(ValueError) as refused:
             kind(3, 4)
         texts.append(str(refused.value))
+    if TORCH < (2, 10):  # which names no numbers
+        texts = [re.sub(r" \(\d+\)", "", text) for text in texts]
     assert texts[0] == texts[1]
     texts = []
     for kind in (nn.InstanceNorm1d, anynorm.InstanceNormAct1d):
