@@ -142,6 +142,7 @@ $(WORKS)/.ready: tests/works_with/requirements.txt constraints.txt | $(READY)
 
 works-with: $(READY) $(WORKS)/.ready ## real uses under other packages, and docs/works-with.md (5 minutes; ARGS=timm)
 	$(WORKS)/bin/python tests/works_with/run.py $(ARGS)
+	$(WORKS)/bin/python -W ignore tests/works_with/models.py $(ARGS)
 	$(WORKS)/bin/python -m pytest tests/works_with
 
 versions: ## the suite on other versions of Python and torch, and docs/versions.md (hours; ARGS="3.13 2.15" is one pair)

@@ -13,7 +13,7 @@ from typing import Any
 
 # Every page, once, by its part of the table of contents.
 CONTENTS: dict[str, list[str]] = {
-    "Start": ["docs/tutorial", "docs/try-and-explain", "docs/gallery"],
+    "Start": ["docs/installing", "docs/tutorial", "docs/try-and-explain", "docs/gallery"],
     "Guides": [
         "docs/compare",
         "docs/padding",
@@ -23,6 +23,7 @@ CONTENTS: dict[str, list[str]] = {
         "docs/recalibrate",
         "docs/recurrent",
         "docs/fused",
+        "docs/works-with",
     ],
     "Evidence": ["docs/claims", "docs/speed", "docs/accuracy"],
     "The norms": [
@@ -47,13 +48,13 @@ CONTENTS: dict[str, list[str]] = {
         "docs/reference/formula",
     ],
     "How it works": ["docs/architecture", "docs/kernels", "docs/allocator"],
-    "Project": ["CONTRIBUTING", "CHANGELOG"],
+    "Project": ["docs/versions", "docs/public", "CONTRIBUTING", "SECURITY", "CHANGELOG"],
 }
 
 project = "anynorm"
 copyright = "The anynorm developers"
 root_doc = "README"
-include_patterns = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/**"]
+include_patterns = ["README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "docs/**"]
 exclude_patterns = [".venv", "build", "src", "tests", "benchmarks", "examples"]
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 

@@ -14,7 +14,7 @@ from anynorm import functional
 ROOT = Path(__file__).parents[1]
 CONF = runpy.run_path(str(ROOT / "docs" / "conf.py"))
 PLACED = [page for pages in CONF["CONTENTS"].values() for page in pages]
-MODULES = {"functional", "reference"}  # their names have lines of their own
+MODULES = {"functional", "reference", "__version__"}  # they have lines, and a page, of their own
 LINE = re.compile(r"^\.\. (?:auto\w+|py:data):: ([\w.]+)$|^\.\. currentmodule:: ([\w.]+)$", re.MULTILINE)
 
 
