@@ -5,8 +5,10 @@
 `anynorm.accelerate(model)` is the whole migration.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from . import functional, reference
-from .accumulation.accumulate import accumulate
 from .engine.allocator import tune_allocator
 from .engine.paths import exact
 from .errors import PatternError, SyncError, UserError
@@ -55,9 +57,15 @@ from .padding.shorten import shorten
 from .surgery import exact_types
 from .surgery.accelerate import accelerate
 from .surgery.adapters import register
-from .surgery.recalibration.recalibrate import recalibrate
 from .surgery.sync import sync
 from .version import __version__
+
+if TYPE_CHECKING:
+    from .accumulation.accumulate import accumulate
+    from .surgery.recalibration.recalibrate import recalibrate
+
+# Loaded when they are first asked for: together they take a fifth of the import.
+LATER = {"accumulate": ".accumulation.accumulate", "recalibrate": ".surgery.recalibration.recalibrate"}
 
 exact_types.register_with_packages()
 
@@ -124,3 +132,12 @@ __all__ = [
     "tune_allocator",
     "update_once",
 ]
+
+
+if not TYPE_CHECKING:  # to checkers every name would exist
+
+    def __getattr__(name: str) -> Any:
+        if name not in LATER:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        globals()[name] = found = getattr(import_module(LATER[name], __name__), name)
+        return found
