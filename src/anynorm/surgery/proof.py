@@ -15,6 +15,7 @@ from ..randomness import restore_randomness, save_randomness
 
 RTOL = 1e-5  # of the largest output, or gradient; the two are sums of the same terms in another order
 ROUNDED = 0.05  # share of bfloat16 outputs that differ; float32 sums in another order change one in a thousand
+ON_CPU: dict[str, Any] = {"device": "cpu", "dtype": torch.float32}  # whatever the user's defaults are
 NOT_COMPARED = "it could not be compared"
 
 
@@ -67,11 +68,11 @@ def make_twin(module: Any, dtype: torch.dtype) -> Any:
     """A copy on the CPU with random parameters and statistics."""
     twin: Any = copy.deepcopy(module)
     twin = twin.to(device="cpu", dtype=dtype)
-    generator = torch.Generator().manual_seed(0)
+    generator = make_generator(0)
     with torch.no_grad():
         for t in (*twin.parameters(), *twin.buffers()):
             if t.is_floating_point():  # variances must be positive
-                t.copy_(0.5 + torch.rand(t.shape, generator=generator))
+                t.copy_(0.5 + torch.rand(t.shape, generator=generator, **ON_CPU))
     for t in twin.parameters():
         t.requires_grad_(True)
     return twin
@@ -79,10 +80,10 @@ def make_twin(module: Any, dtype: torch.dtype) -> Any:
 
 def make_inputs(module: Any, adapter: Adapter) -> Iterator[Tensor]:
     """Random inputs of every number of axes that the adapter serves."""
-    generator = torch.Generator().manual_seed(1)
+    generator = make_generator(1)
     for shape in find_shapes(module, adapter):
         for scale, mean in ((1.0, 0.0), (1.0, 3.0), (1e-3, 0.0)):
-            yield torch.randn(shape, generator=generator) * scale + mean
+            yield torch.randn(shape, generator=generator, **ON_CPU) * scale + mean
 
 
 def find_shapes(module: Any, adapter: Adapter) -> list[tuple[int, ...]]:
@@ -112,7 +113,7 @@ def compare(theirs: Any, ours: Any, x: Tensor) -> str:
         y = forward(module, given)
         if not isinstance(y, Tensor):
             return f"its forward returns {type(y).__name__}, no tensor"
-        weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(2))
+        weights = torch.randn(y.shape, generator=make_generator(2), **ON_CPU)
         (y * weights).sum().backward()
         grads = {name: p.grad for name, p in module.named_parameters()}
         results.append((y.detach(), given.grad, grads, dict(module.named_buffers())))
@@ -137,3 +138,8 @@ def measure(one: Tensor | None, other: Tensor | None) -> float:
         return 0.0 if present is None or not bool(present.any()) else float("inf")
     one, other = one.double(), other.double()
     return float((one - other).abs().max() / one.abs().max().clamp_min(1e-30)) if one.numel() else 0.0
+
+
+def make_generator(seed: int) -> torch.Generator:
+    """Random numbers of its own."""
+    return torch.Generator(device="cpu").manual_seed(seed)

@@ -78,7 +78,8 @@ def test_outputs_in_dicts_and_tuples_work_and_what_was_left_is_said(models, tmp_
     (tmp_path / "subclass.py").write_text(
         textwrap.dedent("""
         from torch import nn
-        class OwnNorm(nn.BatchNorm1d): pass
+        class OwnNorm(nn.BatchNorm1d):
+            def forward(self, x): return super().forward(x) + 1
         class Model(nn.Module):
             def __init__(self):
                 super().__init__()
@@ -121,7 +122,8 @@ def test_a_model_that_fails_in_evaluation_or_backward_ends_in_one_sentence(monke
 def test_nothing_replaced_is_neither_timed_nor_compared(tmp_path, monkeypatch):
     """A model timed against itself was called faster or slower in 9 of 63 runs."""
     monkeypatch.chdir(tmp_path)
-    code = "import torch\nfrom torch import nn\nclass Mine(nn.BatchNorm1d):\n    pass\n"
+    code = "import torch\nfrom torch import nn\nclass Mine(nn.BatchNorm1d):\n"
+    code += "    def forward(self, x):\n        return super().forward(x) + 1\n"
     (tmp_path / "left_nets.py").write_text(f"{code}def build():\n    return Mine(4), torch.randn(6, 4)\n")
     console = open_console(record=True)
     print_trial("left_nets.py:build", seconds=0.1, threads=1, console=console)
