@@ -85,7 +85,7 @@ def compare(one: torch.nn.Module, other: torch.nn.Module, x: torch.Tensor) -> tu
     pairs = [(p.grad, q.grad) for p, q in zip(one.parameters(), other.parameters(), strict=True) if p.grad is not None]
     largest = max(float(g.abs().max()) for g, _ in pairs)
     off = max(float((g - h).abs().max()) for g, h in pairs)
-    return float((y - own).abs().max() / y.abs().max()), off / largest
+    return float((y - own).abs().max() / y.abs().max().clamp_min(1e-30)), off / largest
 
 
 def make_row(name: str) -> tuple[str, bool]:
