@@ -141,3 +141,6 @@ if not TYPE_CHECKING:  # to checkers every name would exist
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         globals()[name] = found = getattr(import_module(LATER[name], __name__), name)
         return found
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *LATER})

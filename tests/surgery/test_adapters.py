@@ -254,9 +254,9 @@ def test_an_activation_that_a_norm_holds_is_fused(drop):
     assert [entry.then for entry in report.fused] == (["silu"] if drop is None else [])
     if drop is None:
         torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-6)
-        assert model[0].activation == "silu"
+        assert model[0].fused_activation == "silu"
     anynorm.accelerate(model, undo=True)
-    assert "activation" not in vars(model[0])
+    assert "fused_activation" not in vars(model[0])
 
 
 @pytest.mark.parametrize(
@@ -271,3 +271,101 @@ def test_what_cannot_be_registered(arguments, error, text):
         anynorm.register(*arguments)
     with pytest.raises(ValueError, match="channel_axis must be -1 or 1; got 2"):
         anynorm.register(Llama, "rms", channel_axis=2)
+
+
+class Shifted(nn.BatchNorm2d):
+    """Takes any number of axes, and has an attribute that ours would use for something else."""
+
+    def _check_input_dim(self, input):
+        pass
+
+
+class Absolute(nn.LayerNorm):
+    def forward(self, x):
+        return F.layer_norm(x, self.normalized_shape, self.weight.abs(), self.bias, self.eps)
+
+
+class Gain(nn.LayerNorm):
+    """What it computes depends on a tensor that is no buffer."""
+
+    def __init__(self, gain):
+        super().__init__(8)
+        self.gain = torch.tensor(gain)
+
+    def forward(self, x):
+        return super().forward(x) * self.gain
+
+
+def test_methods_of_theirs_that_ours_override_count():
+    model, x = nn.Sequential(Shifted(8)), torch.randn(4, 8, 5)
+    expected = copy.deepcopy(model)(x)
+    assert len(anynorm.accelerate(model).changed) == 1
+    torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_attributes_of_theirs_that_ours_would_take_are_a_reason():
+    model = nn.Sequential(Trivial(8))
+    model[0].label = "mine"
+    (left,) = anynorm.accelerate(model).left
+    assert "attributes that ours need for something else (label)" in left.reason
+    assert model[0].label == "mine"
+
+
+def test_what_positive_weights_would_hide_is_seen():
+    assert "computes something else" in anynorm.accelerate(Absolute(8), trust=(Absolute,)).left[0].reason
+
+
+def test_a_proof_is_not_taken_for_a_module_that_holds_other_tensors():
+    model = nn.Sequential(Gain(1.0), Gain(2.0))
+    report = anynorm.accelerate(model, trust=(Gain,))
+    assert [entry.name for entry in report.changed] == ["0"]
+    assert [entry.name for entry in report.left] == ["1"]
+
+
+@pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)])
+def test_what_is_in_force_around_the_call_does_not_count(around):
+    model, _ = make("batch")
+    with around():
+        assert len(anynorm.accelerate(model).changed) == 1
+
+
+def test_hooks_of_what_a_norm_holds_do_not_see_the_proof():
+    model, x = make("batch")
+    calls = []
+    model[0].act.register_forward_hook(lambda *_: calls.append(1))
+    assert len(anynorm.accelerate(model, fuse=True).changed) == 1
+    assert calls == []
+    model(x)
+    assert calls == [1]  # not fused: the hook would see nothing
+
+
+def test_masks_where_the_features_are_on_axis_1():
+    model, x = make("channels")
+    anynorm.accelerate(model)
+    mask = torch.ones(2, 3, 4, dtype=torch.bool)
+    mask[1, :, 2:] = False
+    y = model[0](x, mask=mask)
+    assert not y[1, :, :, 2:].any()
+    torch.testing.assert_close(y[0], model[0](x)[0])
+
+
+def test_synchronized_norms_are_undone_by_sync_first():
+    model, _ = make("batch")
+    anynorm.accelerate(model)
+    report = anynorm.sync(model)
+    assert "anynorm, batch norm, then drop and act" in str(report)
+    (left,) = anynorm.accelerate(model, undo=True).left
+    assert "anynorm.sync(model, undo=True) comes first" in left.reason
+
+
+def test_fusing_twice_reports_once_and_nothing_behind_is_nothing_to_fuse():
+    model, _ = make("batch")
+    assert len(anynorm.accelerate(model, fuse=True).fused) == 1
+    assert anynorm.accelerate(model, fuse=True).fused == []
+    model, _ = make("batch")
+    del model[0].act, model[0].drop
+    type(model[0]).forward, forward = nn.BatchNorm2d.forward, type(model[0]).forward
+    try:
+        assert anynorm.accelerate(model, fuse=True).fused == []
+    finally:
+        BatchAct.forward = forward

@@ -66,14 +66,14 @@ class Adapted(nn.Module):
         original: the class that the module had.
         same_dtype: name of the tensor whose dtype the input must have, since theirs promotes in its own way; or "".
         recipe: what the class is made of.
-        activation: what is applied in the norm's own pass instead of the modules in `then`; None for none.
+        fused_activation: what is applied in the norm's own pass instead of the modules in `then`; None for none.
     """
 
     adapter: ClassVar[Adapter]
     original: ClassVar[type[nn.Module]]
     same_dtype: ClassVar[str]
     recipe: ClassVar[tuple[Any, ...]]
-    activation: str | None = None
+    fused_activation: str | None = None
     find_mask: Callable[..., Tensor | None]
     normalize: Callable[..., Any]
 
@@ -91,9 +91,9 @@ class Adapted(nn.Module):
         if mask is None and lengths is None and not self.serves(x):
             return self.original.forward(self, x)
         moved = self.adapter.channel_axis == 1
-        y = self.normalize(x.movedim(1, -1) if moved else x, None, self.activation, mask, lengths)
+        y = self.normalize(x.movedim(1, -1) if moved else x, None, self.fused_activation, mask, lengths)
         y = y.movedim(-1, 1) if moved else y
-        if self.activation is None:
+        if self.fused_activation is None:
             for name in self.adapter.then:
                 module = getattr(self, name, None)
                 y = y if module is None else module(y)
@@ -124,7 +124,8 @@ class Adapted(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # A class that was made at run time cannot be found again by its name; it is made again of the same parts.
-        return restore, self.recipe, vars(self).copy()
+        find_state = getattr(self, "__getstate__", None)  # every object has it since Python 3.11
+        return restore, self.recipe, vars(self).copy() if find_state is None else find_state()
 
 
 class FeatureNorm(Norm):
@@ -196,12 +197,26 @@ def make_adapted(original: type[nn.Module], adapter: Adapter, beside: type[nn.Mo
         same_dtype = "running_mean"
     elif beside is FeatureNorm and not adapter.weight_offset:
         same_dtype = adapter.weight
-    members: dict[str, Any] = {"adapter": adapter, "original": original, "same_dtype": same_dtype, "recipe": recipe}
+    members: dict[str, Any] = {name: getattr(original, name) for name in find_overrides(original, beside)}
+    members |= {"adapter": adapter, "original": original, "same_dtype": same_dtype, "recipe": recipe}
     members |= {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
     CLASSES[recipe] = types.new_class(
         original.__name__, (Adapted, beside, original), {}, lambda own: own.update(members)
     )
     return CLASSES[recipe]
+
+
+def list_members(beside: type[nn.Module]) -> set[str]:
+    """What the classes of ours that an adapted norm gets define, but for what Python itself calls."""
+    ours = (kind for kind in (Adapted, *beside.__mro__) if kind.__module__.startswith("anynorm."))
+    return {name for kind in ours for name in vars(kind) if not name.startswith("__")}
+
+
+def find_overrides(original: type[nn.Module], beside: type[nn.Module]) -> set[str]:
+    """Methods of torch.nn that both theirs and ours override: theirs count, as `_check_input_dim` does."""
+    theirs = (kind for kind in original.__mro__ if not kind.__module__.startswith("torch.") and kind is not object)
+    known = {name for kind in theirs for name in vars(kind)} & list_members(beside)
+    return known - {"forward", "_load_from_state_dict"}  # the latter calls theirs
 
 
 def restore(original: type[nn.Module], adapter: tuple[Any, ...], beside: type[nn.Module]) -> nn.Module:

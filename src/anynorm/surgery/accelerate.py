@@ -12,7 +12,7 @@ import torch.nn as nn
 from ..modules.adapted import Adapted
 from ..modules.fused import Fused
 from ..modules.norm import Norm
-from ..modules.sync import SyncBatchNorm
+from ..modules.sync import SyncBatchNorm, _Synchronized
 from ..torch_private import NormBase
 from .activation import read_module
 from .adapters import Finder
@@ -126,12 +126,12 @@ def swap(
         if isinstance(module, Norm):
             module.label = name
         else:
-            for attribute in ("label", "activation"):
+            for attribute in ("label", "fused_activation"):
                 vars(module).pop(attribute, None)
     for place in places:
         fuse_place(model, place)
     for name, activation in (activations or {}).items():
-        model.get_submodule(name).activation = activation  # type: ignore[assignment] # adapted norms have it
+        model.get_submodule(name).fused_activation = activation  # type: ignore[assignment] # adapted norms have it
 
 
 def plan_activations(model: nn.Module, swaps: dict[str, type[nn.Module]], report: Report) -> dict[str, str]:
@@ -140,14 +140,15 @@ def plan_activations(model: nn.Module, swaps: dict[str, type[nn.Module]], report
     found: dict[str, str] = {}
     for name, norm in model.named_modules():
         kind = swaps.get(name, type(norm))
-        if not issubclass(kind, Adapted) or not kind.adapter.then:
+        behind = [getattr(norm, key, None) for key in kind.adapter.then] if issubclass(kind, Adapted) else []
+        *before, last = [child for child in behind if child is not None] or [None]
+        if last is None or getattr(norm, "fused_activation", None) is not None:
             continue
-        *before, last = (child for key in kind.adapter.then if (child := getattr(norm, key, None)) is not None)
         activation, reason = read_module(last)
         reason = next((r for child in (*before, last) if (r := find_module_obstacle(name, child, counts))), reason)
         if all(type(child) is nn.Identity for child in before) and activation and not reason:
             found[name] = activation
-            became = f"anynorm, {kind.adapter.describe()}"
+            became = describe(kind)
             report.fused.append(Entry(name, describe(type(norm)), became=became, then=activation, where="model"))
         elif reason:
             report.left.append(
@@ -186,10 +187,11 @@ def plan_swaps(model: nn.Module, undo: bool, report: Report, finder: Finder) -> 
         kind = type(module)
         if isinstance(module, Adapted):
             if undo:
+                if isinstance(module, _Synchronized):
+                    report.left.append(Entry(name, describe(kind), reason=UNDO_FIRST))
+                    continue
                 swaps[name] = module.original
-                report.changed.append(
-                    Entry(name, f"anynorm, {module.adapter.describe()}", became=describe(module.original))
-                )
+                report.changed.append(Entry(name, describe(kind), became=describe(module.original)))
             continue
         scripted = getattr(module, "original_name", None) in {theirs.__name__ for theirs in PAIRS}
         if scripted and isinstance(module, torch.jit.ScriptModule):
@@ -211,14 +213,14 @@ def plan_swaps(model: nn.Module, undo: bool, report: Report, finder: Finder) -> 
     return swaps
 
 
-def plan_adapted(name: str, module: nn.Module, found: tuple[Any, Any, str], report: Report) -> dict[str, Any]:
+def plan_adapted(name: str, module: nn.Module, found: tuple[Any, str], report: Report) -> dict[str, Any]:
     """What becomes of a norm of somebody else's class."""
-    kind, adapter, note = found
+    kind, note = found
     if kind is None:
         report.left.append(Entry(name, describe(type(module)), reason=note))
         return {}
-    became = f"anynorm, {adapter.describe()}"
-    report.changed.append(Entry(name, describe(type(module)), became=became, computes=f" ({note})" if note else ""))
+    became = f"{describe(kind)} ({note})" if note else describe(kind)
+    report.changed.append(Entry(name, describe(type(module)), became=became))
     return {name: kind}
 
 

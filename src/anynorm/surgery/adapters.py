@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..modules import layer
-from ..modules.adapted import Adapter, FeatureNorm, FrozenNorm, make_adapted
+from ..modules.adapted import Adapter, FeatureNorm, FrozenNorm, list_members, make_adapted
 from ..modules.norm import Norm
 from ..modules.sync import SyncBatchNorm
 from .proof import NOT_COMPARED, find_difference, find_half_note
@@ -25,6 +25,7 @@ NORMS = ("batch", "instance", "group", "layer", "rms", "frozen")
 OF_TORCH = {"batch": "BatchNorm", "instance": "InstanceNorm", "group": "GroupNorm"}
 EPS = ("eps", "variance_epsilon", "epsilon")
 BEHIND = ("drop", "act")
+MODULE_ATTRIBUTES = {*vars(nn.Module())}  # what every module has
 
 # What timm's classes compute where timm's own switch for lower precision is off, as it is from the start.
 FAST = ("_fast_norm",)
@@ -124,7 +125,7 @@ def register(
 def find_adapters(module: nn.Module, trust: tuple[type[nn.Module], ...] = ()) -> tuple[Adapter, ...] | None:
     """What may say how a module is computed, the likeliest first; None where nothing is known of its class."""
     kind = type(module)
-    if isinstance(module, Norm) or kind in PAIRS or is_parametrized(module):
+    if isinstance(module, Norm) or kind in PAIRS or is_parametrized(module) or holds_norms(module):
         return None
     # Whose forward it is counts: a subclass that leaves it alone computes the same.
     owner = next(base for base in kind.__mro__ if "forward" in vars(base))
@@ -135,6 +136,11 @@ def find_adapters(module: nn.Module, trust: tuple[type[nn.Module], ...] = ()) ->
         if re.fullmatch(pattern, name):
             return adapters or tuple(guess(module))
     return tuple(guess(module)) if isinstance(module, trust) else None
+
+
+def holds_norms(module: nn.Module) -> bool:
+    """Whether it is a container, whatever its name says."""
+    return any(isinstance(child, (*PAIRS, Norm)) for child in module.modules() if child is not module)
 
 
 def guess(module: nn.Module) -> Iterable[Adapter]:
@@ -192,10 +198,10 @@ class Finder:
 
     def __init__(self, trust: tuple[type[nn.Module], ...] = (), sync: bool = False) -> None:
         self.trust, self.sync = trust, sync
-        self.known: dict[Any, tuple[Any, Adapter | None, str]] = {}
+        self.known: dict[Any, tuple[Any, str]] = {}
 
-    def find(self, module: nn.Module) -> tuple[Any, Adapter | None, str] | None:
-        """(class, adapter, what to know of half types), or (None, None, why none), or None where nothing is known."""
+    def find(self, module: nn.Module) -> tuple[Any, str] | None:
+        """(class, what to know of half types), or (None, why none), or None where nothing is known."""
         adapters = find_adapters(module, self.trust)
         if adapters is None:
             return None
@@ -204,7 +210,7 @@ class Finder:
             self.known[key] = self.prove(module, adapters)
         return self.known[key]
 
-    def prove(self, module: nn.Module, adapters: tuple[Adapter, ...]) -> tuple[Any, Adapter | None, str]:
+    def prove(self, module: nn.Module, adapters: tuple[Adapter, ...]) -> tuple[Any, str]:
         """The first of the adapters that a proof confirms."""
         reasons = [find_signature_obstacle(type(module))]
         for adapter in () if reasons[0] else adapters:
@@ -212,22 +218,40 @@ class Finder:
             if isinstance(kind, str):
                 reasons.append(kind)
                 continue
+            if clash := find_clash(module, kind):
+                reasons.append(clash)
+                continue
             reason = find_difference(module, kind, adapter)
             if not reason:
                 note = find_half_note(module, kind, adapter)
-                return (find_class(module, adapter, sync=True) if self.sync else kind), adapter, note
+                return (find_class(module, adapter, sync=True) if self.sync else kind), note
             reasons.append(reason)
         reasons = [reason for reason in reasons if reason]
         telling = [reason for reason in reasons if not reason.startswith(NOT_COMPARED)]
-        return None, None, (telling or reasons or ["nothing that ours compute fits it"])[0]
+        return None, (telling or reasons or ["nothing that ours compute fits it"])[0]
+
+
+def find_clash(module: nn.Module, kind: type[Any]) -> str:
+    """Whether a module has attributes of its own under names that ours need, in a sentence, or ""."""
+    base: type = find_base(type(module)) or nn.Module
+    clash = sorted(name for name in list_members(kind.recipe[2]) - {*dir(base)} if hasattr(module, name))
+    return f"it has attributes that ours need for something else ({', '.join(clash)})" if clash else ""
 
 
 def describe_state(module: nn.Module) -> tuple[Any, ...]:
-    """What two modules of a class have in common where one proof is good for both."""
+    """What two modules of a class have in common where one proof is good for both.
+
+    What cannot be compared, such as a tensor that is no buffer, or a configuration, is told apart by its identity.
+    """
     plain = (bool, int, float, str, tuple, type(None))
-    attributes = [(k, v) for k, v in vars(module).items() if isinstance(v, plain) and k not in ("training", "label")]
-    tensors = [(name, tuple(t.shape)) for name, t in (*module.named_parameters(), *module.named_buffers())]
-    return repr(sorted(attributes)), tuple(tensors), repr([*module.children()])
+    own = {name: value for name, value in vars(module).items() if name not in MODULE_ATTRIBUTES}
+    attributes = [(name, repr(value) if isinstance(value, plain) else id(value)) for name, value in sorted(own.items())]
+    tensors = [
+        (name, tuple(t.shape))
+        for name, t in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+    ]
+    children = [(name, type(child), describe_state(child)) for name, child in module.named_children()]
+    return tuple(attributes), tuple(tensors), tuple(children)
 
 
 def find_signature_obstacle(kind: type[nn.Module]) -> str:

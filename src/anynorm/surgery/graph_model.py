@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dis
+import inspect
+import types
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 
 import torch.nn as nn
 
 from .fuse import fuse_graph, report_unfused
 from .report import Entry, Report, describe
-from .rewrite import apply_graph
+from .rewrite import apply_graph, find_methods
 from .sequential import is_norm
 from .trace import Traces, copy_sharing, is_hooked, trace
+
+READS = ("LOAD_ATTR", "LOAD_METHOD")
 
 
 def make_graph_model(model: nn.Module, swap: Callable[[nn.Module], None], traces: Traces, report: Report) -> nn.Module:
@@ -27,12 +33,12 @@ def make_graph_model(model: nn.Module, swap: Callable[[nn.Module], None], traces
         return make_whole(model, swap, traces, norms, report)
     if not norms:
         return model
-    try:
+    twin, fused = model, False
+    with suppress(Exception):  # what cannot be copied has no graphs; that it cannot, the trace has said
         twin = copy_sharing(model)
+    if twin is not model:
         swap(twin)
-        fused = fuse_blocks(twin, "", norms, report)
-    except Exception as error:  # what cannot be copied has no graphs
-        fused, traces = False, Traces(reason=f"it cannot be copied: {' '.join(str(error).split())}")
+        fused = fuse_blocks(twin, "", norms - find_norms_read_elsewhere(twin, norms), report)
     left = norms - {entry.name for entry in (*report.fused, *report.left)}
     if left:
         reason = f"not fused beyond Sequentials: {traces.reason}"
@@ -86,3 +92,27 @@ def fuse_blocks(model: nn.Module, prefix: str, norms: set[str], report: Report) 
             apply_graph(block, traces.graphs[0], fused)
             any_fused = True
     return any_fused
+
+
+def find_norms_read_elsewhere(model: nn.Module, norms: set[str]) -> set[str]:
+    """Norms that code of another module may call by themselves, as in `self.stem.norm(x)`, past the block's graph.
+
+    Fused, such a call would apply the activation too. What tells is a method that reads an attribute of this name from
+    something else than itself.
+    """
+    read = {name for kind in {type(module) for module in model.modules()} for name in find_foreign_reads(kind)}
+    return {norm for norm in norms if norm.rpartition(".")[2] in read}
+
+
+def find_foreign_reads(kind: type[nn.Module]) -> Iterator[str]:
+    """Names that the methods of a user's class read from anything but `self`, and not for an attribute of theirs."""
+    if kind.__module__.partition(".")[0] in ("torch", "anynorm"):
+        return
+    codes = [inspect.unwrap(method).__code__ for _, method in find_methods(kind)]
+    while codes:
+        code = codes.pop()
+        codes += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
+        steps = [step for step in dis.get_instructions(code) if step.opname not in ("CACHE", "EXTENDED_ARG", "PRECALL")]
+        for before, step, behind in zip(steps, steps[1:], steps[2:], strict=False):
+            if step.opname in READS and before.argval != "self" and behind.opname not in READS:
+                yield str(step.argval)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from ..modules.adapted import Adapter
 from ..randomness import restore_randomness, save_randomness
+from .report import PAIRS
+from .trace import HOOKS
 
 RTOL = 1e-5  # of the largest output, or gradient; the two are sums of the same terms in another order
 ROUNDED = 0.05  # share of bfloat16 outputs that differ; float32 sums in another order change one in a thousand
@@ -23,9 +26,14 @@ def find_difference(module: nn.Module, kind: type[Any], adapter: Adapter) -> str
     """Where a module of another class would compute something else, in a sentence, or "".
 
     Both are tried with random parameters, in training and in evaluation: outputs, gradients of the input and of all
-    parameters, and buffers, on inputs near 1, far from 0, and so small that eps counts. The module is left alone.
+    parameters, and buffers, on inputs near 1, far from 0, large, and so small that eps counts. The module itself is not
+    called.
     """
-    states = save_randomness()
+    with apart():
+        return find_first_difference(module, kind, adapter)
+
+
+def find_first_difference(module: nn.Module, kind: type[Any], adapter: Adapter) -> str:
     try:
         if any(t.is_meta for t in (*module.parameters(), *module.buffers())):
             return "its parameters are on the meta device, where nothing can be compared; load its weights first"
@@ -39,14 +47,27 @@ def find_difference(module: nn.Module, kind: type[Any], adapter: Adapter) -> str
                     return found
     except Exception as error:
         return f"{NOT_COMPARED}: {' '.join(str(error).split())[:160]}"
+    return ""
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """Nothing that is in force around the caller counts, and what is drawn is given back."""
+    states = save_randomness()
+    try:
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
+            yield
     finally:
         restore_randomness(states)
-    return ""
 
 
 def find_half_note(module: nn.Module, kind: type[Any], adapter: Adapter) -> str:
     """Whether the two round at other places in bfloat16, in a sentence, or ""."""
-    states = save_randomness()
+    with apart():
+        return find_rounding(module, kind, adapter)
+
+
+def find_rounding(module: nn.Module, kind: type[Any], adapter: Adapter) -> str:
     try:
         theirs = make_twin(module, torch.bfloat16).eval()
         ours = copy.deepcopy(theirs)
@@ -60,19 +81,23 @@ def find_half_note(module: nn.Module, kind: type[Any], adapter: Adapter) -> str:
         return "half types: rounded once, theirs more often" if others > ROUNDED else ""
     except Exception:  # a class that takes no half types has nothing to say of them
         return ""
-    finally:
-        restore_randomness(states)
 
 
 def make_twin(module: Any, dtype: torch.dtype) -> Any:
     """A copy on the CPU with random parameters and statistics."""
     twin: Any = copy.deepcopy(module)
+    for part in twin.modules():  # what hooks do is the user's, and none of this happens to the user's model
+        for name in HOOKS:
+            getattr(part, name).clear()
     twin = twin.to(device="cpu", dtype=dtype)
     generator = make_generator(0)
     with torch.no_grad():
         for t in (*twin.parameters(), *twin.buffers()):
-            if t.is_floating_point():  # variances must be positive
-                t.copy_(0.5 + torch.rand(t.shape, generator=generator, **ON_CPU))
+            if t.is_floating_point():
+                t.copy_(torch.randn(t.shape, generator=generator, **ON_CPU))
+        for name, t in twin.named_buffers():
+            if name.endswith("running_var"):
+                t.abs_().add_(0.1)
     for t in twin.parameters():
         t.requires_grad_(True)
     return twin
@@ -82,14 +107,14 @@ def make_inputs(module: Any, adapter: Adapter) -> Iterator[Tensor]:
     """Random inputs of every number of axes that the adapter serves."""
     generator = make_generator(1)
     for shape in find_shapes(module, adapter):
-        for scale, mean in ((1.0, 0.0), (1.0, 3.0), (1e-3, 0.0)):
+        for scale, mean in ((1.0, 0.0), (1.0, 3.0), (1e-3, 0.0), (1e3, 0.0)):
             yield torch.randn(shape, generator=generator, **ON_CPU) * scale + mean
 
 
 def find_shapes(module: Any, adapter: Adapter) -> list[tuple[int, ...]]:
     """Shapes of inputs."""
     if adapter.norm in ("batch", "instance"):
-        base = next(kind.__name__ for kind in type(module).__mro__ if kind.__name__[-2:] in ("1d", "2d", "3d"))
+        base = next(kind.__name__ for kind in type(module).__mro__ if kind in PAIRS)
         c, axes = module.num_features, int(base[-2])
         return [(3, c, *(4, 3, 2)[:axes])] + ([(5, c)] if axes == 1 and adapter.norm == "batch" else [])
     if adapter.norm == "group":
@@ -107,7 +132,7 @@ def compare(theirs: Any, ours: Any, x: Tensor) -> str:
     """One call of each, forward and backward."""
     results = []
     for module, forward in ((theirs, type(theirs).forward), (ours, type(ours).forward)):
-        torch.manual_seed(0)  # for dropout
+        torch.default_generator.manual_seed(0)  # for dropout; torch.manual_seed would seed other devices too
         module.zero_grad()
         given = x.clone().requires_grad_()
         y = forward(module, given)

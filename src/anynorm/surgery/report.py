@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch.nn as nn
 
 from ..modules import batch, fused, group, instance, layer, lazy, rms
+from ..modules.adapted import Adapted
 
 PAIRS: dict[type[nn.Module], type[nn.Module]] = {
     getattr(nn, name): getattr(module, name)
@@ -38,7 +39,6 @@ class Entry:
         name: its first name there.
         kind, became: its class before and now.
         reason: why it was left, or left unfused.
-        computes: of a class of somebody else's, which norm it was found to compute, and what to know of half types.
         then: what was fused behind it, ``"relu"`` or ``"add, relu"``.
         where: the model it was fused in, ``"model"`` for the given one or ``"report.model"``.
     """
@@ -47,7 +47,6 @@ class Entry:
     kind: str
     became: str = ""
     reason: str = ""
-    computes: str = ""
     then: str = ""
     where: str = ""
 
@@ -71,7 +70,7 @@ class Report:
     note: str = ""
 
     def __str__(self) -> str:
-        kinds = Counter(f"{entry.kind} -> {entry.became}{entry.computes}" for entry in self.changed)
+        kinds = Counter(f"{entry.kind} -> {entry.became}" for entry in self.changed)
         fusions = Counter(f"{entry.kind}, {entry.then} -> {entry.became} in {entry.where}" for entry in self.fused)
         count = f", {len(self.fused)} fused" if self.fused else ""
         lines = [f"{len(self.changed)} norms changed{count}, {len(self.left)} left"]
@@ -99,7 +98,12 @@ def is_ours(kind: type) -> bool:
 
 
 def describe(kind: type[nn.Module]) -> str:
-    """Return the name of a class as people write it: anynorm.BatchNorm2d, torch.nn.BatchNorm2d."""
+    """Return the name of a class as people write it: anynorm.BatchNorm2d, torch.nn.BatchNorm2d.
+
+    An adapted norm has the name of the class it had; of it is said what it computes.
+    """
+    if issubclass(kind, Adapted):
+        return f"anynorm, {kind.adapter.describe()}"
     if is_ours(kind):
         return f"anynorm.{kind.__name__}"
     if getattr(nn, kind.__name__, None) is kind:

@@ -86,15 +86,20 @@ def find_parents(name: str) -> list[str]:
 def find_refused(kind: type[nn.Module], names: Collection[str]) -> dict[str, str]:
     """The user's methods beside `forward` that read one of these attributes, or a super class's `forward`."""
     found: dict[str, str] = {}
-    for owner in kind.__mro__[: kind.__mro__.index(nn.Module)]:
-        for name, member in vars(owner).items():
-            if not isinstance(member, types.FunctionType) or name in found or name in ("forward", "__init__"):
-                continue
-            read = set(find_names(inspect.unwrap(member).__code__))
-            touched = sorted(read & set(names)) or (["forward"] if {"super", "forward"} <= read else [])
-            if touched and getattr(kind, name, None) is member:
-                found[name] = touched[0]
+    for name, member in find_methods(kind):
+        if name in found or name in ("forward", "__init__"):
+            continue
+        read = set(find_names(inspect.unwrap(member).__code__))
+        touched = sorted(read & set(names)) or (["forward"] if {"super", "forward"} <= read else [])
+        if touched and getattr(kind, name, None) is member:
+            found[name] = touched[0]
     return found
+
+
+def find_methods(kind: type[nn.Module]) -> Iterator[tuple[str, types.FunctionType]]:
+    """The methods, by name, of a class and what it inherits from below nn.Module."""
+    for owner in kind.__mro__[: kind.__mro__.index(nn.Module)]:
+        yield from ((name, each) for name, each in vars(owner).items() if isinstance(each, types.FunctionType))
 
 
 def find_names(code: types.CodeType) -> Iterator[str]:

@@ -90,7 +90,7 @@ def find_change(module: Any, undo: bool, finder: Finder) -> tuple[type[nn.Module
     if kind not in SYNCHRONIZED:
         found = finder.find(module) if "forward" not in vars(module) else None
         if found is not None:
-            return found[0], found[2] if found[0] is None else ""
+            return found[0], found[1] if found[0] is None else ""
         if isinstance(module, nn.modules.lazy.LazyModuleMixin):
             return None, "it has not seen an input; run one batch first"
         return None, "its statistics are its own, or a subclass may have code of its own"

@@ -94,7 +94,7 @@ class LayerRows(RowNorm):
         self.parts = parts
         self.reset_parameters()
 
-    def forward(  # type: ignore[override]
+    def forward(  # type: ignore[override] # rows, as above
         self, input: Tensor, bias: Tensor | None = None, step: int = 0, moves: bool = True
     ) -> Tensor:
         """Normalize each part of each row."""
@@ -167,7 +167,7 @@ class _BatchRows(RowNorm):
 class SequenceRows(_BatchRows):
     """Batch norm over all rows, whatever their step."""
 
-    def forward(  # type: ignore[override]
+    def forward(  # type: ignore[override] # rows, as above
         self, input: Tensor, bias: Tensor | None = None, step: int = 0, moves: bool = True
     ) -> Tensor:
         """Normalize rows by their statistics in training, by the running averages in evaluation."""
@@ -215,7 +215,7 @@ class StepRows(_BatchRows):
         super().__init__(features, bias, eps, momentum, (max_steps,), **options)
         self.max_steps, self.on_single = max_steps, on_single
 
-    def forward(  # type: ignore[override]
+    def forward(  # type: ignore[override] # rows, as above
         self, input: Tensor, bias: Tensor | None = None, step: int = 0, moves: bool = True
     ) -> Tensor:
         """Normalize the rows of a step by their statistics in training, by that step's averages in evaluation."""
