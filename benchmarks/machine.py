@@ -73,7 +73,7 @@ class Watch:
         if self.before is None or after is None:
             return None
         total, busy, own = (now - then for now, then in zip(after, self.before, strict=True))
-        return max(busy - own, 0.0) / total if total else 0.0
+        return min(max(busy - own, 0.0) / total, 1.0) if total else 0.0  # sums of seconds round
 
 
 def describe_load(share: float | None) -> str:

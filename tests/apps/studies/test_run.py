@@ -167,6 +167,7 @@ def test_results_of_other_studies_stay(perform, tmp_path):
 
 
 KILLED = """
+import signal
 import sys
 from pathlib import Path
 from dataclasses import replace
@@ -175,6 +176,8 @@ from anynorm.apps.studies.command import StudyOptions
 from anynorm.apps.studies.run import run_studies
 from studies_specimen import STUDY
 if __name__ == "__main__":
+    # Whoever runs the tests in the background of a shell ignores Ctrl-C, and so would this.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     options = StudyOptions(data="digits", out=Path(sys.argv[1]))
     sys.exit(run_studies([replace(STUDY, seeds=300)], options, console=Console(quiet=True)))
 """
