@@ -196,21 +196,36 @@ def build(
     if name in BUILT_IN:
         return (cnn if name == "cnn" else mlp)(norm, sample_shape, classes)
     factory, _ = find_factory(name)
-    # In evaluation it takes the norms' weights and computes layer norm, whatever they are, and fails without a norm.
-    torch.backends.mha.set_fastpath_enabled(False)
     try:
         if takes_norm(factory):
-            return check_network(factory(norm))
+            return keep_norms_called(check_network(factory(norm)))
         made = factory()
         # As anynorm try takes it: the network, or (network, example input).
         network = check_network(made[0] if isinstance(made, tuple) and len(made) == 2 else made)
-        return replace_norms(network, norm, (torch.zeros(2, *sample_shape),) if example is None else example)
+        return replace_norms(
+            keep_norms_called(network), norm, (torch.zeros(2, *sample_shape),) if example is None else example
+        )
     except (CannotNormalize, NotBuilt):
         raise
     except NoNorm as problem:
         raise NotBuilt(str(problem)) from problem
     except Exception as problem:  # the user's code may raise anything
         raise NotBuilt(describe(problem)) from problem
+
+
+def keep_norms_called(network: nn.Module) -> nn.Module:
+    """The same network, whose encoders call their norms in evaluation too.
+
+    torch's fast path takes the weights of whatever stands at norm1 and norm2 and computes layer norm with them. A layer
+    whose activation is neither ReLU nor GELU does not take it, and it computes with `activation` all the same; the
+    switch of the whole process would reach networks that are not ours.
+    """
+    for module in network.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0
+        elif isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
+    return network
 
 
 def check_network(made: object) -> nn.Module:
