@@ -14,7 +14,7 @@ import anynorm
 from anynorm import functional
 from anynorm.accumulation.accumulate import Accumulated
 from anynorm.surgery.recalibration.report import Recalibration
-from anynorm.surgery.report import Report
+from anynorm.surgery.report import SurgeryReport
 
 
 def test_the_package_says_that_it_has_types() -> None:
@@ -54,7 +54,7 @@ def test_constructors_take_torchs_arguments_and_their_own() -> None:
 def test_models_are_changed_in_place_and_reported() -> None:
     model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
     batches = [torch.randn(8, 4) for _ in range(3)]
-    assert type(assert_type(anynorm.accelerate(model), Report)) is Report
+    assert type(assert_type(anynorm.accelerate(model), SurgeryReport)) is SurgeryReport
     assert type(assert_type(anynorm.recalibrate(model, batches), Recalibration)) is Recalibration
     accumulated = anynorm.accumulate(model, batches, lambda network, batch: network(batch).square().mean())
     assert type(assert_type(accumulated, Accumulated)) is Accumulated

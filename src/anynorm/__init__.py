@@ -57,6 +57,8 @@ from .padding.shorten import shorten
 from .surgery import exact_types
 from .surgery.accelerate import accelerate
 from .surgery.adapters import register
+from .surgery.operation import NotProved
+from .surgery.report import SurgeryReport
 from .surgery.sync import sync
 from .version import __version__
 
@@ -108,9 +110,11 @@ __all__ = [
     "LazyInstanceNorm1d",
     "LazyInstanceNorm2d",
     "LazyInstanceNorm3d",
+    "NotProved",
     "PatternError",
     "RMSNorm",
     "RMSNormAct",
+    "SurgeryReport",
     "SyncBatchNorm",
     "SyncBatchNormAct",
     "SyncError",

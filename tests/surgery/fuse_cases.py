@@ -81,7 +81,9 @@ def find_fused(model: nn.Module) -> dict[str, Fused]:
     return {name: module for name, module in model.named_modules() if isinstance(module, Fused)}
 
 
-def check(model: nn.Module, x: torch.Tensor, fused: int, inside: int = 0, tolerance: float = 1e-9) -> surgery.Report:
+def check(
+    model: nn.Module, x: torch.Tensor, fused: int, inside: int = 0, tolerance: float = 1e-9
+) -> surgery.SurgeryReport:
     """Fuse, count what was fused in the new model and in the given one, and compare with the model as it was.
 
     The given model and the new one share parameters: each gets its own comparison.

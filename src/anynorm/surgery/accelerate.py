@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -18,7 +18,8 @@ from .activation import read_module
 from .adapters import Finder
 from .exact_types import NOTE
 from .graph_model import make_graph_model
-from .report import FUSED, PAIRS, UNDO_FIRST, Entry, Report, describe, is_ours
+from .operation import operate
+from .report import FUSED, PAIRS, UNDO_FIRST, Entry, SurgeryReport, describe, is_ours
 from .sequential import Place, count_places, find_module_obstacle, fuse_place, plan_fusion, plan_undo, take_apart
 from .trace import trace
 
@@ -28,8 +29,17 @@ BASES = (NormBase, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 
 
 def accelerate(
-    model: nn.Module, undo: bool = False, fuse: bool = False, *, trust: tuple[type[nn.Module], ...] = ()
-) -> Report:
+    model: nn.Module,
+    undo: bool = False,
+    fuse: bool = False,
+    *,
+    trust: tuple[type[nn.Module], ...] = (),
+    copy: bool = False,
+    example: Any = None,
+    strict: bool = False,
+    tolerance: float | None = None,
+    per_layer: bool = False,
+) -> SurgeryReport:
     """Turn every norm of a model into ours, in place: the same objects, with another class.
 
     torch.nn's norms, and classes of other packages that compute what those compute: what timm, transformers,
@@ -43,6 +53,12 @@ def accelerate(
         undo: turn ours back into torch's, and take fused norms in Sequentials apart.
         fuse: fuse norms with the activation behind them too, and with a sum between.
         trust: further classes that are norms of their input; what they compute is found by comparing.
+        copy: change a copy, ``report.model``, and not the model.
+        example: arguments of a call (a tensor, a tuple, or a dict by name); the model is called with them in evaluation
+            before and after, and the report says how far the outputs are apart.
+        strict: put everything back and raise where they are apart by more than `tolerance`.
+        tolerance: of the largest output; None for what rounding explains, 1e-5 in float32.
+        per_layer: compare the outputs of layers too.
 
     Returns:
         A report of what changed, and of what was left and why: subclasses of torch's norms with code of their own, of
@@ -59,7 +75,8 @@ def accelerate(
 
     Raises:
         TypeError: `model` is not a module.
-        ValueError: `undo` and `fuse` together. Whatever is raised, nothing was changed.
+        ValueError: `undo` and `fuse` together; `strict` without `example`, or where outputs differ. Whatever is raised,
+            nothing was changed.
 
     Note:
         Tools that look for torch's exact types (torch.ao.quantization's fuse_modules and convert, and
@@ -82,34 +99,51 @@ def accelerate(
         >>> print(anynorm.accelerate(model, undo=True).changed[0].became)
         torch.nn.BatchNorm1d
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"accelerate: model must be a torch.nn.Module; got {type(model).__name__}; pass the model itself"
-        )
     if undo and fuse:
         raise ValueError("accelerate: undo and fuse exclude each other; got both; call it twice")
-    report = Report(model=model)
-    # All is planned before anything is changed: whatever raises leaves the model as it was.
-    swaps = plan_swaps(model, undo, report, Finder(trust))
-    if undo:
-        fused = plan_undo(model, report)
-        report.changed += [make_undo_entry(model, place) for place in fused]
-        swap(model, swaps)
-        for place in fused:
-            take_apart(model, place)
-        return report
+
+    def plan(model: nn.Module, report: SurgeryReport) -> Callable[[], object]:
+        return plan_undone(model, report) if undo else plan_accelerated(model, fuse, Finder(trust), report)
+
+    return operate(
+        "accelerate",
+        model,
+        plan,
+        copy=copy,
+        example=example,
+        strict=strict,
+        tolerance=tolerance,
+        per_layer=per_layer,
+    )
+
+
+def plan_accelerated(model: nn.Module, fuse: bool, finder: Finder, report: SurgeryReport) -> Callable[[], object]:
+    """Find what becomes of every norm, and the graph; what is returned changes the model."""
+    swaps = plan_swaps(model, False, report, finder)
     places: list[Place] = []
+    activations: dict[str, str] = {}
     if fuse:
         traces = trace(model)
         places = plan_fusion(model, traces.graphs, report)
         report_fused(model, places, report)
         activations = plan_activations(model, swaps, report)
         report.model = make_graph_model(model, lambda twin: swap(twin, swaps, places, activations), traces, report)
-        swap(model, swaps, places, activations)  # Last: whatever can fail has been done.
-    else:
-        swap(model, swaps)
     report.note = NOTE if report.changed else ""
-    return report
+    return lambda: swap(model, swaps, places, activations)
+
+
+def plan_undone(model: nn.Module, report: SurgeryReport) -> Callable[[], object]:
+    """Find what becomes torch's again; what is returned changes the model."""
+    swaps = plan_swaps(model, True, report, Finder())
+    fused = plan_undo(model, report)
+    report.changed += [make_undo_entry(model, place) for place in fused]
+
+    def change() -> None:
+        swap(model, swaps)
+        for place in fused:
+            take_apart(model, place)
+
+    return change
 
 
 def swap(
@@ -134,7 +168,7 @@ def swap(
         model.get_submodule(name).fused_activation = activation  # type: ignore[assignment] # adapted norms have it
 
 
-def plan_activations(model: nn.Module, swaps: dict[str, type[nn.Module]], report: Report) -> dict[str, str]:
+def plan_activations(model: nn.Module, swaps: dict[str, type[nn.Module]], report: SurgeryReport) -> dict[str, str]:
     """The activations, by name of the norm, that adapted norms hold as a module of their own and take over."""
     counts = count_places(model)
     found: dict[str, str] = {}
@@ -157,7 +191,7 @@ def plan_activations(model: nn.Module, swaps: dict[str, type[nn.Module]], report
     return found
 
 
-def report_fused(model: nn.Module, places: list[Place], report: Report) -> None:
+def report_fused(model: nn.Module, places: list[Place], report: SurgeryReport) -> None:
     """Report what is fused in place, which is a change too."""
     changed = {entry.name: entry for entry in report.changed}
     for place in places:
@@ -177,7 +211,7 @@ def make_undo_entry(model: nn.Module, place: Place) -> Entry:
     return Entry(place.norm, describe(type(norm)), became=describe(theirs))
 
 
-def plan_swaps(model: nn.Module, undo: bool, report: Report, finder: Finder) -> dict[str, type[nn.Module]]:
+def plan_swaps(model: nn.Module, undo: bool, report: SurgeryReport, finder: Finder) -> dict[str, type[nn.Module]]:
     """Which norm, by name, becomes which class; changes and what is left are added to the report."""
     pairs = {ours: theirs for theirs, ours in PAIRS.items()} if undo else PAIRS
     others = set(pairs.values())
@@ -213,7 +247,7 @@ def plan_swaps(model: nn.Module, undo: bool, report: Report, finder: Finder) -> 
     return swaps
 
 
-def plan_adapted(name: str, module: nn.Module, found: tuple[Any, str], report: Report) -> dict[str, Any]:
+def plan_adapted(name: str, module: nn.Module, found: tuple[Any, str], report: SurgeryReport) -> dict[str, Any]:
     """What becomes of a norm of somebody else's class."""
     kind, note = found
     if kind is None:

@@ -20,7 +20,7 @@ from ..activations import list_activations
 from ..modules.norm import Norm
 from .activation import name_call, read_node
 from .in_place import IN_PLACE
-from .report import FUSED, Entry, Report, describe
+from .report import FUSED, Entry, SurgeryReport, describe
 from .sequential import count_places, find_module_obstacle, make_unfused_entry
 from .trace import is_hooked
 
@@ -55,7 +55,7 @@ class Chain:
     activation: fx.Node
 
 
-def fuse_graph(model: nn.Module, graph: fx.Graph, report: Report) -> list[str]:
+def fuse_graph(model: nn.Module, graph: fx.Graph, report: SurgeryReport) -> list[str]:
     """Fuse what can be fused, in the graph and in the model's modules, and return the names of the norms that were.
 
     Args:
@@ -100,7 +100,7 @@ def erase_identities(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
                 graph.erase_node(node)
 
 
-def report_unfused(model: nn.Module, graph: fx.Graph, norms: Collection[str], report: Report) -> None:
+def report_unfused(model: nn.Module, graph: fx.Graph, norms: Collection[str], report: SurgeryReport) -> None:
     """Report the norms that are neither fused nor left for another reason: what follows them is no activation."""
     modules = dict(model.named_modules())
     reported = {entry.name for entry in (*report.fused, *report.left)}

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch.nn as nn
 
 from .fuse import fuse_graph, report_unfused
-from .report import Entry, Report, describe
+from .report import Entry, SurgeryReport, describe
 from .rewrite import apply_graph, find_methods
 from .sequential import is_norm
 from .trace import Traces, copy_sharing, is_hooked, trace
@@ -20,7 +20,9 @@ from .trace import Traces, copy_sharing, is_hooked, trace
 READS = ("LOAD_ATTR", "LOAD_METHOD")
 
 
-def make_graph_model(model: nn.Module, swap: Callable[[nn.Module], None], traces: Traces, report: Report) -> nn.Module:
+def make_graph_model(
+    model: nn.Module, swap: Callable[[nn.Module], None], traces: Traces, report: SurgeryReport
+) -> nn.Module:
     """A copy that runs graphs, or the model itself where there is nothing to fuse or no graph.
 
     Args:
@@ -49,7 +51,7 @@ def make_graph_model(model: nn.Module, swap: Callable[[nn.Module], None], traces
 
 
 def make_whole(
-    model: nn.Module, swap: Callable[[nn.Module], None], traces: Traces, norms: set[str], report: Report
+    model: nn.Module, swap: Callable[[nn.Module], None], traces: Traces, norms: set[str], report: SurgeryReport
 ) -> nn.Module:
     """A copy whose `forward` is one graph."""
     for name, module in model.named_modules():
@@ -65,7 +67,7 @@ def make_whole(
     return apply_graph(twin, graph, fused) if fused else model
 
 
-def fuse_blocks(model: nn.Module, prefix: str, norms: set[str], report: Report) -> bool:
+def fuse_blocks(model: nn.Module, prefix: str, norms: set[str], report: SurgeryReport) -> bool:
     """Let the largest parts that can be traced run their graphs, in place; whether any was fused.
 
     Args:
@@ -82,7 +84,7 @@ def fuse_blocks(model: nn.Module, prefix: str, norms: set[str], report: Report) 
         if traces.reason:
             any_fused |= fuse_blocks(block, f"{name}.", norms, report)
             continue
-        part = Report()
+        part = SurgeryReport()
         fused = fuse_graph(block, traces.graphs[0], part)
         inside = {norm.removeprefix(f"{name}.") for norm in norms if norm.startswith(f"{name}.")}
         report_unfused(block, traces.graphs[0], inside, part)

@@ -10,6 +10,7 @@ import torch.nn as nn
 
 from ..modules import batch, fused, group, instance, layer, lazy, rms
 from ..modules.adapted import Adapted
+from .differences import Difference
 
 PAIRS: dict[type[nn.Module], type[nn.Module]] = {
     getattr(nn, name): getattr(module, name)
@@ -52,15 +53,17 @@ class Entry:
 
 
 @dataclass
-class Report:
+class SurgeryReport:
     """What was done to a model.
 
     Attributes:
-        changed: the norms of the given model that have another class now.
+        changed: the norms of the given model that have another class now, or were frozen, folded or converted.
         left: the norms that were left, or left unfused, and why.
         fused: the norms that took over what followed them.
         model: the model to go on with: the given one, or with ``fuse=True`` a new one on the same parameters.
         note: what other tools must know, in a sentence.
+        differences: how far each output on the example moved; empty where none was given.
+        layers: the same for each layer that the model had before and after, where that was asked for.
     """
 
     changed: list[Entry] = field(default_factory=list)
@@ -68,6 +71,8 @@ class Report:
     fused: list[Entry] = field(default_factory=list)
     model: nn.Module = field(default_factory=nn.Module, repr=False, compare=False)
     note: str = ""
+    differences: list[Difference] = field(default_factory=list)
+    layers: list[Difference] = field(default_factory=list)
 
     def __str__(self) -> str:
         kinds = Counter(f"{entry.kind} -> {entry.became}" for entry in self.changed)
@@ -77,6 +82,7 @@ class Report:
         lines += [f"  {count} x {kind}" for kind, count in kinds.items()]
         lines += [f"  {count} x {fusion}" for fusion, count in fusions.items()]
         lines += write_left(self.left)
+        lines += [f"  {difference}" for difference in (*self.layers, *self.differences)]
         lines += [f"  {self.note}"] if self.note else []
         return "\n".join(lines)
 

@@ -17,7 +17,7 @@ from torch import fx
 from ..activations import find_activation
 from ..modules.fused import Fused
 from .activation import read_module
-from .report import FUSED, PAIRS, UNDO_FIRST, Entry, Report, describe, is_ours
+from .report import FUSED, PAIRS, UNDO_FIRST, Entry, SurgeryReport, describe, is_ours
 from .rewrite import GraphForward
 from .trace import is_hooked
 
@@ -76,7 +76,7 @@ def count_places(model: nn.Module) -> Counter[int]:
     return Counter(id(child) for parent in model.modules() for child in parent._modules.values())
 
 
-def plan_fusion(model: nn.Module, graphs: Collection[fx.Graph], report: Report) -> list[Place]:
+def plan_fusion(model: nn.Module, graphs: Collection[fx.Graph], report: SurgeryReport) -> list[Place]:
     """What can be fused in place; what cannot, though an activation follows, is added to the report.
 
     Args:
@@ -149,7 +149,7 @@ def fuse_place(model: nn.Module, place: Place) -> None:
     sequential._modules[place.second] = identity
 
 
-def plan_undo(model: nn.Module, report: Report) -> list[Place]:
+def plan_undo(model: nn.Module, report: SurgeryReport) -> list[Place]:
     """Fused norms that can be taken apart: nn.Identity stands behind them in a Sequential.
 
     The others are added to the report as left.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch.nn as nn
@@ -11,7 +12,8 @@ from ..modules.adapted import Adapted, make_adapted
 from ..modules.sync import SyncBatchNorm, _Synchronized
 from ..ranks.frames import register_label
 from .adapters import Finder
-from .report import Entry, Report, describe, is_ours
+from .operation import operate
+from .report import Entry, SurgeryReport, describe, is_ours
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -24,7 +26,17 @@ SYNCHRONIZED: dict[type[nn.Module], type[nn.Module]] = {
 BASES = (nn.modules.batchnorm._BatchNorm, batch._BatchNorm)
 
 
-def sync(model: nn.Module, undo: bool = False, process_group: ProcessGroup | None = None) -> Report:
+def sync(
+    model: nn.Module,
+    undo: bool = False,
+    process_group: ProcessGroup | None = None,
+    *,
+    copy: bool = False,
+    example: Any = None,
+    strict: bool = False,
+    tolerance: float | None = None,
+    per_layer: bool = False,
+) -> SurgeryReport:
     """Turn every batch norm of a model into one over all ranks, in place: the same objects, with another class.
 
     Parameters, buffers, mode, hooks, sharing, names and fused activations stay. Call it on every rank, before or after
@@ -34,6 +46,7 @@ def sync(model: nn.Module, undo: bool = False, process_group: ProcessGroup | Non
         model: any module; a norm itself is allowed.
         undo: turn the norms back into what they were before `sync`, of the same dimension and library (pytorch#41081).
         process_group: the ranks that share statistics; None for all. Norms that are synchronized already change to it.
+        copy, example, strict, tolerance, per_layer: as for `anynorm.accelerate`.
 
     Returns:
         A report of what changed, and of what was left and why: subclasses with code of their own, lazy norms that have
@@ -41,6 +54,7 @@ def sync(model: nn.Module, undo: bool = False, process_group: ProcessGroup | Non
 
     Raises:
         TypeError: `model` is not a module.
+        ValueError: `strict` without `example`, or where outputs differ. Whatever is raised, nothing was changed.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
@@ -50,15 +64,27 @@ def sync(model: nn.Module, undo: bool = False, process_group: ProcessGroup | Non
         >>> print(anynorm.sync(model, undo=True).changed[0].became)
         torch.nn.BatchNorm2d
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"sync: model must be a torch.nn.Module; got {type(model).__name__}; pass the model itself")
-    report, finder = Report(model=model), Finder(sync=True)
+
+    def plan(model: nn.Module, report: SurgeryReport) -> Callable[[], object]:
+        return plan_sync(model, undo, process_group, report)
+
+    return operate(
+        "sync", model, plan, copy=copy, example=example, strict=strict, tolerance=tolerance, per_layer=per_layer
+    )
+
+
+def plan_sync(
+    model: nn.Module, undo: bool, process_group: ProcessGroup | None, report: SurgeryReport
+) -> Callable[[], object]:
+    """Find which norms change; what is returned changes them."""
+    finder = Finder(sync=True)
     swaps: dict[str, type[nn.Module]] = {}
+    labels: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         if not isinstance(module, BASES):
             continue
         if isinstance(module, _Synchronized) and not undo:
-            set_label(module, name)
+            labels[name] = module
             if process_group is not None and module.process_group is not process_group:
                 swaps[name] = type(module)
                 report.changed.append(Entry(name, describe(type(module)), became=describe(type(module))))
@@ -69,9 +95,14 @@ def sync(model: nn.Module, undo: bool = False, process_group: ProcessGroup | Non
             report.changed.append(Entry(name, describe(type(module)), became=describe(became)))
         elif reason:
             report.left.append(Entry(name, describe(type(module)), reason=reason))
-    for name, kind in swaps.items():
-        change(model.get_submodule(name), name, kind, undo, process_group)
-    return report
+
+    def apply() -> None:
+        for name, module in labels.items():
+            set_label(module, name)
+        for name, kind in swaps.items():
+            change(model.get_submodule(name), name, kind, undo, process_group)
+
+    return apply
 
 
 def find_change(module: Any, undo: bool, finder: Finder) -> tuple[type[nn.Module] | None, str]:

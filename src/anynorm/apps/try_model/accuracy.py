@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import math
 
 import torch
 from torch import Tensor, nn
@@ -10,19 +9,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from anynorm.apps.models.call import Call, find_tensors
 from anynorm.randomness import keep_randomness
-
-
-@dataclasses.dataclass(frozen=True)
-class Difference:
-    """The largest change of an output, and the largest output it is to be compared with."""
-
-    largest: float
-    scale: float
-
-    @property
-    def relative(self) -> float:
-        """Return the change as a share of the largest output."""
-        return self.largest / self.scale if self.scale else self.largest
+from anynorm.surgery.differences import Difference, measure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,15 +59,5 @@ def find_outputs(model: nn.Module, call: Call, training: bool, seed: int = 0) ->
 
 def largest_difference(first: list[Tensor], second: list[Tensor]) -> Difference:
     """Return the largest absolute difference of two lists of tensors; unequal shapes or a NaN in one are infinite."""
-    largest, scale = 0.0, 0.0
-    for one, other in zip(first, second, strict=True):
-        if one.shape != other.shape:
-            return Difference(math.inf, 1.0)
-        if one.numel() == 0:
-            continue
-        gap = (one.double() - other.double()).abs()
-        # Equal infinities and NaN on both sides are no difference.
-        gap[(one == other) | (one.isnan() & other.isnan())] = 0.0
-        largest = max(largest, gap.nan_to_num(nan=math.inf).max().item())
-        scale = max(scale, one.double().abs().nan_to_num(0.0, 0.0, 0.0).max().item())
-    return Difference(largest, scale)
+    each = [measure(one, other) for one, other in zip(first, second, strict=True)]
+    return Difference(max((d.largest for d in each), default=0.0), max((d.scale for d in each), default=0.0))
