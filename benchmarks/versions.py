@@ -1,13 +1,15 @@
 """On which versions of Python and torch does the test suite pass? The answer is docs/versions.md.
 
-`python benchmarks/versions.py` tries every pair of the table, `python benchmarks/versions.py 3.13 2.15` one; the other
-pairs keep what was found before. The wheel is built once for each Python. Each pair gets an environment of its own in
-build/versions, about 3 GB, which is deleted after its run. Needs nothing but the standard library.
+`python benchmarks/versions.py` tries every pair of the table, `python benchmarks/versions.py 3.13 2.15` one, and more
+where more are named; the others keep what was found before. A wheel is built once for each state of the sources and each
+Python, from 3.12 on one for all. Each pair gets an environment of its own in build/versions, about 3 GB, which is deleted
+after its run. Needs nothing but the standard library.
 """
 
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
 import os
 import re
@@ -69,21 +71,36 @@ def find_python(version: str) -> Path:
 
 
 def build_wheel(python: Path, version: str) -> Path:
-    """The wheel for this Python, built once in each run of this script."""
-    folder = BUILD / "wheels" / version
-    if not (wheels := [*folder.glob("*.whl")]):
-        call(python, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", folder, ROOT)
-        wheels = [*folder.glob("*.whl")]
+    """The wheel for this Python, as `make wheel` builds it but without its manylinux tag."""
+    is_stable = int(version.partition(".")[2]) >= 12
+    tag = "cp312" if is_stable else "cp" + version.replace(".", "")
+    folder = BUILD / "wheels" / find_state()
+    if not (wheels := [*folder.glob(f"*-{tag}-*.whl")]):
+        options = ("-C", "wheel.py-api=cp312") if is_stable else ()
+        call(python, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", folder, *options, ROOT)
+        wheels = [*folder.glob(f"*-{tag}-*.whl")]
     return wheels[0]
+
+
+def find_state() -> str:
+    """A name for the state of all files that a wheel is made of."""
+    digest = hashlib.sha256()
+    for name in list_files("src", "CMakeLists.txt", "pyproject.toml", "README.md"):
+        digest.update(name.encode() + (ROOT / name).read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def list_files(*below: str) -> list[str]:
+    """Every file that git knows and that is there."""
+    listed = subprocess.run(["git", "ls-files", *below], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return [name for name in listed.splitlines() if (ROOT / name).exists()]
 
 
 def copy_tree(tree: Path) -> None:
     """Every file that git knows. The package among them is only read: nothing there is on the way of an import."""
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for name in listed.splitlines():
-        if (ROOT / name).exists():
-            (tree / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, tree / name)
+    for name in list_files():
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tree / name)
 
 
 def install(pair: Pair, folder: Path) -> Path:
@@ -202,12 +219,11 @@ def write_page(results: dict[str, Result]) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    """Try the pair that is named, or all, and write what was found after each."""
-    pairs = [tuple(arguments)] if arguments else PAIRS
-    if not set(pairs) <= set(PAIRS):
+    """Try the pairs that are named, or all, and write what was found after each."""
+    pairs = [*zip(arguments[::2], arguments[1::2])] or PAIRS
+    if len(arguments) % 2 or not set(pairs) <= set(PAIRS):
         known = ", ".join(map(" ".join, PAIRS))
         raise SystemExit(f"versions: the pair must be in the table; got {' '.join(arguments)}; choose among {known}")
-    shutil.rmtree(BUILD / "wheels", ignore_errors=True)
     for pair in pairs:
         print(f"Python {pair[0]}, torch {pair[1]} ...", flush=True)
         result = try_pair(pair)
