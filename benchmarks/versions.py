@@ -1,9 +1,9 @@
 """On which versions of Python and torch does the test suite pass? The answer is docs/versions.md.
 
-`python benchmarks/versions.py` tries every pair of the table, `python benchmarks/versions.py 3.13 2.15` one, and more
-where more are named; the others keep what was found before. A wheel is built once for each state of the sources and each
-Python; one serves all from 3.12 on. Each pair gets an environment of its own in build/versions, about 3 GB, which is
-deleted after its run. Needs nothing but the standard library.
+`python benchmarks/versions.py` tries every pair of the table, `python benchmarks/versions.py 3.13 2.15` one, or
+as many as are named; the others keep what was found before. A wheel is built once for each state of the sources and for
+each Python; one serves all from 3.12 on. Each pair gets an environment of its own in build/versions, about 3 GB, which
+is deleted after its run. Needs nothing but the standard library.
 """
 
 from __future__ import annotations
