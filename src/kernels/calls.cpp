@@ -141,7 +141,9 @@ nb::object forward_saving(nb::handle context, nb::handle x, nb::handle weight, n
     const bool is_given = PyTuple_CheckExact(statistics.ptr());
     const nb::object first = is_given ? nb::object(statistics[0]) : statistics;
     const nb::object second = is_given ? nb::object(statistics[1]) : nb::none();
-    PyObject* saved[] = {context.ptr(), x.ptr(), weight.ptr(), is_behind ? bias.ptr() : Py_None,
+    // By constants, and without a gradient of gamma or beta, y is linear in x: backward does not ask for x.
+    const bool is_linear = is_given && !is_behind && !requires_grad(weight.ptr()) && !requires_grad(bias.ptr());
+    PyObject* saved[] = {context.ptr(), is_linear ? Py_None : x.ptr(), weight.ptr(), is_behind ? bias.ptr() : Py_None,
                          is_behind ? residual.ptr() : Py_None, request.mask.ptr(), first.ptr(), second.ptr()};
     take(PyObject_VectorcallMethod(names().save_for_backward, saved, is_given ? 8 : 7, nullptr));
     const nb::object like = get(plan, names().like);

@@ -20,7 +20,11 @@ from .watch import is_plain
 
 
 class Normalize(torch.autograd.Function):
-    """By the kernels. Keeps x, the statistics and, behind an activation, beta and the residual, and nothing else."""
+    """By the kernels. Keeps x, the statistics and, behind an activation, beta and the residual, and nothing else.
+
+    x is not kept where statistics are given, no gradient of gamma or beta is wanted, and no activation follows: frozen
+    norms let the memory of their input go.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Any, bias: Any, residual: Any, request: Request, plan: Plan) -> Tensor:
@@ -34,7 +38,8 @@ class Normalize(torch.autograd.Function):
         known: Any = statistics if is_given else (statistics,)
         # Beta may change before backward, as in torch, and without an activation the residual need not be kept.
         behind = (None, None) if activation is None else (bias, residual)
-        ctx.save_for_backward(keep(x), weight, behind[0], keep(behind[1]), keep(mask), *known)
+        is_linear = is_given and activation is None and not any(ctx.needs_input_grad[1:3])
+        ctx.save_for_backward(None if is_linear else keep(x), weight, behind[0], keep(behind[1]), keep(mask), *known)
         ctx.how = plan, eps, activation, is_given, memory.find_like(weight), memory.find_like(bias)
         return y
 
@@ -56,6 +61,8 @@ def backward_checked(ctx: Any, g: Tensor, saved: tuple[Any, ...]) -> tuple[Any, 
     x, weight, bias, residual, mask, *known = saved
     memory.check_like("weight", weight, weight_like)
     memory.check_like("bias", bias, bias_like)
+    if x is None:
+        return backward_linear(ctx, g, weight, known, mask)
     if torch.is_grad_enabled() or not is_plain(g) or is_legacy_batched(g):
         for name, t in (("input", x), ("residual", residual)):
             memory.check_like(name, t, (plan.sizes, plan.dtype))
@@ -74,6 +81,20 @@ def backward_checked(ctx: Any, g: Tensor, saved: tuple[Any, ...]) -> tuple[Any, 
     if dbias is not None:
         dbias = like(dbias, *bias_like)
     return dx, dweight, dbias, dresidual if found is None else found, None, None
+
+
+def backward_linear(ctx: Any, g: Tensor, weight: Any, known: list[Tensor], mask: Any) -> tuple[Any, ...]:
+    """The gradients where y is linear in x: dx is the norm of g by mean 0, without beta, to any derivative."""
+    from .paths import normalize  # which imports this file
+
+    plan, eps, *_ = ctx.how
+    source = Given(torch.zeros_like(known[0]), known[1])
+    dx = dresidual = None
+    if ctx.needs_input_grad[0]:
+        dx = normalize(g, weight, None, None, Request(source, eps, None, mask), plan.pooling)
+    if ctx.needs_input_grad[3]:
+        dresidual = g if mask is None else torch.where(mask > 0, g, 0)
+    return dx, None, None, dresidual, None, None
 
 
 # What Normalize.apply does once it has found that no transform is active, which `find_key` and `is_plain` know.
