@@ -112,7 +112,9 @@ def install(pair: Pair, folder: Path) -> Path:
     python = folder / "env" / "bin" / "python"
     pip = (python, "-m", "pip", "install", "--disable-pip-version-check")
     call(*pip, f"torch=={torch}.*", "numpy")
-    found = subprocess.run([python, "-c", "import torch; print(torch.__version__)"], capture_output=True, text=True)
+    # As pip knows it: torch.__version__ names the CUDA it was built for, the package need not.
+    code = "from importlib.metadata import version; print(version('torch'))"
+    found = subprocess.run([python, "-c", code], capture_output=True, text=True)
     fixed = folder / "constraints.txt"  # or another package would bring another torch
     fixed.write_text(f"torch=={found.stdout.strip()}\n", encoding="utf-8")
     call(*pip, "--constraint", fixed, f"anynorm[{EXTRAS}] @ {wheel.as_uri()}")

@@ -64,10 +64,16 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .accumulation.accumulate import accumulate
+    from .surgery.freeze import freeze, unfreeze
     from .surgery.recalibration.recalibrate import recalibrate
 
 # Loaded when they are first asked for: together they take a fifth of the import.
-LATER = {"accumulate": ".accumulation.accumulate", "recalibrate": ".surgery.recalibration.recalibrate"}
+LATER = {
+    "accumulate": ".accumulation.accumulate",
+    "freeze": ".surgery.freeze",
+    "recalibrate": ".surgery.recalibration.recalibrate",
+    "unfreeze": ".surgery.freeze",
+}
 
 exact_types.register_with_packages()
 
@@ -124,6 +130,7 @@ __all__ = [
     "accumulate",
     "exact",
     "extra_state",
+    "freeze",
     "functional",
     "load_extra_state",
     "mask_of",
@@ -134,6 +141,7 @@ __all__ = [
     "shorten",
     "sync",
     "tune_allocator",
+    "unfreeze",
     "update_once",
 ]
 

@@ -149,7 +149,7 @@ def test_a_comparison_needs_an_example(option):
 
 
 def test_models_that_no_operation_takes():
-    with pytest.raises(TypeError, match="accelerate: model must be a torch.nn.Module; got int"):
+    with pytest.raises(TypeError, match=r"accelerate: model must be a torch\.nn\.Module; got int"):
         anynorm.accelerate(3)
     scripted = torch.jit.script(nn.Sequential(nn.Linear(2, 2)))
     with pytest.raises(anynorm.UserError, match="before it is scripted"):

@@ -103,7 +103,23 @@ class _BatchNorm(_Running):
             if counter is not None:
                 counter.add_(self._count(input, mask, lengths))
             mark_counted(self)
+        elif not self.training and self.frozen is not None and self.frozen.follows():
+            self.follow(input, mask, lengths)
         return y
+
+    def follow(self, input: Any, mask: Any, lengths: Any) -> None:
+        """Move the running averages by a batch that was normalized by them: `freeze` with ``updates=False``."""
+        mean, var, counter = self.running_mean, self.running_var, self.num_batches_tracked
+        is_single = self._is_single(input, type(input) is not Tensor and is_ragged(input), mask, lengths)
+        if mean is None or is_single or not is_counted(self):
+            return
+        momentum = find_momentum(None, counter) if self.momentum is None else self.momentum
+        with torch.no_grad():
+            request = Request(Batch(mean, var, momentum), self.eps, None, mask, lengths, self.find_sizes())
+            self.front.normalize(input, None, None, None, request)
+            if counter is not None:
+                counter.add_(self._count(input, mask, lengths))
+        mark_counted(self)
 
     def find_source(self, input: Any, moves: bool) -> Source:
         """Where the statistics of this call come from; `moves`: they move the running averages."""

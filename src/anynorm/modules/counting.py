@@ -52,11 +52,14 @@ class update_once:
 
 
 def is_counted(layer: nn.Module) -> bool:
-    """Whether a layer's call may move its running averages.
+    """Whether a layer's call may move its running averages; those of a frozen norm stay.
 
     Forward inside backward is activation checkpointing, of either kind, which computes again what was counted
     (pytorch#96136).
     """
+    frozen = getattr(layer, "frozen", None)
+    if frozen is not None and frozen.updates:
+        return False
     if torch.compiler.is_compiling():  # Neither backward nor the context is known to a graph: it counts every call.
         return True
     if find_backward() != -1:

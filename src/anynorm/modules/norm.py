@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.nn as nn
 from torch import Tensor
@@ -14,6 +14,10 @@ from ..padding.context import find_current, masked, may_be_masked
 from ..padding.masks import Lengths
 from ..padding.ragged import is_ragged
 from .checkpoints import repair_state
+from .frozen import Frozen
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class Norm(nn.Module):
@@ -21,9 +25,11 @@ class Norm(nn.Module):
 
     Attributes:
         label: the name that `accelerate` or `sync` found in the model, for messages.
+        frozen: what `freeze` has stopped; None for nothing.
     """
 
     label = ""
+    frozen: Frozen | None = None
     weight: Any
     bias: Any
 
@@ -55,6 +61,19 @@ class Norm(nn.Module):
     ) -> Tensor:
         """What `forward` does outside FX; see the function of the same name in `anynorm.functional`."""
         raise NotImplementedError
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode; a norm whose statistics are frozen stays in evaluation."""
+        super().train(mode)
+        if self.frozen is not None:
+            self.frozen.training = mode
+            self.training = mode and not self.frozen.statistics
+        return self
+
+    def extra_repr(self) -> str:
+        """The constructor's arguments, and what is frozen."""
+        arguments = super().extra_repr()
+        return arguments if self.frozen is None else f"{arguments}, frozen={self.frozen.describe()!r}"
 
     def read_affine(self) -> tuple[Tensor | None, Tensor | None]:
         """gamma and beta. torch's own look-up of an attribute that is a parameter costs most of a microsecond."""

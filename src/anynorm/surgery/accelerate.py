@@ -19,7 +19,7 @@ from .adapters import Finder
 from .exact_types import NOTE
 from .graph_model import make_graph_model
 from .operation import operate
-from .report import FUSED, PAIRS, UNDO_FIRST, Entry, SurgeryReport, describe, is_ours
+from .report import FUSED, PAIRS, UNDO_FIRST, UNFREEZE_FIRST, Entry, SurgeryReport, describe, is_ours
 from .sequential import Place, count_places, find_module_obstacle, fuse_place, plan_fusion, plan_undo, take_apart
 from .trace import trace
 
@@ -129,7 +129,14 @@ def plan_accelerated(model: nn.Module, fuse: bool, finder: Finder, report: Surge
         activations = plan_activations(model, swaps, report)
         report.model = make_graph_model(model, lambda twin: swap(twin, swaps, places, activations), traces, report)
     report.note = NOTE if report.changed else ""
-    return lambda: swap(model, swaps, places, activations)
+
+    def change() -> None:
+        swap(model, swaps, places, activations)
+        for module in model.modules():
+            if isinstance(module, Norm) and module.frozen is not None:
+                module.frozen.before = None  # what is unfrozen now stays ours
+
+    return change
 
 
 def plan_undone(model: nn.Module, report: SurgeryReport) -> Callable[[], object]:
@@ -219,6 +226,9 @@ def plan_swaps(model: nn.Module, undo: bool, report: SurgeryReport, finder: Find
     swaps: dict[str, type[nn.Module]] = {}
     for name, module in model.named_modules():
         kind = type(module)
+        if undo and isinstance(module, Norm) and module.frozen is not None:
+            report.left.append(Entry(name, describe(kind), reason=UNFREEZE_FIRST))
+            continue
         if isinstance(module, Adapted):
             if undo:
                 if isinstance(module, _Synchronized):

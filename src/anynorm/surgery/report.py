@@ -29,6 +29,7 @@ FUSED: dict[type[nn.Module], type[fused.Fused]] = {
     for kind in vars(fused).values()
     if isinstance(kind, type) and issubclass(kind, fused.Fused) and "plain" in vars(kind)
 }
+UNFREEZE_FIRST = "it is frozen: anynorm.unfreeze(model) comes first"
 UNDO_FIRST = "it merges statistics over processes: anynorm.sync(model, undo=True) comes first"
 
 

@@ -160,7 +160,7 @@ def plan_undo(model: nn.Module, report: SurgeryReport) -> list[Place]:
     }
     places = []
     for name, norm in model.named_modules():
-        if not isinstance(norm, Fused):
+        if not isinstance(norm, Fused) or norm.frozen is not None:
             continue
         if is_ours(type(norm)) and norm.plain not in PAIRS.values():
             report.left.append(Entry(name, describe(type(norm)), reason=UNDO_FIRST))

@@ -28,7 +28,7 @@ from ...padding.ragged import is_ragged, open_rows
 from ...sources import BATCH, Batch, overriding
 from ...statistics import Moments
 from ..adapters import find_adapters
-from ..report import Entry, describe, is_ours
+from ..report import UNFREEZE_FIRST, Entry, describe, is_ours
 from .statistics import Tally
 
 BASES = (nn.modules.batchnorm._BatchNorm, batch._BatchNorm)
@@ -69,6 +69,8 @@ def find_reason(module: nn.Module, trust: tuple[type, ...]) -> str | None:
     kind = type(module)
     if isinstance(module, torch.jit.ScriptModule):
         return "it is compiled by torch.jit.script" if hasattr(module, "running_mean") else None
+    if isinstance(module, Norm) and module.frozen is not None and module.frozen.updates:
+        return UNFREEZE_FIRST
     is_batch_norm = isinstance(module, (*BASES, *trust))
     if is_batch_norm and (module.running_mean is None or module.running_var is None):
         return "it keeps no running averages"
