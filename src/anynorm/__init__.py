@@ -64,12 +64,14 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .accumulation.accumulate import accumulate
+    from .surgery.convert import convert
     from .surgery.freeze import freeze, unfreeze
     from .surgery.recalibration.recalibrate import recalibrate
 
 # Loaded when they are first asked for: together they take a fifth of the import.
 LATER = {
     "accumulate": ".accumulation.accumulate",
+    "convert": ".surgery.convert",
     "freeze": ".surgery.freeze",
     "recalibrate": ".surgery.recalibration.recalibrate",
     "unfreeze": ".surgery.freeze",
@@ -128,6 +130,7 @@ __all__ = [
     "__version__",
     "accelerate",
     "accumulate",
+    "convert",
     "exact",
     "extra_state",
     "freeze",
