@@ -7,16 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from anynorm.errors import UserError
-
-from .user_code import describe
-
-INSIDE = ("state_dict", "model_state_dict", "model")  # where training loops put the weights among other things
+from anynorm.apps.weights import read_weights
 
 
 @dataclass(frozen=True)
@@ -42,56 +36,8 @@ def load_checkpoint(network: nn.Module, path: str) -> Loaded:
 
 @lru_cache(maxsize=1)
 def read_checkpoint(path: str) -> dict[str, Tensor]:
-    """Tensors by name out of a file that torch.save or safetensors wrote; read once in a process."""
-    if not Path(path).is_file():
-        raise UserError(f"compare --checkpoint: there is no file {path!r}; check the path.")
-    found = read_safetensors(path) if path.endswith(".safetensors") else read_torch(path)
-    for name in INSIDE:
-        if isinstance(found, Mapping) and isinstance(found.get(name), Mapping):
-            found = found[name]
-    tensors = (
-        {str(name): value for name, value in found.items() if isinstance(value, Tensor)}
-        if isinstance(found, Mapping)
-        else {}
-    )
-    if not tensors:
-        raise UserError(
-            f"compare --checkpoint: {path!r} must hold a state_dict, tensors by name; it holds a "
-            f"{type(found).__name__} without; write it with torch.save(network.state_dict(), path)."
-        )
-    # DistributedDataParallel puts this before every name, and torch.compile that.
-    for prefix in ("module.", "_orig_mod."):
-        if all(name.startswith(prefix) for name in tensors):
-            tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
-    return tensors
-
-
-def read_torch(path: str) -> Any:
-    """What torch.save wrote, of plain tensors and containers only."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as problem:
-        raise UserError(
-            f"compare --checkpoint: {path!r} cannot be read as weights ({describe(problem)}); write it with "
-            f"torch.save(network.state_dict(), path)."
-        ) from problem
-
-
-def read_safetensors(path: str) -> Any:
-    """What safetensors wrote."""
-    try:
-        from safetensors.torch import load_file
-    except ImportError:
-        raise UserError(
-            f"compare --checkpoint: {path!r} is read with safetensors, which is not installed; run "
-            f"pip install 'anynorm[files]'."
-        ) from None
-    try:
-        return load_file(path)
-    except Exception as problem:
-        raise UserError(
-            f"compare --checkpoint: {path!r} cannot be read as safetensors ({describe(problem)}); write it again."
-        ) from problem
+    """Tensors by name out of a file; read once in a process."""
+    return read_weights("compare --checkpoint", path)
 
 
 def find_digest(path: str) -> str:
