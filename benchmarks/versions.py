@@ -129,7 +129,8 @@ def run_tests(python: Path, folder: Path) -> Result:
     environment = {**os.environ, "OMP_WAIT_POLICY": "passive", "PATH": f"{python.parent}:{os.environ['PATH']}"}
     environment.pop("PYTHONPATH", None)
     command = [python, "-m", "pytest", "-c", "pyproject.toml", "--rootdir", ".", "-n", "2", f"--junitxml={report}"]
-    command += ["tests", "--pyargs", "anynorm"]
+    # Each torch and Python warns of other things of its own; what `make test` installs must not warn at all.
+    command += ["-W", "default", "-v", "tests", "--pyargs", "anynorm"]
     with (folder / "log.txt").open("w", encoding="utf-8") as log:
         try:
             subprocess.run(command, cwd=tree, env=environment, stdout=log, stderr=log, timeout=LONGEST)
@@ -209,7 +210,8 @@ def write_page(results: dict[str, Result]) -> str:
     parts = [
         "# Versions of Python and torch",
         "The whole test suite with its doctests, on Linux, against the wheel that was built for that Python, with "
-        "the newest of all other packages that install beside that torch. `make versions` does it again, pair by "
+        "the newest of all other packages that install beside that torch. Warnings are errors in `make test` alone: "
+        "each torch warns of other things. `make versions` does it again, pair by "
         'pair, and writes this page; `make versions ARGS="3.13 2.15"` does one pair.',
         "\n".join(rows),
         "torch tells the compiled calls where tensors lie since 2.10. Before, Python finds their addresses "
