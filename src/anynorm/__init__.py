@@ -64,10 +64,15 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .accumulation.accumulate import accumulate
+    from .surgery.param_groups import param_groups
     from .surgery.recalibration.recalibrate import recalibrate
 
 # Loaded when they are first asked for: together they take a fifth of the import.
-LATER = {"accumulate": ".accumulation.accumulate", "recalibrate": ".surgery.recalibration.recalibrate"}
+LATER = {
+    "accumulate": ".accumulation.accumulate",
+    "param_groups": ".surgery.param_groups",
+    "recalibrate": ".surgery.recalibration.recalibrate",
+}
 
 exact_types.register_with_packages()
 
@@ -128,6 +133,7 @@ __all__ = [
     "load_extra_state",
     "mask_of",
     "masked",
+    "param_groups",
     "recalibrate",
     "reference",
     "register",
