@@ -64,12 +64,14 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .accumulation.accumulate import accumulate
+    from .surgery.adaptation.adapt import adapt
     from .surgery.param_groups import param_groups
     from .surgery.recalibration.recalibrate import recalibrate
 
 # Loaded when they are first asked for: together they take a fifth of the import.
 LATER = {
     "accumulate": ".accumulation.accumulate",
+    "adapt": ".surgery.adaptation.adapt",
     "param_groups": ".surgery.param_groups",
     "recalibrate": ".surgery.recalibration.recalibrate",
 }
@@ -127,6 +129,7 @@ __all__ = [
     "__version__",
     "accelerate",
     "accumulate",
+    "adapt",
     "exact",
     "extra_state",
     "functional",
