@@ -15,6 +15,7 @@ from .errors import PatternError, SyncError, UserError
 from .family import FAMILY
 from .modules.batch import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from .modules.counting import update_once
+from .modules.domain import DomainBatchNorm1d, DomainBatchNorm2d, DomainBatchNorm3d, domain
 from .modules.extra_state import extra_state, load_extra_state
 from .modules.fused import (
     BatchNormAct1d,
@@ -95,6 +96,9 @@ __all__ = [
     "BatchRenormAct1d",
     "BatchRenormAct2d",
     "BatchRenormAct3d",
+    "DomainBatchNorm1d",
+    "DomainBatchNorm2d",
+    "DomainBatchNorm3d",
     "GhostBatchNorm1d",
     "GhostBatchNorm2d",
     "GhostBatchNorm3d",
@@ -130,6 +134,7 @@ __all__ = [
     "accelerate",
     "accumulate",
     "adapt",
+    "domain",
     "exact",
     "extra_state",
     "functional",

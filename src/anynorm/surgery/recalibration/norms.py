@@ -224,7 +224,7 @@ def keeping(model: nn.Module) -> Iterator[None]:
         (module, module.training, dict(module._buffers))
         for module in model.modules()
         if not isinstance(module, torch.jit.ScriptModule)
-        and (isinstance(module, SYNCHRONIZED) or isinstance(module._buffers.get("running_mean"), Tensor))
+        and (isinstance(module, (*SYNCHRONIZED, *BASES)) or isinstance(module._buffers.get("running_mean"), Tensor))
     ]
     buffers = [(t, t.detach().clone()) for t in model.buffers() if not t.is_inference()]
     try:
