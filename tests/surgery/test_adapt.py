@@ -216,6 +216,58 @@ def test_the_report_says_what_is_adapted_and_what_is_left():
     }
 
 
+class NormAct(nn.BatchNorm1d):
+    """As other packages have it."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__(features)
+        self.act = nn.ReLU()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.act(super().forward(x))
+
+
+def test_norms_of_other_packages_are_left_with_a_warning_until_something_is_known_of_them():
+    model, x = nn.Sequential(nn.BatchNorm1d(3), NormAct(3)).eval(), draw(60, 3, mean=2)
+    with pytest.warns(
+        UserWarning, match=r"1 batch norms keep their running averages; the first is 1 \(.*NormAct\): a sub"
+    ):
+        anynorm.adapt(model)
+    trusted = anynorm.adapt(model, trust=(NormAct,))
+    assert [entry.name for entry in trusted.report.changed] == ["0", "1"]
+    with trusted:
+        y = model(x)
+    once = nn.BatchNorm1d(3)(nn.BatchNorm1d(3)(x)).relu()
+    torch.testing.assert_close(y, once)
+    assert type(model[1]) is NormAct
+
+
+@quiet
+@pytest.mark.parametrize("first", ["adapt", "masked"])
+def test_masks_of_a_model(first):
+    """Invariant: in either order what padding holds changes nothing, in a model of torch's."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(1, 4, 3, stride=2, padding=1), nn.BatchNorm1d(4), nn.Conv1d(4, 4, 3)).eval()
+    x, mask = draw(3, 1, 8), anynorm.mask_of([8, 5, 3], 8)
+    contexts = [anynorm.adapt(model, prior=4), anynorm.masked(mask, model=model)]
+    outer, inner = contexts if first == "adapt" else contexts[::-1]
+    with outer, inner, torch.no_grad():
+        assert torch.equal(model(x), model(torch.where(mask[:, None], x, 99.0)))
+
+
+@quiet
+@pytest.mark.parametrize("method", ["batch", "tent"])
+def test_wrapped_models(method):
+    """Invariant: what is inside adapts, and its predictions are looked at without the wrapper."""
+    model, x = make_net().eval(), draw(9, 3, 8, 8, mean=2)
+    wrapped = nn.DataParallel(model)
+    with anynorm.adapt(model), torch.no_grad():
+        true = model(x)
+    with anynorm.adapt(wrapped, method) as adaptation, torch.no_grad():
+        assert torch.equal(adaptation(x) if method == "tent" else wrapped(x), true)
+    assert not wrapped._forward_hooks and not model._forward_hooks
+
+
 @quiet
 def test_threads_adapt_each_for_itself():
     """Invariant: on one model of torch's a thread in no context gets the running averages, others their own prior."""

@@ -62,7 +62,8 @@ def adapt(
     statistics then say what the samples are of, and that is taken away. Such batches are warned of.
 
     Args:
-        model: any module, usually in evaluation: modes are left alone. torch's batch norms are ours meanwhile.
+        model: any module, usually in evaluation: modes are left alone. torch's batch norms are ours meanwhile. TENT
+            calls what DistributedDataParallel or torch.compile wraps without them, and steps on each rank by itself.
         method: ``"batch"``: statistics of each test batch, of the positions that a mask says are real. ``"adabn"``:
             `anynorm.recalibrate` on the loader, undone in the end; call `recalibrate` itself to keep it. ``"tent"``:
             statistics of each batch, and a step on gamma and beta that lowers the entropy of the predictions.
@@ -86,9 +87,9 @@ def adapt(
             call of the model, a norm that gets one value per channel.
 
     Warns:
-        UserWarning: once, when the model itself is called, of a batch whose statistics are noisier than the shift that
-            they mend, and once of a batch nearly all of which is predicted to be of one class, with or without
-            adaptation. The latter takes another forward, of the batches number 1, 2, 4, 8 and so on.
+        UserWarning: of batch norms that are left. Once, when the model itself is called, of a batch whose statistics are
+            noisier than the shift that they mend; and once of a batch nearly all of which is predicted to be of one
+            class, with adaptation or without. The latter takes another forward, of the batches number 1, 2, 4, 8, ...
 
     Note:
         The batch's variance is the population's, as in training, while a running variance has n/(n-1). The blend is

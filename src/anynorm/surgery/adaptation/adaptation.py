@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterable
 from contextlib import ExitStack
 from typing import Any
@@ -13,6 +14,7 @@ import torch.nn as nn
 from ...errors import UserError
 from ...sources import OVERRIDE, overriding
 from ..recalibration.data import unwrap
+from ..recalibration.norms import BASES
 from ..recalibration.recalibrate import recalibrate
 from ..report import SurgeryReport
 from .judge import Judge
@@ -33,7 +35,8 @@ class Adaptation:
 
     def __init__(self, model: nn.Module, prior: float, trust: tuple[type[nn.Module], ...]) -> None:
         self.model, self.report = model, SurgeryReport(model=model)
-        self._kinds = plan_norms(unwrap(model), trust, self.report)
+        self._inside = unwrap(model)
+        self._kinds = plan_norms(self._inside, trust, self.report)
         if not self.report.changed:
             reasons = "; ".join(
                 f"{entry.name or 'the model'} was left: {entry.reason}" for entry in self.report.left[:1]
@@ -42,10 +45,22 @@ class Adaptation:
                 "adapt: the model must have a batch norm with running averages; got none"
                 f"{f' ({reasons})' if reasons else ''}; other norms take their statistics from each sample anyway"
             )
+        self._warn_of_left()
         names = {norm: entry.name or "the model" for norm, entry in zip(self._kinds, self.report.changed, strict=True)}
         self._judge = Judge()
         self._statistics = AdaptedStatistics(names, prior, self._judge)
         self._stack: ExitStack | None = None
+
+    def _warn_of_left(self) -> None:
+        """Say which batch norms go on with their running averages, for nobody reads the report of a context."""
+        modules = dict(self._inside.named_modules())
+        left = [entry for entry in self.report.left if is_tracking(modules[entry.name])]
+        if left:
+            warnings.warn(
+                f"adapt: {len(left)} batch norms keep their running averages; the first is {left[0].name} "
+                f"({left[0].kind}): {left[0].reason}; anynorm.register tells what a class computes",
+                stacklevel=4,
+            )
 
     def __enter__(self) -> Any:
         if self._stack is not None:
@@ -71,7 +86,7 @@ class Adaptation:
         if "torch._dynamo" in sys.modules:  # A compiled forward need not see the context.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(borrowing(self._kinds))
-        stack.callback(self.model.register_forward_hook(self._see, with_kwargs=True).remove)
+        stack.callback(self._inside.register_forward_hook(self._see, with_kwargs=True).remove)
         stack.enter_context(overriding(self._statistics))
 
     def _see(self, model: nn.Module, args: Any, named: Any, output: Any) -> None:
@@ -90,6 +105,11 @@ class Recalibrated(Adaptation):
         buffers = [t for norm in self._kinds for t in norm.buffers()]
         stack.callback(put_back, [(t, t.detach().clone()) for t in buffers])
         recalibrate(self.model, self._loader, trust=self._trust, progress=False)
+
+
+def is_tracking(module: Any) -> bool:
+    """Whether it is a batch norm with running averages."""
+    return isinstance(module, BASES) and module.running_mean is not None
 
 
 def put_back(values: list[tuple[Any, Any]]) -> None:

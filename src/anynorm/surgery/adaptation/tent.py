@@ -66,7 +66,7 @@ class Tent(Adaptation):
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
             stack.enter_context(wanting_gradients(self._parameters))
-            output = self.model(*map(leave_inference, args), **{key: leave_inference(t) for key, t in named.items()})
+            output = self._inside(*map(leave_inference, args), **{key: leave_inference(t) for key, t in named.items()})
             logits = find_logits(output)
             if logits is None:
                 raise UserError(
