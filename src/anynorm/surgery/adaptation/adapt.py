@@ -87,8 +87,8 @@ def adapt(
             call of the model, a norm that gets one value per channel.
 
     Warns:
-        UserWarning: of batch norms that are left. Once, when the model itself is called, of a batch whose statistics are
-            noisier than the shift that they mend; and once of a batch nearly all of which is predicted to be of one
+        UserWarning: of batch norms that are left. Once, when the model itself is called, of a batch whose statistics
+            are noisier than the shift that they mend; and once of a batch nearly all of which is predicted to be of one
             class, with adaptation or without. The latter takes another forward, of the batches number 1, 2, 4, 8, ...
 
     Note:
