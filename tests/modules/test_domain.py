@@ -3,6 +3,8 @@
 import copy
 import io
 import pickle
+import subprocess
+import sys
 import threading
 import warnings
 
@@ -296,6 +298,16 @@ def test_torch_compile_is_right_when_the_domain_changes():
             torch.testing.assert_close(compiled(x), model(x))
     with pytest.raises(anynorm.UserError, match="none chosen"):
         compiled(x)
+
+
+def test_no_compiler_is_loaded_for_it():
+    code = (
+        "import sys, torch, anynorm\n"
+        "with anynorm.domain('day'): anynorm.DomainBatchNorm1d(2, domains=['day'])(torch.randn(4, 2))\n"
+        "assert 'torch._dynamo' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 def test_fx_records_the_module_and_no_domain():

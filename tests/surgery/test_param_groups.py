@@ -69,14 +69,20 @@ def test_surgery_changes_no_group(change):
 
 
 def test_norms_that_adapters_know():
-    """A subclass under a name that says nothing, with a weight of several axes."""
+    """A class under a name that says nothing, with a weight of several axes."""
 
-    class Rescale(nn.LayerNorm):
-        pass
+    class Rescale(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(2, 3))
 
-    decayed, others = name_groups(nn.Sequential(Rescale((2, 3)), nn.Linear(3, 3)))
-    assert decayed == {"1.weight"}
-    assert others == {"0.weight", "0.bias", "1.bias"}
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * torch.rsqrt(x.square().mean((-2, -1), keepdim=True) + 1e-6) * self.weight
+
+    model = nn.Sequential(Rescale(), nn.Linear(3, 3))
+    assert name_groups(model)[0] == {"0.weight", "1.weight"}
+    anynorm.register(Rescale, "rms")
+    assert name_groups(model)[0] == {"1.weight"}
 
 
 @pytest.mark.parametrize("order", [1, -1])

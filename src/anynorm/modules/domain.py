@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -91,14 +92,20 @@ class _Domain(batch._BatchNorm):
             f'got {got}; call the model within anynorm.domain("{self.domains[0]}")'
         )
 
-    @not_compiled  # A graph would keep the domain that it was traced in.
     def normalize(
         self, input: Any, residual: Any = None, activation: Any = None, mask: Any = None, lengths: Any = None
     ) -> Any:
         """As batch norm does, with the averages of the chosen domain."""
+        # A graph would keep the domain that it was traced in. Where no compiler was loaded, none is loaded for that.
+        normalize = self._normalize_uncompiled if "torch._dynamo" in sys.modules else self._normalize_in_domain
+        return normalize(input, residual, activation, mask, lengths)
+
+    def _normalize_in_domain(self, input: Any, *options: Any) -> Any:
         (name,) = read_or_replay(self, (CHOSEN.get(),))
         with domain(self.find_domain(name)):
-            return super().normalize(input, residual, activation, mask, lengths)
+            return super().normalize(input, *options)
+
+    _normalize_uncompiled = not_compiled(_normalize_in_domain)
 
     def _split(self, domains: tuple[str, ...], shared_affine: bool) -> None:
         """Give each domain a copy of the averages, and of gamma and beta where these are not shared."""

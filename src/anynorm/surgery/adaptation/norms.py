@@ -29,9 +29,12 @@ class Borrowed:
         users: how many contexts are open.
     """
 
+    kind: type[nn.Module]
+    became: type[nn.Module]
+
     def __init__(self, kind: type[nn.Module], became: type[nn.Module]) -> None:
         self.kind, self.became = kind, became
-        self.users = 0
+        self.users: int = 0
 
 
 BORROWED: WeakKeyDictionary[nn.Module, Borrowed] = WeakKeyDictionary()

@@ -95,6 +95,9 @@ class AdaptedStatistics(Override):
     """
 
     in_evaluation = True
+    names: dict[Any, str]
+    prior: float
+    judge: Judge
 
     def __init__(self, names: dict[Any, str], prior: float, judge: Judge) -> None:
         self.names, self.prior, self.judge = names, prior, judge
