@@ -14,8 +14,9 @@ from .engine.paths import exact
 from .errors import PatternError, SyncError, UserError
 from .family import FAMILY
 from .modules.batch import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from .modules.chosen_domain import domain
 from .modules.counting import update_once
-from .modules.domain import DomainBatchNorm1d, DomainBatchNorm2d, DomainBatchNorm3d, domain
+from .modules.domain import DomainBatchNorm1d, DomainBatchNorm2d, DomainBatchNorm3d
 from .modules.extra_state import extra_state, load_extra_state
 from .modules.fused import (
     BatchNormAct1d,
