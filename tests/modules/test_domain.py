@@ -141,6 +141,14 @@ def test_torch_compile_is_right_when_the_domain_changes():
         compiled(x)
 
 
+def test_an_exported_graph_has_the_domain_that_was_chosen():
+    norm, x = make().eval(), draw(*SHAPES[2])
+    norm.running_mean_night.fill_(3)
+    with anynorm.domain("night"):
+        true, exported = norm(x), torch.export.export(nn.Sequential(norm), (x,), strict=False).module()
+    torch.testing.assert_close(exported(x), true)
+
+
 def test_no_compiler_is_loaded_for_it():
     code = (
         "import sys, torch, anynorm\n"

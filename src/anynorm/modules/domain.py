@@ -219,7 +219,8 @@ class DomainBatchNorm1d(_DomainBatch, nn.BatchNorm1d):
         `bias`, or `weight_night` and `bias_night`. The state of an ordinary batch norm loads, too, with a warning: each
         domain then starts from it. Attributes without a domain, such as `running_mean`, are those of the chosen one,
         and so tools that read them work within ``anynorm.domain``: `recalibrate` and `adapt` of that domain.
-        torch.compile breaks its graph here, and stays right when the domain changes. torch.nn.SyncBatchNorm's converter
+        torch.compile breaks its graph here, and stays right when the domain changes; what torch.export writes has the
+        domain that is chosen then. torch.nn.SyncBatchNorm's converter
         would keep the chosen domain alone.
 
     Source:
