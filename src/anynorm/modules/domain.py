@@ -220,8 +220,7 @@ class DomainBatchNorm1d(_DomainBatch, nn.BatchNorm1d):
         domain then starts from it. Attributes without a domain, such as `running_mean`, are those of the chosen one,
         and so tools that read them work within ``anynorm.domain``: `recalibrate` and `adapt` of that domain.
         torch.compile breaks its graph here, and stays right when the domain changes; what torch.export writes has the
-        domain that is chosen then. torch.nn.SyncBatchNorm's converter
-        would keep the chosen domain alone.
+        domain that is chosen then. torch.nn.SyncBatchNorm's converter would keep the chosen domain alone.
 
     Source:
         Chang et al. 2019, arXiv:1906.03950 (separate gamma and beta); Xie et al. 2020, arXiv:1911.09665 (auxiliary).
