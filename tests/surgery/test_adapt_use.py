@@ -1,5 +1,6 @@
 """adapt: the model is afterwards what it was, and threads, masks, wrappers and compilers go with it."""
 
+import contextvars
 import threading
 import warnings
 
@@ -207,3 +208,21 @@ def test_adabn_is_recalibrate():
         found = [t.clone() for t in model.buffers()]
     anynorm.recalibrate(model, x.split(10))
     assert all(torch.equal(a, b) for a, b in zip(found, model.buffers(), strict=True))
+
+
+@quiet
+def test_threads_leave_the_compiler_as_it_was():
+    """Also where the first to enter is the first to leave."""
+    import torch._dynamo
+
+    graphs, x = [], draw(6, 3)
+    model = nn.Sequential(nn.BatchNorm1d(3)).eval()
+    first, second = anynorm.adapt(model), anynorm.adapt(model)
+    contexts = [contextvars.copy_context() for _ in range(2)]
+    contexts[0].run(first.__enter__)
+    contexts[1].run(second.__enter__)
+    contexts[0].run(first.__exit__)
+    contexts[1].run(second.__exit__)
+    torch._dynamo.reset()
+    torch.compile(model, backend=lambda graph, _: graphs.append(graph) or graph)(x)
+    assert graphs

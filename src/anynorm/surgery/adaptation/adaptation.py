@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -17,6 +16,7 @@ from ..recalibration.data import unwrap
 from ..recalibration.norms import BASES
 from ..recalibration.recalibrate import recalibrate
 from ..report import SurgeryReport
+from .eager import running_eagerly
 from .judge import Judge
 from .norms import borrowing, plan_norms
 from .statistics import AdaptedStatistics
@@ -83,8 +83,7 @@ class Adaptation:
         """Enter what the statistics of batches need."""
         if torch.compiler.is_compiling():
             raise RuntimeError("adapt: a compiled graph cannot change its statistics; enter it outside torch.compile")
-        if "torch._dynamo" in sys.modules:  # A compiled forward need not see the context.
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(running_eagerly())
         stack.enter_context(borrowing(self._kinds))
         stack.callback(self._inside.register_forward_hook(self._see, with_kwargs=True).remove)
         stack.enter_context(overriding(self._statistics))
