@@ -14,7 +14,9 @@ from .engine.paths import exact
 from .errors import PatternError, SyncError, UserError
 from .family import FAMILY
 from .modules.batch import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from .modules.chosen_domain import domain
 from .modules.counting import update_once
+from .modules.domain import DomainBatchNorm1d, DomainBatchNorm2d, DomainBatchNorm3d
 from .modules.extra_state import extra_state, load_extra_state
 from .modules.fused import (
     BatchNormAct1d,
@@ -64,15 +66,19 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .accumulation.accumulate import accumulate
+    from .surgery.adaptation.adapt import adapt
     from .surgery.convert import convert
     from .surgery.freeze import freeze, unfreeze
+    from .surgery.param_groups import param_groups
     from .surgery.recalibration.recalibrate import recalibrate
 
 # Loaded when they are first asked for: together they take a fifth of the import.
 LATER = {
     "accumulate": ".accumulation.accumulate",
+    "adapt": ".surgery.adaptation.adapt",
     "convert": ".surgery.convert",
     "freeze": ".surgery.freeze",
+    "param_groups": ".surgery.param_groups",
     "recalibrate": ".surgery.recalibration.recalibrate",
     "unfreeze": ".surgery.freeze",
 }
@@ -96,6 +102,9 @@ __all__ = [
     "BatchRenormAct1d",
     "BatchRenormAct2d",
     "BatchRenormAct3d",
+    "DomainBatchNorm1d",
+    "DomainBatchNorm2d",
+    "DomainBatchNorm3d",
     "GhostBatchNorm1d",
     "GhostBatchNorm2d",
     "GhostBatchNorm3d",
@@ -130,7 +139,9 @@ __all__ = [
     "__version__",
     "accelerate",
     "accumulate",
+    "adapt",
     "convert",
+    "domain",
     "exact",
     "extra_state",
     "freeze",
@@ -138,6 +149,7 @@ __all__ = [
     "load_extra_state",
     "mask_of",
     "masked",
+    "param_groups",
     "recalibrate",
     "reference",
     "register",

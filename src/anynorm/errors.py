@@ -234,18 +234,18 @@ def has_values(value: Any) -> TypeGuard[Tensor]:
     return type(value) in (Tensor, Parameter) and not value.is_meta and not count_dispatch_modes()
 
 
-def check_state(state: dict[str, Any], prefix: str) -> Iterator[str]:
+def check_state(state: dict[str, Any], prefix: str, suffix: str = "") -> Iterator[str]:
     """What is wrong with the norm's entries of a checkpoint; torch loads all of it without a word."""
-    for name in ("weight", "bias", "running_mean", "running_var"):
+    for name in (f"{name}{suffix}" for name in ("weight", "bias", "running_mean", "running_var")):
         value = state.get(prefix + name)
         if isinstance(value, Tensor) and value.is_complex():
             yield f"{prefix}{name} must be real; got {value.dtype}, whose imaginary part would be lost; save a real one"
-    var = state.get(prefix + "running_var")
+    var = state.get(f"{prefix}running_var{suffix}")
     if has_values(var) and not var.is_complex() and bool((var < 0).any()):
         yield (
-            f"{prefix}running_var must not be negative; got {float(var.min()):.6g}; it was computed by a formula that "
-            "cancels: estimate the statistics again from data"
+            f"{prefix}running_var{suffix} must not be negative; got {float(var.min()):.6g}; it was computed by a "
+            "formula that cancels: estimate the statistics again from data"
         )
-    counter = state.get(prefix + "num_batches_tracked")
+    counter = state.get(f"{prefix}num_batches_tracked{suffix}")
     if has_values(counter) and (counter.numel() != 1 or counter.is_complex()):
-        yield f"{prefix}num_batches_tracked must be one whole number; got {counter.tolist()}; set it to 0"
+        yield f"{prefix}num_batches_tracked{suffix} must be one whole number; got {counter.tolist()}; set it to 0"

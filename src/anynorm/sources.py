@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -110,12 +110,18 @@ BATCH = Batch()
 NAMES: dict[type[Source], str] = {Batch: "batch", Given: "running", Renorm: "renorm", Merged: "ranks"}  # in tables
 
 
-class Override(Protocol):
-    """Says where the layers of a model take their statistics from, instead of the layers."""
+class Override:
+    """Says where the layers of a model take their statistics from, instead of the layers.
 
-    def find_source(self, layer: Any, input: Any) -> Source | None:
+    Attributes:
+        in_evaluation: whether it is asked for layers in evaluation too, which have averages to take.
+    """
+
+    in_evaluation = False
+
+    def find_source(self, layer: Any, input: Any, mask: Any, lengths: Any) -> Source | None:
         """The source of one call of a layer, which then moves no averages of its own; None leaves it to the layer."""
-        ...
+        raise NotImplementedError
 
 
 OVERRIDE: ContextVar[Override | None] = ContextVar("anynorm.source", default=None)  # who answers; no compiler traces it

@@ -36,6 +36,8 @@ def make(kind: type[nn.Module], **options) -> nn.Module:
     arguments = () if name.startswith("Lazy") else (2, 4) if name.startswith("GroupNorm") else (4,)
     if name.startswith("Ghost"):
         options["ghost_size"] = 2
+    if name.startswith("Domain"):
+        options["domains"] = ("day", "night")
     return kind(*arguments, **options, **({"affine": True} if "Instance" in name else {}))
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..functional.batch import BATCH_OF_ONE
 from ..padding.masks import describe
 from ..padding.ragged import is_ragged, open_rows
-from ..sources import Exchange, Merged
+from ..sources import Exchange, Merged, Override
 from ..statistics import Moments
 from ..torch_private import find_backward
 from .checks import check_layer, make_order_error
@@ -86,8 +86,8 @@ class NormCall:
         return Moments(self.moments.count, mean, m2)
 
 
-class ForwardPass:
-    """One forward of one micro-batch: says how each call of a batch norm takes part. A `sources.Override`.
+class ForwardPass(Override):
+    """One forward of one micro-batch: says how each call of a batch norm takes part.
 
     Args:
         calls: of the forward, in order; the first forward of all appends them.
@@ -120,7 +120,7 @@ class ForwardPass:
         self.place = 0
         self.is_in_loss = True
 
-    def find_source(self, layer: Any, input: Any) -> Merged:
+    def find_source(self, layer: Any, input: Any, mask: Any, lengths: Any) -> Merged:
         # In backward activation checkpointing computes calls again, out of order: the place of a call says nothing.
         is_recomputed = find_backward() != -1
         exchange = WholeBatchExchange(self.get_only_call(layer)) if is_recomputed else self.open_next(layer, input)

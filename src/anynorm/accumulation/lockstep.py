@@ -18,7 +18,7 @@ import torch
 
 from ..activations import IDENTITY
 from ..engine.request import Request
-from ..sources import OVERRIDE, Joined, overriding
+from ..sources import OVERRIDE, Joined, Override, overriding
 from .checks import check_layer, make_order_error
 from .joint_call import LossPhase, normalize_jointly
 from .passes import MicroBatches, split_loss
@@ -28,8 +28,8 @@ class ThreadAbandoned(BaseException):
     """Another micro-batch failed. Not an Exception, so that no model catches it."""
 
 
-class MicroBatchThread:
-    """One micro-batch in its thread. A `sources.Override`: a norm waits here for its output.
+class MicroBatchThread(Override):
+    """One micro-batch in its thread: a norm waits here for its output.
 
     Attributes:
         event: "call" with what the norm was given, "end" with what the function returned, or "error".
@@ -75,7 +75,7 @@ class MicroBatchThread:
         if self.thread.ident is not None:
             self.thread.join()
 
-    def find_source(self, layer: Any, input: Any) -> Joined:
+    def find_source(self, layer: Any, input: Any, mask: Any, lengths: Any) -> Joined:
         return Joined(partial(self.wait_for_output, layer))
 
     def wait_for_output(self, layer: Any, input: Any, residual: Any, request: Request) -> Any:
@@ -87,10 +87,10 @@ class MicroBatchThread:
         return output
 
 
-class RecomputationRefusal:
-    """Refuses calls of norms within backward, when every call has been made. A `sources.Override`."""
+class RecomputationRefusal(Override):
+    """Refuses calls of norms within backward, when every call has been made."""
 
-    def find_source(self, layer: Any, input: Any) -> Joined:
+    def find_source(self, layer: Any, input: Any, mask: Any, lengths: Any) -> Joined:
         raise RuntimeError(
             "accumulate: mode 'lockstep' cannot compute a batch norm again in backward; got activation checkpointing; "
             "leave batch norms out of checkpoints, or take mode='sweep'"

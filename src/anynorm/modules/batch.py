@@ -73,8 +73,10 @@ class _BatchNorm(_Running):
             self._check_input_dim(input)  # torch's hook: subclasses override it
         override = None if torch.compiler.is_compiling() else OVERRIDE.get()
         source: Source | None = None
-        if override is not None and (self.training or (self.running_mean is None and self.running_var is None)):
-            source = override.find_source(self, input)
+        if override is not None and (
+            self.training or override.in_evaluation or (self.running_mean is None and self.running_var is None)
+        ):
+            source = override.find_source(self, input, mask, lengths)
         if type(source) is Joined:
             return source.normalize(input, residual, Request(source, self.eps, activation, mask, lengths))
         is_dense = type(input) is Tensor and mask is None and lengths is None

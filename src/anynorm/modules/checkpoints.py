@@ -20,14 +20,14 @@ MOST = 2**53
 LEAST_VARIANCE = -torch.finfo(torch.float32).eps  # A hundredth of the default eps.
 
 
-def repair_state(state: dict[str, Any], prefix: str) -> dict[str, Any]:
+def repair_state(state: dict[str, Any], prefix: str, suffix: str = "") -> dict[str, Any]:
     """A norm's entries as they are taken; a copy where any is changed, which is said."""
     changed: dict[str, Tensor] = {}
-    for key in (prefix + name for name in COUNTERS):
+    for key in (prefix + name + suffix for name in COUNTERS):
         counter = state.get(key)
         if has_values(counter) and not counter.is_complex() and (taken := repair_counter(key, counter)) is not counter:
             changed[key] = taken
-    key = prefix + "running_var"
+    key = f"{prefix}running_var{suffix}"
     var = state.get(key)
     if has_values(var) and not var.is_complex() and bool((var < 0).any()) and not bool((var < LEAST_VARIANCE).any()):
         warnings.warn(f"{key} is negative by rounding, and taken as 0 there; got {float(var.min()):.6g}", stacklevel=2)

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch.nn as nn
 
-from ..modules import batch, ghost, group, instance, layer, lazy, renorm, rms, sync
+from ..modules import batch, domain, ghost, group, instance, layer, lazy, renorm, rms, sync
 from ..modules.pattern import AnyNorm
 from ..modules.recurrent.layers import GRU, LSTM
 from ..pooling import parse
@@ -30,6 +30,7 @@ BATCH_NORMS: tuple[type[nn.Module], ...] = tuple(
         (lazy, "LazyBatchNorm"),
         (ghost, "GhostBatchNorm"),
         (renorm, "BatchRenorm"),
+        (domain, "DomainBatchNorm"),
     )
     for n in (1, 2, 3)
 ) + (sync.SyncBatchNorm,)

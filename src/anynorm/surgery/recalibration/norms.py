@@ -25,7 +25,7 @@ from ...modules.sync import _Synchronized
 from ...padding.context import may_be_masked
 from ...padding.masks import find_mask
 from ...padding.ragged import is_ragged, open_rows
-from ...sources import BATCH, Batch, overriding
+from ...sources import BATCH, Batch, Override, overriding
 from ...statistics import Moments
 from ..adapters import find_adapters
 from ..report import UNFREEZE_FIRST, Entry, describe, is_ours
@@ -37,7 +37,9 @@ SYNCHRONIZED = (_Synchronized, nn.SyncBatchNorm)
 NOT_CALLED = "the model did not call it"
 
 
-def find_norms(model: nn.Module, trust: tuple[type, ...]) -> tuple[dict[str, Any], list[Entry]]:
+def find_norms(
+    model: nn.Module, trust: tuple[type, ...], function: str = "recalibrate"
+) -> tuple[dict[str, Any], list[Entry]]:
     """The norms to recalibrate, by name, and what else keeps running averages, with the reason why it is left.
 
     Raises:
@@ -47,7 +49,7 @@ def find_norms(model: nn.Module, trust: tuple[type, ...]) -> tuple[dict[str, Any
     for name, module in model.named_modules():
         if is_lazy(module):
             raise ValueError(
-                f"recalibrate: lazy modules must have seen an input; got {name or 'the model'} "
+                f"{function}: lazy modules must have seen an input; got {name or 'the model'} "
                 f"({describe(type(module))}), which has not; run one batch first"
             )
         reason = find_reason(module, trust)
@@ -158,11 +160,11 @@ class MomentRecorder:
         self._in_batch = {}
 
 
-class Apart:
+class Apart(Override):
     """Every batch norm of ours in training takes its own batch, moves nothing and waits for no other rank, also those
-    that are left: ranks may have unlike numbers of batches. A `sources.Override`."""
+    that are left: ranks may have unlike numbers of batches."""
 
-    def find_source(self, layer: Any, input: Any) -> Batch:
+    def find_source(self, layer: Any, input: Any, mask: Any, lengths: Any) -> Batch:
         """The batch."""
         return BATCH
 
@@ -224,7 +226,7 @@ def keeping(model: nn.Module) -> Iterator[None]:
         (module, module.training, dict(module._buffers))
         for module in model.modules()
         if not isinstance(module, torch.jit.ScriptModule)
-        and (isinstance(module, SYNCHRONIZED) or isinstance(module._buffers.get("running_mean"), Tensor))
+        and (isinstance(module, (*SYNCHRONIZED, *BASES)) or isinstance(module._buffers.get("running_mean"), Tensor))
     ]
     buffers = [(t, t.detach().clone()) for t in model.buffers() if not t.is_inference()]
     try:

@@ -1,0 +1,1 @@
+"""A model on data from elsewhere: statistics at test time."""
