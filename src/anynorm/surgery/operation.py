@@ -77,7 +77,7 @@ def operate(
     if copy:
         model = copy_model(function, model)
     before = None if example is None else run(model, example, per_layer)
-    report, snapshot = SurgeryReport(model=model), Snapshot(model, values=strict)
+    report, snapshot = SurgeryReport(model=model), Snapshot(model, values=example is not None)
     try:
         plan(model, report)()
         if before is not None:
