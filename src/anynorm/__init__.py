@@ -64,10 +64,15 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .accumulation.accumulate import accumulate
+    from .surgery.fold.fold import fold
     from .surgery.recalibration.recalibrate import recalibrate
 
 # Loaded when they are first asked for: together they take a fifth of the import.
-LATER = {"accumulate": ".accumulation.accumulate", "recalibrate": ".surgery.recalibration.recalibrate"}
+LATER = {
+    "accumulate": ".accumulation.accumulate",
+    "fold": ".surgery.fold.fold",
+    "recalibrate": ".surgery.recalibration.recalibrate",
+}
 
 exact_types.register_with_packages()
 
@@ -124,6 +129,7 @@ __all__ = [
     "accumulate",
     "exact",
     "extra_state",
+    "fold",
     "functional",
     "load_extra_state",
     "mask_of",
