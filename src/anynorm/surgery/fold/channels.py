@@ -76,7 +76,7 @@ def compute_size(node: fx.Node, known: dict[fx.Node, Any]) -> Any:
 def label(shape: Shape, axis: int) -> tuple[Tensor, Tensor]:
     """A tensor in which each place has its channel's label, and the labels: no mean of some is another one."""
     labels = torch.rand(shape[axis], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    return labels.view(-1, *(1,) * (len(shape) - 1 - axis)).expand(shape), labels
+    return labels.view(-1, *(1,) * (len(shape) - 1 - axis)).expand(shape).contiguous(), labels
 
 
 def read_labels(found: Tensor, labels: Tensor, axis: int) -> Tensor:
