@@ -102,7 +102,8 @@ class Axes:
         """Raise where the axis of the norm's channels is not that of the layer's at a node between them."""
         dims = count_dims(layer)
         if dims:
-            if norm.dims not in (None, dims):
+            is_single = self.find_rank(node) == dims + 1 and not norm.takes_single
+            if norm.dims not in (None, dims) or is_single:
                 raise NotFoldable(f"{type(layer).__name__} has other axes than the norm")
             return
         if norm.dims in (2, 3) or norm.takes_single:

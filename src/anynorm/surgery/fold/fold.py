@@ -71,7 +71,9 @@ def fold(
 
     Note:
         All is computed in float64 and rounded once to the layer's dtype. Parameters that change are new objects.
-        A tensor's axes, where the model alone does not tell them, are those it has for the example.
+        A tensor's axes, where the model alone does not tell them, are those it has for the example. What is kept is
+        what `forward` returns; a method that stops between a layer and its norm returns something else. A norm that is
+        folded makes padding 0 no more, as ours do under a mask.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU()).eval()
@@ -105,15 +107,15 @@ def plan_fold(model: nn.Module, where: Where, example: Any, report: SurgeryRepor
     found = {name: module for name, module in model.named_modules() if is_any_norm(module)}
     wanted = {name: module for name, module in found.items() if is_wanted(name, module)}
     check_mode(wanted)
-    norms, reasons = read_norms(found)
-    recordings = record(model, [norm.name for norm in norms.values()])
+    norms, reasons = read_norms(wanted)
+    recordings = record(model, list(found))
     if example is not None and norms:
         measure_shapes(model, recordings, example)
     folding = FoldPlan(model, norms, recordings)
-    folding.fold_all({id(module) for module in wanted.values()})
+    folding.fold_all()
     for each in folding.folded:
-        kind, into = describe(type(each.norm.norm)), " and ".join(each.into)
-        report.changed.append(Entry(each.norm.name, kind, became=f"part of {into}"))
+        into = " and ".join(folding.find_ends(each))
+        report.changed.append(Entry(each.norm.name, describe(type(each.norm.norm)), became=f"part of {into}"))
     reasons |= {norm.name: folding.reasons[id_] for id_, norm in folding.norms.items()}
     report.left += [
         Entry(name, describe(type(wanted[name])), reason=reasons[name]) for name in wanted if name in reasons

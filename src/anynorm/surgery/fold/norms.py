@@ -145,7 +145,8 @@ def find_adapter(norm: nn.Module, finder: Finder) -> Adapter:
         adapter = found[0].adapter
     if adapter.norm not in ("batch", "instance", "frozen"):
         raise NotFoldable(OF_THE_INPUT)
-    return adapter
+    # torch's classes keep their numbers where torch does.
+    return adapter if adapter.norm == "frozen" else PLAIN._replace(then=adapter.then)
 
 
 def compute_affine(norm: nn.Module, adapter: Adapter) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -161,7 +162,7 @@ def find_function_obstacle(node: fx.Node, scale: Tensor, shift: Tensor) -> str:
     name = name_function(node)
     if name in SAME_CALLS or name in MOVING_CALLS:
         return ""
-    family = name.rstrip("123d").rstrip("_") if "pool" in name else name
+    family = re.sub(r"([123]d|_)$", "", name)
     if family not in WORDS:
         return "no norm passes it"
     given = {**dict(zip(WORDS[family], node.args, strict=False)), **node.kwargs}

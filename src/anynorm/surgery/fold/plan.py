@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch.nn as nn
 from torch import Tensor, fx
 
-from ..graph_model import find_norms_read_elsewhere
+from ..graph_model import find_foreign_reads
 from ..operation import replace_everywhere
 from ..sequential import count_places
 from ..trace import is_hooked
@@ -45,17 +45,18 @@ class FoldPlan:
         self.names = {id(module): name for name, module in model.named_modules()}
         self.places = count_places(model)
         self.tensors = count_tensors(model)
-        layers = {name for name, module in model.named_modules() if is_layer(module)}
-        self.read_elsewhere = find_norms_read_elsewhere(model, layers | {norm.name for norm in norms.values()})
+        kinds = {type(module) for module in model.modules()}
+        self.read_elsewhere = {name for kind in kinds for name in find_foreign_reads(kind)}
         self.weights: dict[int, Weights] = {}
         self.made: dict[int, dict[str, nn.Parameter]] = {}
         self.changed_norms: set[int] = set()
         self.folded: list[Folded] = []
+        self.successors: dict[int, nn.Module] = {}
         self.reasons: dict[int, str] = {id_: recordings.reasons.get(norm.name, "") for id_, norm in norms.items()}
 
-    def fold_all(self, wanted: Collection[int]) -> None:
+    def fold_all(self) -> None:
         """Fold until nothing is left that can be: first into layers, then norms into each other."""
-        todo = [id_ for id_ in self.norms if id_ in wanted]
+        todo = list(self.norms)
         into_norms = False
         while True:
             done = [id_ for id_ in todo if self.try_fold(id_, into_norms)]
@@ -79,15 +80,19 @@ class FoldPlan:
                 self.reasons[id_] = str(reason)
             return False
         del self.norms[id_]
-        for searches in self.groups:
-            for search in searches:
-                for node in search.find_calls(norm.norm):
-                    search.modules[str(node.target)] = norm.make_successor()
-        for search in (search for searches in self.groups for search in searches):
+        self.successors[id_] = norm.make_successor()
+        for search in (search for group in self.groups for search in group):
             search.norms = self.norms
+            search.replace(norm.norm, self.successors[id_])
         into = tuple(self.names[id(target.module)] for target in targets)
         self.folded.append(Folded(norm, into))
         return True
+
+    def find_ends(self, folded: Folded) -> list[str]:
+        """What a norm is part of at last, where it went into norms that were folded too."""
+        further = {each.norm.name: each for each in self.folded}
+        ends = [self.find_ends(further[name]) if name in further else [name] for name in folded.into]
+        return list(dict.fromkeys(name for names in ends for name in names))
 
     def find_group(self, norm: FixedNorm) -> list[Search]:
         """The graphs of the part that calls a norm.
@@ -112,10 +117,11 @@ class FoldPlan:
                 raise NotFoldable(f"{name} is called {len(calls)} times")
             if find_reads(search.recording, module):
                 raise NotFoldable(f"the forward reads tensors of {name} by themselves")
-        if not group[0].recording.is_whole:
+        part = group[0].recording
+        if not part.is_whole:
             if self.places[id(module)] > 1:
                 raise NotFoldable(f"{name} has {self.places[id(module)]} places in the model")
-            if name in self.read_elsewhere:
+            if self.read_elsewhere.intersection(name.removeprefix(f"{part.name}.").split(".")):
                 raise NotFoldable(f"code of another module may call {name} by itself")
 
     def find_targets(self, norm: FixedNorm, group: list[Search], into_norms: bool) -> list[Target]:
@@ -193,7 +199,7 @@ class FoldPlan:
         for id_ in self.changed_norms & set(self.norms):
             write_norm(self.norms[id_])
         for each in self.folded:
-            replace_everywhere(self.model, each.norm.norm, each.norm.make_successor())
+            replace_everywhere(self.model, each.norm.norm, self.successors[id(each.norm.norm)])
 
 
 def combine(norm: FixedNorm, scale: Tensor, shift: Tensor, side: str) -> FixedNorm:

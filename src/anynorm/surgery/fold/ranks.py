@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch.nn as nn
 from torch import fx
 
+from ...modules.norm import Norm
+from ...torch_private import NormBase
 from .layers import CONVOLUTIONS
 from .passing import DROPOUTS, find_module, is_torchs, name_function
 
-SAME = (nn.Linear, nn.Identity, nn.BatchNorm1d, *DROPOUTS)
+SAME = (nn.Linear, nn.Identity, NormBase, Norm, *DROPOUTS)
 SAME_CALLS = {"relu", "relu_", "dropout", "gelu", "silu", "tanh", "sigmoid", "leaky_relu", "contiguous", "elu"}
 
 

@@ -66,6 +66,10 @@ class Search:
         """The calls of a module."""
         return [node for node in self.recording.graph.nodes if find_module(node, self.modules) is module]
 
+    def replace(self, norm: nn.Module, successor: nn.Module) -> None:
+        """Go on with another module in the place of a norm."""
+        self.modules.update({name: successor for name, module in self.modules.items() if module is norm})
+
     def find_behind(self, norm: FixedNorm, call: fx.Node, into_norms: bool) -> list[Target]:
         """The modules before a norm that take it over.
 
@@ -83,7 +87,6 @@ class Search:
             raise NotFoldable(f"the output of {said} is used elsewhere too")
         module = find_module(node, self.modules)
         if module is not None and is_layer(module):
-            read_input(node, self.modules)
             yield Target(node, module, "output", self.axes.map_back(norm, node, module, path))
         elif module is not None and into_norms and id(module) in self.norms:
             yield self.find_norm_target(norm, node, self.norms[id(module)], "output", path)
