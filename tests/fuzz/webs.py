@@ -219,26 +219,37 @@ def make_input(web: Web, extra: int = 0) -> Tensor:
     return torch.randn(2 + extra, 4, *sizes, generator=generator, dtype=torch.float64)
 
 
+KINDS = ("norm", "mix", "mix", "transposed", "act", "relu", "relu_", "sum", "in-place sum", "cat", "go back", "again")
+BETWEEN = (
+    "still",
+    "pool",
+    "border",
+    "max pool",
+    "pad",
+    "upsample",
+    "relu",
+    "sum",
+    "in-place sum",
+    "cat",
+    "again",
+    "norm",
+)
+
+
 @st.composite
 def webs(draw, dims: int):
-    """Any of them: norms and layers are drawn more often."""
-    kinds = (
-        "norm",
-        "norm",
-        "norm",
-        "mix",
-        "mix",
-        "mix",
-        "act",
-        "relu",
-        "relu_",
-        "still",
-        "transposed",
-        "pool",
-        "border",
-    )
-    kinds += ("sum", "in-place sum", "cat", "go back", "again", "max pool", "pad", "upsample")
+    """Any of them: norms stand beside layers, with what there may be between, more often than chance would have it."""
     number = st.integers(0, 59)
-    word = st.tuples(st.sampled_from(kinds), number, number)
-    words = tuple(draw(st.lists(word, min_size=3, max_size=10)))
-    return Web(words, draw(st.integers(0, 4)), dims, draw(st.integers(0, 999)))
+
+    def words(*kinds: str):
+        return st.tuples(st.sampled_from(kinds), number, number)
+
+    layer, norm = words("mix", "mix", "transposed"), words("norm")
+    between = st.lists(words(*BETWEEN), max_size=2)
+    behind = st.tuples(layer, between, norm, words("relu", "act", "go back"))
+    before = st.tuples(words("relu", "relu_", "go back"), norm, between, layer)
+    others = st.lists(words(*KINDS), min_size=1, max_size=3)
+    phrases = draw(st.lists(st.one_of(behind, before, others), min_size=1, max_size=4))
+    parts = [part for phrase in phrases for part in phrase]
+    flat = [word for part in parts for word in (part if isinstance(part, list) else [part])]
+    return Web(tuple(flat), draw(st.integers(0, 4)), dims, draw(st.integers(0, 999)))

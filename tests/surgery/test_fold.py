@@ -147,6 +147,21 @@ def test_the_mean_over_channels_is_none_of_positions():
     check(shake(model), draw(2, 3, 3, 3), changed=0)
 
 
+def test_rows_of_rows():
+    """As LeViT has it: the axes before the last become one, and the other use reads a shape alone."""
+
+    class Rows(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.norm = nn.Linear(5, 6), nn.BatchNorm1d(6)
+
+        def forward(self, x):
+            y = self.linear(x)
+            return self.norm(y.flatten(0, 1)).reshape_as(y)
+
+    check(shake(Rows()), draw(2, 7, 5), changed=1)
+
+
 def test_features_that_become_channels():
     """As a generator begins."""
     model = shake(nn.Sequential(nn.Linear(5, 24), nn.Unflatten(1, (6, 2, 2)), nn.BatchNorm2d(6), nn.ReLU()))

@@ -45,6 +45,7 @@ MOVING_CALLS = {"flatten", "unflatten", "view", "reshape", "permute", "transpose
 MOVING_CALLS |= {"squeeze", "unsqueeze", "mean"}
 SAME_CALLS = {"contiguous", "clone", "interpolate"}
 SAME_CALLS |= {f"adaptive_avg_pool{n}d" for n in DIMS}
+LIKE_CALLS = {"reshape_as", "view_as", "expand_as"}  # of their second tensor they read the shape
 SHAPE_CALLS = {"size", "dim", "numel", "nelement", "ndimension"}
 
 # The functions whose own name is another one, or none: those that torch chooses by a flag.
@@ -89,10 +90,10 @@ def describe_node(node: fx.Node, modules: dict[str, nn.Module]) -> str:
     return f"{node.target}" if node.op == "get_attr" else name_function(node)
 
 
-def reads_shape(node: fx.Node) -> bool:
-    """Whether a node looks at sizes alone."""
+def reads_shape(node: fx.Node, source: fx.Node | None = None) -> bool:
+    """Whether a node looks at sizes alone, or at no more of one of its sources."""
     if node.op == "call_method":
-        return node.target in SHAPE_CALLS
+        return node.target in SHAPE_CALLS or (node.target in LIKE_CALLS and node.args[0] is not source is not None)
     return (
         node.op == "call_function" and node.target is getattr and node.args[1] in ("shape", "ndim", "dtype", "device")
     )

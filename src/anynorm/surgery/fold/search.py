@@ -83,7 +83,7 @@ class Search:
         self, norm: FixedNorm, node: fx.Node, user: fx.Node, path: list[fx.Node], into_norms: bool
     ) -> Iterator[Target]:
         said = describe_node(node, self.modules)
-        if any(each is not user and not reads_shape(each) for each in node.users):
+        if any(each is not user and not reads_shape(each, node) for each in node.users):
             raise NotFoldable(f"the output of {said} is used elsewhere too")
         module = find_module(node, self.modules)
         if module is not None and is_layer(module):
@@ -163,7 +163,7 @@ class Search:
     def walk_on(
         self, norm: FixedNorm, call: fx.Node, node: fx.Node, path: list[fx.Node], into_norms: bool
     ) -> Iterator[Target]:
-        users = [user for user in node.users if not reads_shape(user)]
+        users = [user for user in node.users if not reads_shape(user, node)]
         if not users:
             raise NotFoldable("nothing takes its output")
         for user in users:
