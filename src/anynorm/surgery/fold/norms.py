@@ -85,12 +85,17 @@ def normalizes_by_running(norm: Any) -> bool:
     """Whether a call of this norm, in the mode it is in, normalizes by its running averages alone."""
     if getattr(norm, "running_mean", None) is None or getattr(norm, "running_var", None) is None:
         return False
-    if getattr(getattr(norm, "frozen", None), "statistics", False) is True:
+    if is_frozen(norm) and norm.frozen.statistics:
         return True
     if isinstance(norm, INSTANCE_NORMS):
         return not norm.training and bool(norm.track_running_stats)
     # A frozen norm of another package has no mode.
     return not (norm.training and isinstance(norm, BATCH_NORMS))
+
+
+def is_frozen(norm: Any) -> bool:
+    """Whether `anynorm.freeze` keeps its switches there."""
+    return isinstance(getattr(getattr(norm, "frozen", None), "statistics", None), bool)
 
 
 def waits_for_evaluation(norm: Any) -> bool:
@@ -132,7 +137,7 @@ def find_adapter(norm: nn.Module, finder: Finder) -> Adapter:
         raise NotFoldable("it does not know its size yet; call the model once before")
     if isinstance(norm, Adapted):
         adapter = norm.adapter
-    elif kind in TORCHS or hasattr(norm, "frozen") or (is_ours(kind) and isinstance(norm, OURS)):
+    elif kind in TORCHS or is_frozen(norm) or (is_ours(kind) and isinstance(norm, OURS)):
         return PLAIN
     elif isinstance(norm, Norm) and not is_ours(kind):
         raise NotFoldable("a subclass of ours may have code of its own")
