@@ -95,7 +95,7 @@ class Builder:
         if kind in ("sum", "in-place sum", "cat", "go back"):
             others = [n for n, t in enumerate(self.tensors[:-1]) if self.meets(kind, t)]
             if others:
-                self.add(kind, 0, others[a % len(others)])
+                self.add(kind, 0, others[-1 - a % min(3, len(others))])
         elif kind == "again":
             if len(self.network.parts):
                 self.add("module", a % len(self.network.parts))
@@ -247,7 +247,9 @@ def webs(draw, dims: int):
     layer, norm = words("mix", "mix", "transposed"), words("norm")
     between = st.lists(words(*BETWEEN), max_size=2)
     behind = st.tuples(layer, between, norm, words("relu", "act", "go back"))
-    before = st.tuples(words("relu", "relu_", "go back"), norm, between, layer)
+    meanwhile = (("go back", 0, 0), ("relu_", 0, 0), ("go back", 1, 0))  # the norm's input is changed behind it
+    changed = st.sampled_from([[], [], list(meanwhile)])
+    before = st.tuples(words("relu", "relu_", "go back", "mix"), norm, changed, between, layer)
     others = st.lists(words(*KINDS), min_size=1, max_size=3)
     phrases = draw(st.lists(st.one_of(behind, before, others), min_size=1, max_size=4))
     parts = [part for phrase in phrases for part in phrase]
