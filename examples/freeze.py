@@ -25,8 +25,8 @@ def train(model, images, labels, batch, rate):
 
 
 torch.manual_seed(0)
-layers = [[nn.Linear(width, 64), nn.BatchNorm1d(64), nn.ReLU()] for width in (784, 64, 64)]
-start = nn.Sequential(nn.Flatten(), *sum(layers, []), nn.Linear(64, 10))
+blocks = [nn.Sequential(nn.Linear(width, 64), nn.BatchNorm1d(64), nn.ReLU()) for width in (784, 64, 64)]
+start = nn.Sequential(nn.Flatten(), *blocks, nn.Linear(64, 10))
 changed = 0.6 * test_x.roll(3, -1) + 0.5  # as another scanner might give them: less contrast, brighter, off the middle
 print(f"nothing learned of the changed images: {train(start, x, y, 64, 0.05):.1%}")
 for switches in product((False, True), repeat=3):

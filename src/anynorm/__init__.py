@@ -68,6 +68,7 @@ if TYPE_CHECKING:
     from .accumulation.accumulate import accumulate
     from .surgery.adaptation.adapt import adapt
     from .surgery.convert import convert
+    from .surgery.fold.fold import fold
     from .surgery.freeze import freeze, unfreeze
     from .surgery.param_groups import param_groups
     from .surgery.recalibration.recalibrate import recalibrate
@@ -77,6 +78,7 @@ LATER = {
     "accumulate": ".accumulation.accumulate",
     "adapt": ".surgery.adaptation.adapt",
     "convert": ".surgery.convert",
+    "fold": ".surgery.fold.fold",
     "freeze": ".surgery.freeze",
     "param_groups": ".surgery.param_groups",
     "recalibrate": ".surgery.recalibration.recalibrate",
@@ -144,6 +146,7 @@ __all__ = [
     "domain",
     "exact",
     "extra_state",
+    "fold",
     "freeze",
     "functional",
     "load_extra_state",

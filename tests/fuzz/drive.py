@@ -38,8 +38,12 @@ def add_note(error: Exception, note: str) -> None:
     getattr(error, "add_note", print)(note)
 
 
-def drive(check: Callable[[Any], None], cases: SearchStrategy[Any]) -> None:
-    """check(case) for case after case; what fails is made as simple as can be and shown as a script."""
+def drive(check: Callable[[Any], None], cases: SearchStrategy[Any], least: int = 0) -> None:
+    """check(case) for case after case; what fails is made as simple as can be and shown as a script.
+
+    Args:
+        least: without a number of rounds, so many cases at least, however long they take.
+    """
 
     def run(case: Any) -> None:
         try:
@@ -50,7 +54,7 @@ def drive(check: Callable[[Any], None], cases: SearchStrategy[Any]) -> None:
 
     end = monotonic() + SECONDS
     for turn in count() if ROUNDS == 0 else range(ROUNDS):
-        if turn and monotonic() > end:
+        if turn and monotonic() > end and (ROUNDS or turn * EXAMPLES >= least):
             return
         try:
             hypothesis.seed(f"{SEED} {turn}")(STEPS(hypothesis.given(cases)(run)))()
