@@ -21,6 +21,7 @@ CONTENTS: dict[str, list[str]] = {
         "docs/sync",
         "docs/accumulate",
         "docs/recalibrate",
+        "docs/surgery",
         "docs/recurrent",
         "docs/fused",
         "docs/works-with",
