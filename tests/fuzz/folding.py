@@ -1,4 +1,4 @@
-"""Networks whose norms are folded compute what they did: in float64 and float32, for other sizes, after accelerate."""
+"""Networks whose norms are folded, accelerated or frozen compute what they did: in both precisions, for other sizes."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ DONE: Counter[Any] = Counter()
 def check_fold(web: Web) -> None:
     """fold, with and without an example, before and after accelerate, in both precisions."""
     model = build(web)
+    check_freeze(copy.deepcopy(model).double(), web)
     norms = [name for name, module in model.named_modules() if is_any_norm(module)]
     for dtype, is_ours, has_example in ((torch.float64, False, True), (torch.float32, True, False)):
         before = copy.deepcopy(model).to(dtype)
@@ -37,6 +38,26 @@ def check_fold(web: Web) -> None:
         DONE["norms"] += len(norms)
         DONE["folded", has_example] += len(report.changed)
     DONE["networks"] += 1
+
+
+def check_freeze(model: nn.Module, web: Web) -> None:
+    """Frozen it computes in training what it did in evaluation, nothing moves, and it comes back as it was."""
+    want, state = run(model, web, torch.float64), {name: t.clone() for name, t in model.state_dict().items()}
+    kinds = {name: type(module) for name, module in model.named_modules()}
+    report = anynorm.freeze(model)
+    if report.left:
+        raise AssertionError(f"left unfrozen: {report}")
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.eval()
+    check_same(run(model, web, torch.float64), want, torch.float64, "frozen")
+    if not all(torch.equal(t, state[name]) for name, t in model.state_dict().items()):
+        raise AssertionError("something moved in a frozen model")
+    anynorm.unfreeze(model)
+    if {name: type(module) for name, module in model.named_modules()} != kinds:
+        raise AssertionError("unfrozen, a class is not as it was")
+    DONE["frozen"] += len(report.changed)
 
 
 def run(model: nn.Module, web: Web, dtype: torch.dtype) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Networks that branch and meet, share modules and pad in every way: folded and accelerated, against themselves."""
+"""Networks that branch, meet, share modules and pad in every way: folded, accelerated, frozen, against themselves."""
 
 from __future__ import annotations
 
@@ -27,5 +27,6 @@ def test_fold(dims):
     DONE.clear()
     drive(check_fold, webs(dims), LEAST)
     assert DONE["norms"] >= DONE["networks"]
+    assert DONE["frozen"] >= 0.5 * DONE["norms"] / 2, dict(DONE)  # norms are counted once for each precision
     for example in (True, False) if dims else (True,):  # a linear layer's axes are not known without
         assert DONE["folded", example] >= 0.1 * DONE["norms"], dict(DONE)
