@@ -108,7 +108,15 @@ def recalibrate(
     left += [Entry(name, describe(type(norm)), reason=NOT_CALLED) for name, norm in norms.items() if name not in found]
     moved = [make_moved_entry(name, norms[name], population) for name, population in found.items()]
     write(norms, found)
-    return Recalibration(moved, left, earlier, estimate.batches, estimate.passes, estimate.unsettled)
+    return Recalibration(
+        left=left,
+        model=model,
+        moved=moved,
+        earlier=earlier,
+        batches=estimate.batches,
+        passes=estimate.passes,
+        unsettled=estimate.unsettled,
+    )
 
 
 @dataclass(frozen=True)

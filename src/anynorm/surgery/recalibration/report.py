@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..report import Entry, describe, write_left
+from ..report import Entry, SurgeryReport, describe, write_left
 from .statistics import Population
 
 WIDEST_NAME = 32
@@ -68,11 +68,11 @@ def make_moved_entry(name: str, norm: Any, new: Population) -> Moved:
 
 
 @dataclass
-class Recalibration:
-    """What `recalibrate` did.
+class Recalibration(SurgeryReport):
+    """What `recalibrate` did: an `anynorm.SurgeryReport`, and how far each norm moved.
 
     Attributes:
-        moved: every batch norm that has new statistics.
+        moved: every batch norm that has new statistics; `changed` names the same.
         left: what else keeps running averages, and why it was left.
         earlier: ``"batch"`` or ``"population"``.
         batches: taken from the loader in a pass, on this rank.
@@ -81,12 +81,14 @@ class Recalibration:
             variance relative. 0 with ``"batch"``.
     """
 
-    moved: list[Moved]
-    left: list[Entry]
-    earlier: str
-    batches: int
-    passes: int
+    moved: list[Moved] = field(default_factory=list)
+    earlier: str = "batch"
+    batches: int = 0
+    passes: int = 0
     unsettled: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.changed = [Entry(entry.name, entry.kind, became=f"{entry.kind}, recalibrated") for entry in self.moved]
 
     def __str__(self) -> str:
         passes = f"{self.passes} pass{'es' if self.passes > 1 else ''} of {self.batches} batches"
