@@ -24,6 +24,10 @@ class Recalibrate(Callback):
         **options: as of `anynorm.recalibrate`; ``batches`` is the trainer's limit if not given.
     """
 
+    validation: bool
+    loader: Iterable[Any] | None
+    options: dict[str, Any]
+
     def __init__(self, validation: bool = False, loader: Iterable[Any] | None = None, **options: Any) -> None:
         self.validation, self.loader, self.options = validation, loader, options
 

@@ -33,6 +33,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 class Moved:
     """A loader's batches, each given to a function first; as often as the loader can be iterated."""
 
+    loader: Iterable[Any]
+    move: Callable[[Any], Any]
+
     def __init__(self, loader: Iterable[Any], move: Callable[[Any], Any]) -> None:
         self.loader, self.move = loader, move
 

@@ -22,6 +22,10 @@ class Recalibrate(TrainerCallback):
         **options: as of `anynorm.recalibrate`.
     """
 
+    validation: bool
+    loader: Iterable[Any] | None
+    options: dict[str, Any]
+
     def __init__(self, validation: bool = False, loader: Iterable[Any] | None = None, **options: Any) -> None:
         self.validation, self.loader, self.options = validation, loader, options
 

@@ -30,6 +30,7 @@ class Norm(nn.Module):
 
     label = ""
     frozen: Frozen | None = None
+    training: bool
     weight: Any
     bias: Any
 

@@ -196,6 +196,9 @@ def find_class(module: nn.Module, adapter: Adapter, sync: bool = False) -> type[
 class Finder:
     """Finds the class that each module gets, and proves it once for all modules that differ in their numbers only."""
 
+    trust: tuple[type[nn.Module], ...]
+    sync: bool
+
     def __init__(self, trust: tuple[type[nn.Module], ...] = (), sync: bool = False) -> None:
         self.trust, self.sync = trust, sync
         self.known: dict[Any, tuple[Any, str]] = {}

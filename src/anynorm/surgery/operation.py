@@ -140,6 +140,10 @@ def copy_model(function: str, model: nn.Module) -> nn.Module:
 class Snapshot:
     """A model as it is now: classes, attributes, hooks, parts; with `values` also the values of its tensors."""
 
+    modules: list[tuple[nn.Module, type[nn.Module], dict[str, Any], list[tuple[Any, Any]]]]
+    flags: list[tuple[Tensor, bool]]
+    values: list[tuple[Tensor, Tensor]]
+
     def __init__(self, model: nn.Module, values: bool = False) -> None:
         self.modules = [
             (module, type(module), dict(vars(module)), list(copy_containers(module)))

@@ -24,6 +24,9 @@ Attempt = Callable[[Shape, dict[fx.Node, Any], bool], Tensor | None]
 class Axes:
     """Maps the channels of layers to those of norms, in one graph."""
 
+    recording: Recording
+    modules: dict[str, nn.Module]
+
     def __init__(self, recording: Recording) -> None:
         self.recording, self.modules = recording, recording.modules
 

@@ -39,6 +39,13 @@ class FoldPlan:
         recordings: of the model.
     """
 
+    model: nn.Module
+    norms: dict[int, FixedNorm]
+    names: dict[int, str]
+    places: Counter[int]
+    tensors: Counter[Any]
+    read_elsewhere: set[str]
+
     def __init__(self, model: nn.Module, norms: dict[int, FixedNorm], recordings: Recordings) -> None:
         self.model, self.norms = model, dict(norms)
         self.groups: Groups = [[Search(each, self.norms) for each in group] for group in recordings.groups]

@@ -57,6 +57,11 @@ class Search:
         norms: all norms that can be folded, by identity.
     """
 
+    recording: Recording
+    norms: dict[int, FixedNorm]
+    modules: dict[str, nn.Module]
+    axes: Axes
+
     def __init__(self, recording: Recording, norms: dict[int, FixedNorm]) -> None:
         self.recording, self.norms = recording, norms
         self.modules = recording.modules

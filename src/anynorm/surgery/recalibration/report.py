@@ -81,6 +81,7 @@ class Recalibration(SurgeryReport):
             variance relative. 0 with ``"batch"``.
     """
 
+    changed: list[Entry] = field(default_factory=list)
     moved: list[Moved] = field(default_factory=list)
     earlier: str = "batch"
     batches: int = 0
