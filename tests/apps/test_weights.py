@@ -93,7 +93,7 @@ def test_a_bare_pickle(tmp_path):
     assert not marker.exists()
 
 
-DAMAGES = 60
+DAMAGES = 80
 
 
 @pytest.mark.parametrize("seed", range(DAMAGES))
