@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn.modules import module as hooks_of_all_modules
 
-import anynorm
 from anynorm.padding import hooks
+from anynorm.padding.context import CONTEXTS
 
 
 @pytest.fixture(autouse=True)
@@ -16,6 +16,6 @@ def same_numbers_every_time():
 @pytest.fixture(autouse=True)
 def nothing_is_left_behind():
     yield
-    assert anynorm.masked.opened == 0 == hooks.OPEN[0]
+    assert CONTEXTS.opened == 0 == hooks.OPEN[0]
     assert not hooks_of_all_modules._global_forward_pre_hooks
     assert not hooks_of_all_modules._global_forward_hooks

@@ -18,6 +18,7 @@ from torch.nn.modules import module as hooks_of_all_modules
 from torch.utils.checkpoint import checkpoint
 
 import anynorm
+from anynorm.padding.context import CONTEXTS
 from padding.masked_models import LENGTHS, run, unsettle
 
 
@@ -73,7 +74,7 @@ def test_an_exception_closes_the_context():
             raise KeyError
         with pytest.raises(RuntimeError), anynorm.masked(anynorm.mask_of(LENGTHS, 40), model=net):
             net(x[:, :3])
-    assert anynorm.masked.opened == 0
+    assert CONTEXTS.opened == 0
     assert torch.equal(net(x), build()(x))
 
 

@@ -19,7 +19,7 @@ from ..engine.request import Request
 from ..functional.batch import BATCH_NORM
 from ..functional.layer import LAYER_NORM
 from ..functional.rms import RMS_NORM, find_rms_eps
-from ..padding.context import masked, may_be_masked
+from ..padding.context import CONTEXTS, may_be_masked
 from ..padding.masks import find_mask
 from ..sources import BATCH, Given
 from ..statistics import blank
@@ -86,7 +86,7 @@ class Adapted(nn.Module):
         (x,) = given
         if isinstance(x, Proxy):
             return record_call(self, x, **drop_none(mask=mask, lengths=lengths))
-        if mask is None and lengths is None and masked.was_opened and may_be_masked():
+        if mask is None and lengths is None and CONTEXTS.was_opened and may_be_masked():
             mask = self.find_mask(x)
         if mask is None and lengths is None and not self.serves(x):
             return self.original.forward(self, x)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.fx import Proxy
 
 from ..activations import IDENTITY, check_activation, finish
-from ..padding.context import masked, may_be_masked
+from ..padding.context import CONTEXTS, may_be_masked
 from ..padding.masks import Lengths, find_mask
 from ..statistics import blank
 from . import batch, ghost, group, instance, layer, renorm, rms, sync
@@ -67,7 +67,7 @@ class Fused(Norm):
         if isinstance(input, Proxy) or isinstance(residual, Proxy):
             given = (input,) if residual is None else (input, residual)
             return record_call(self, *given, **drop_none(mask=mask, lengths=lengths))
-        if mask is None and lengths is None and masked.was_opened and may_be_masked():
+        if mask is None and lengths is None and CONTEXTS.was_opened and may_be_masked():
             mask = self.find_mask(input)
         if self._forward_hooks and not (mask is None and lengths is None and residual is None):
             check_hooks(self, "mask" if residual is None else "residual")

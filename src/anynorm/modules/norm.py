@@ -10,7 +10,7 @@ from torch.fx import Proxy
 
 from ..engine.protocol import look_at
 from ..errors import check_state
-from ..padding.context import find_current, masked, may_be_masked
+from ..padding.context import CONTEXTS, find_current, may_be_masked
 from ..padding.masks import Lengths
 from ..padding.ragged import is_ragged
 from .checkpoints import repair_state
@@ -46,7 +46,7 @@ class Norm(nn.Module):
         """
         if isinstance(input, Proxy):
             return record_call(self, input, **drop_none(mask=mask, lengths=lengths))
-        if mask is None and lengths is None and masked.was_opened and may_be_masked():
+        if mask is None and lengths is None and CONTEXTS.was_opened and may_be_masked():
             mask = self.find_mask(input)
         if self._forward_hooks and not (mask is None and lengths is None):
             check_hooks(self, "mask")

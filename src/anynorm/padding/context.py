@@ -28,6 +28,26 @@ LAST_CONTEXT: WeakKeyDictionary[nn.Module, masked] = WeakKeyDictionary()  # that
 LOCK = Lock()  # contexts are entered and left by any thread
 
 
+class Contexts:
+    """How many contexts are entered in the process, and whether any ever was.
+
+    Attributes of an object: torch's compiler, as late as 2.8, takes those of a class for constants.
+    """
+
+    def __init__(self) -> None:
+        self.opened: int = 0
+        self.was_opened: bool = False
+
+    def count(self, step: int) -> None:
+        """Add to the number of contexts that are entered."""
+        with LOCK:
+            self.opened += step
+            self.was_opened = True
+
+
+CONTEXTS = Contexts()
+
+
 class masked:
     """Hand a mask to every norm that is called inside, for models that have no argument for one.
 
@@ -69,9 +89,6 @@ class masked:
         torch.Size([2, 4, 3])
     """
 
-    opened: int = 0  # contexts in the process: nothing is looked up where there are none
-    was_opened: bool = False
-
     def __init__(self, *masks: Any, model: nn.Module | None = None) -> None:
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(
@@ -87,12 +104,12 @@ class masked:
         if self._model is not None:
             hooks.install_hooks(pre_hook, hook)
         # After what may raise, so that a context that was not entered is not counted.
-        masked.count(1)
+        CONTEXTS.count(1)
         self._tokens.append(CURRENT.set(self))
         return self
 
     def __exit__(self, kind: Any, *exception: object) -> None:
-        masked.count(-1)
+        CONTEXTS.count(-1)
         CURRENT.reset(self._tokens.pop())
         if self._model is not None:
             hooks.release_hooks()
@@ -119,13 +136,6 @@ class masked:
                 "or none; call anynorm.accelerate(model) before, and pass model=model to have them named",
                 stacklevel=3,
             )
-
-    @classmethod
-    def count(cls, step: int) -> None:
-        """Add to the number of contexts that are entered."""
-        with LOCK:
-            cls.opened += step
-            cls.was_opened = True
 
     def find_mask(self, layer: nn.Module, positions: Sequence[int], x: Any) -> Tensor | None:
         """The mask for an input, None where it has no positions and no mask is about samples alone."""
@@ -188,12 +198,12 @@ def may_be_masked() -> bool:
     """Whether a norm must look for a context: one is open, or one may have been left before backward."""
     # An attribute first: it is all that a process costs that never had a context. The compiler is asked before the
     # weak dictionary, which it cannot trace.
-    return masked.opened > 0 or (masked.was_opened and not torch.compiler.is_compiling() and len(LAST_CONTEXT) > 0)
+    return CONTEXTS.opened > 0 or (CONTEXTS.was_opened and not torch.compiler.is_compiling() and len(LAST_CONTEXT) > 0)
 
 
 def find_current(layer: nn.Module, positions: Sequence[int], x: Any) -> Tensor | None:
     """The mask that the context has for a layer's input."""
-    context = CURRENT.get() if masked.opened else None
+    context = CURRENT.get() if CONTEXTS.opened else None
     check_recomputation(layer, context)
     if context is None:
         LAST_CONTEXT.pop(layer, None)
@@ -222,7 +232,7 @@ def check_recomputation(layer: nn.Module, context: masked | None) -> None:
 
 def pre_hook(layer: nn.Module, args: Any) -> Any:
     """Blank the padding of a layer's input."""
-    context = CURRENT.get() if masked.opened else None
+    context = CURRENT.get() if CONTEXTS.opened else None
     if context is None or not context.has_layer(layer):
         if layer in hooks.CHECKPOINTED:
             # Its forward had a mask. Called within backward it is computed again, and raises; else the entry is stale.
@@ -240,7 +250,7 @@ def pre_hook(layer: nn.Module, args: Any) -> Any:
 
 def hook(layer: nn.Module, args: Any, named: Any, output: Any) -> Any:
     """Follow the mask to a layer's output."""
-    context = CURRENT.get() if masked.opened else None
+    context = CURRENT.get() if CONTEXTS.opened else None
     if context is None or not context.has_layer(layer):
         return None
     assert context._model is not None
