@@ -157,6 +157,9 @@ def test_compiled_models():
     torch.testing.assert_close(compiled(x), plain)
 
 
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.8."), reason="torch 2.8's compiler raises where it is loaded inside masked(model=)"
+)
 def test_compiled_for_the_first_time_inside():
     """In a process of its own: here torch's compiler has been loaded before."""
     code = """

@@ -14,7 +14,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from ..modules.recomputation import find_regions
-from ..torch_private import find_backward
+from ..torch_private import find_backward, not_compiled
 from . import hooks
 from .masks import check_zeros_and_ones, describe
 from .model import MaskedModel
@@ -201,6 +201,7 @@ def may_be_masked() -> bool:
     return CONTEXTS.opened > 0 or (CONTEXTS.was_opened and not torch.compiler.is_compiling() and len(LAST_CONTEXT) > 0)
 
 
+@not_compiled  # whole: a compiler that breaks its graph within runs the rest of it wrongly, as that of torch 2.8 does
 def find_current(layer: nn.Module, positions: Sequence[int], x: Any) -> Tensor | None:
     """The mask that the context has for a layer's input."""
     context = CURRENT.get() if CONTEXTS.opened else None
