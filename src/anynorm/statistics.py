@@ -176,5 +176,8 @@ def blank(t: Tensor, counted: Tensor | None) -> Tensor:
 
 def count_positions(counted: Tensor, view: Tensor, pooling: Pooling, dtype: torch.dtype) -> Tensor:
     """How many elements of each pool count, as they broadcast over its mean."""
-    each = [size if axis in pooling.pooled else -1 for axis, size in enumerate(view.shape)]
-    return counted.expand(each).sum(pooling.pooled, keepdim=True).to(dtype)
+    times = 1
+    for axis in pooling.pooled:
+        # Not expanded: torch's exporter to ONNX by tracing would write the sizes of its example into the graph.
+        times *= view.shape[axis] if counted.shape[axis] == 1 else 1
+    return (counted.sum(pooling.pooled, keepdim=True) * times).to(dtype)

@@ -189,7 +189,7 @@ LAYERS: dict[str, Layer] = {
     "LSTM, batch norm of the sequence": Layer(
         call("LSTM", 6, 4, norm="batch-sequence", bidirectional=True, batch_first=True), (SEQUENCE,)
     ),
-    "LSTM, batch norm per step": Layer(call("LSTM", 6, 4, norm="batch-per-step", batch_first=True), (SEQUENCE,)),
+    "LSTM, batch norm per step": Layer(call("LSTM", 6, 4, norm="batch-per-step", max_steps=8, batch_first=True), (SEQUENCE,)),
     "GRU, layer norm": Layer(call("GRU", 6, 4, norm="layer", batch_first=True), (SEQUENCE,)),
     "GRU, batch norm of the sequence": Layer(
         call("GRU", 6, 4, norm="batch-sequence", num_layers=2, batch_first=True), (SEQUENCE,)
