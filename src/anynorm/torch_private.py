@@ -129,7 +129,7 @@ if TORCH < (2, 13):
 
 def is_recording() -> bool:
     """Whether a graph is made that other tools read: by torch.export or torch.jit.trace, and the exporters to ONNX."""
-    return is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined,no-any-return] # public, but not said so
+    return is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined] # public, but not said so
 
 
 def is_tracing_for_onnx() -> bool:
