@@ -23,6 +23,7 @@ CONTENTS: dict[str, list[str]] = {
         "docs/recalibrate",
         "docs/recurrent",
         "docs/fused",
+        "docs/export",
         "docs/works-with",
     ],
     "Evidence": ["docs/claims", "docs/speed", "docs/accuracy"],
