@@ -148,8 +148,9 @@ $(WORKS)/.ready: tests/works_with/requirements.txt constraints.txt | $(READY)
 	$(WORKS)/bin/pip install --quiet --disable-pip-version-check --no-deps --requirement tests/works_with/requirements.txt
 	@touch $@
 
-works-with: $(READY) $(WORKS)/.ready ## real uses under other packages, and docs/works-with.md (5 minutes; ARGS=timm)
+works-with: $(READY) $(WORKS)/.ready ## real uses under other packages, docs/works-with.md and docs/export.md (15 minutes; ARGS=timm)
 	$(WORKS)/bin/python tests/works_with/run.py $(ARGS)
+	PYTHONPATH=tests $(WORKS)/bin/python -W ignore -m works_with.export $(ARGS)
 	$(WORKS)/bin/python -W ignore tests/works_with/models.py $(ARGS)
 	$(WORKS)/bin/python -m pytest tests/works_with
 

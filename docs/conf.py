@@ -24,6 +24,7 @@ CONTENTS: dict[str, list[str]] = {
         "docs/surgery",
         "docs/recurrent",
         "docs/fused",
+        "docs/export",
         "docs/works-with",
     ],
     "Evidence": ["docs/claims", "docs/speed", "docs/accuracy"],

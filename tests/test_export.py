@@ -1,6 +1,7 @@
-"""Graphs of recurrent layers with norms serve other batches than the one they were made with.
+"""Graphs of norms, and of recurrent layers with them, serve other batches and lengths than their example's.
 
-pytorch#191855; Sierkinhane/CRNN#302. The number of steps is fixed, as with torch's own layer in torch.export.
+pytorch#191855; Sierkinhane/CRNN#302. The number of steps is fixed, as with torch's own layer in torch.export. ONNX is
+tried by tests/works_with/export.py, which has the layers and writes docs/export.md.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import torch.nn as nn
 from torch import Tensor
 
 import anynorm
+from works_with.export import PAGE, check, export, read_rows, trace
+from works_with.export_layers import LAYERS, Layer, settle
 
 KINDS = [
     ("LSTM", {"norm": "layer"}),
@@ -55,6 +58,89 @@ def make(kind: str, options: dict) -> Net:
     for _ in range(2):
         net(net.draw(3))
     return net.eval()
+
+
+STEPS = {name: layer for name, layer in LAYERS.items() if "LSTM" in name or "GRU" in name}
+NORMS = {name: layer for name, layer in LAYERS.items() if name not in STEPS}
+WRITTEN_OUT = [name for name in NORMS if "AnyNorm" in name or "mask" in name or "lengths" in name]
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own: torch.jit.trace is deprecated, and warns of every size it reads
+@pytest.mark.parametrize("name", NORMS)
+def test_traced_norms_equal_eager_at_other_batch_sizes_and_lengths(name):
+    layer, model = NORMS[name], NORMS[name].make()
+    check(trace(layer, model, "nl"), layer, model, "nl")
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own
+@pytest.mark.parametrize("name", ["BatchNorm1d", "RMSNorm", "a frozen model in `train()`", *WRITTEN_OUT])
+def test_exported_norms_equal_eager_at_other_batch_sizes_and_lengths(name):
+    """And hold no operation that exporters to ONNX do not know, as the bits of floats were."""
+    layer, model = NORMS[name], NORMS[name].make()
+    graph = export(layer, model, "nl")
+    check(graph, layer, model, "nl")
+    assert not [node for node in graph.graph.nodes if str(node.target) == "aten.view.dtype" or "anynorm" in str(node)]
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own
+@pytest.mark.parametrize(
+    ("name", "operation"),
+    [
+        ("RMSNorm", "aten::rms_norm"),
+        ("BatchNorm1d without running averages", "aten::batch_norm"),
+        ("InstanceNorm1d with running averages", "aten::instance_norm"),
+    ],
+)
+def test_what_the_exporter_by_tracing_does_not_know_is_written_out(name, operation, monkeypatch):
+    """torch.onnx says that it exports; elsewhere torch's operation stays."""
+    layer, model = NORMS[name], NORMS[name].make()
+    assert operation in str(trace(layer, model, "nl").inlined_graph)
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    graph = trace(layer, model, "nl")
+    assert operation not in str(graph.inlined_graph)
+    check(graph, layer, model, "nl")
+
+
+@pytest.mark.filterwarnings("ignore")  # as above
+@pytest.mark.parametrize("name", ["GroupNorm, `lengths=`", "BatchNorm1d, `mask=`", 'AnyNorm("n (g k) s -> n g")'])
+def test_traced_graphs_hold_no_size_of_their_example(name):
+    """What torch's exporter to ONNX would take for a constant behind an unflatten."""
+    layer = NORMS[name]
+    assert "aten::expand(" not in str(trace(layer, layer.make(), "nl").inlined_graph)
+
+
+@pytest.mark.filterwarnings("ignore")  # as above
+@pytest.mark.parametrize(
+    "activation", ["relu", "leaky_relu(0.3)", "silu", "gelu", "gelu_tanh", "hardswish", "elu(0.5)"]
+)
+def test_traced_activations_equal_eager(activation):
+    layer = Layer(lambda: settle(anynorm.GroupNormAct(2, 6, activation=activation)))
+    model = layer.make()
+    check(trace(layer, model, "nl"), layer, model, "nl")
+
+
+def test_a_power_of_two_in_a_graph_is_one(monkeypatch):
+    """It scales values exactly, or norms would lose a digit; which of its neighbours it is does not matter."""
+    from anynorm import statistics
+
+    sizes = torch.cat([2.0 ** torch.arange(-126.0, 128), torch.rand(1000) * 1e5])
+    want = statistics.find_power(sizes)
+    monkeypatch.setattr(statistics, "is_recording", lambda: True)
+    found = statistics.find_power(sizes)
+    mantissa, _ = torch.frexp(found)
+    assert (mantissa == 0.5).all()
+    assert ((found / want).log2().abs() <= 1).all()
+    assert statistics.find_power(torch.zeros(1)) == 0
+
+
+def test_the_page_has_a_row_for_each_layer_and_what_fails_is_known():
+    """`make works-with` writes it."""
+    rows = read_rows(PAGE.read_text())
+    assert list(rows) == list(LAYERS)
+    for name, cells in rows.items():
+        said = "works, with the length fixed" if name in STEPS else "works"
+        assert cells[:4] == [said] * 4, name
+        assert cells[4:] == [said if LAYERS[name].aot else ""], name
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's own, of the flat weights that every recurrent layer has

@@ -27,6 +27,9 @@ def expand_in_turn(t: Tensor, view: Tensor) -> Tensor:
 
     torch cascades along one axis, and not across several.
     """
+    # torch's exporter to ONNX by tracing would write the example's sizes into the graph; autograd has no part there.
+    if torch.jit.is_tracing():  # type: ignore[attr-defined] # public, but not said so
+        return t
     if not view.numel():  # torch lays out what is empty as its factors are
         return t
     for axis, size in enumerate(view.shape):

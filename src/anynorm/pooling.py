@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache, wraps
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
@@ -47,7 +48,11 @@ class Pooling:
     def open(self, x: Tensor) -> Tensor:
         """View x with its composed axes split; never a copy."""
         for axis, sizes in self.splits:
-            x = x.unflatten(axis, sizes)
+            if torch.jit.is_tracing():  # type: ignore[attr-defined] # public, but not said so
+                # Behind an unflatten torch's exporter to ONNX by tracing takes the example's sizes for constants.
+                x = x.reshape([*x.shape[:axis], *sizes, *x.shape[axis + 1 :]])
+            else:
+                x = x.unflatten(axis, sizes)
         return x
 
     def open_mask(self, mask: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .pooling import Pooling
-from .torch_private import count_transforms, with_replace
+from .torch_private import count_transforms, is_recording, with_replace
 
 
 @dataclass
@@ -142,6 +142,10 @@ def find_power(size: Tensor) -> Tensor:
 
     0 below all normal numbers, or a power that small; infinity, or the largest number, where there is none.
     """
+    if (
+        is_recording()
+    ):  # ONNX knows no bits; where the logarithm rounds it is the power next to it, which serves as well.
+        return torch.pow(2.0, size.log2().floor())
     if count_transforms():  # vmap of torch 2.10 knows no bits.
         mantissa, _ = torch.frexp(size)
         return torch.where(size == 0, size, size / (2 * mantissa)).nan_to_num(torch.inf)
@@ -174,5 +178,8 @@ def blank(t: Tensor, counted: Tensor | None) -> Tensor:
 
 def count_positions(counted: Tensor, view: Tensor, pooling: Pooling, dtype: torch.dtype) -> Tensor:
     """How many elements of each pool count, as they broadcast over its mean."""
-    each = [size if axis in pooling.pooled else -1 for axis, size in enumerate(view.shape)]
-    return counted.expand(each).sum(pooling.pooled, keepdim=True).to(dtype)
+    times = 1
+    for axis in pooling.pooled:
+        # Not expanded: torch's exporter to ONNX by tracing would write the sizes of its example into the graph.
+        times *= view.shape[axis] if counted.shape[axis] == 1 else 1
+    return (counted.sum(pooling.pooled, keepdim=True) * times).to(dtype)

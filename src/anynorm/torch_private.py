@@ -9,6 +9,7 @@ changes one fails there first, by its name.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any, TypeVar
@@ -124,6 +125,19 @@ not_compiled: Callable[[T], T] = find("_disable_dynamo", lambda function: functi
 is_exporting: Callable[[], bool] = torch.compiler.is_exporting
 if TORCH < (2, 13):
     is_exporting = ask_once(is_exporting)
+
+
+def is_recording() -> bool:
+    """Whether a graph is made that other tools read: by torch.export or torch.jit.trace, and the exporters to ONNX."""
+    return is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined] # public, but not said so
+
+
+def is_tracing_for_onnx() -> bool:
+    """Whether torch.onnx exports by torch.jit.trace, which knows fewer of torch's operations than torch.jit.trace."""
+    onnx = sys.modules.get("torch.onnx") if torch.jit.is_tracing() else None  # type: ignore[attr-defined] # as above
+    return onnx is not None and onnx.is_in_onnx_export()
+
+
 # Where some functions of torch.nn.functional are under a name of their own.
 functions_of_nn: Any = find("_C._nn", torch.nn.functional)
 # What torch.nn's batch and instance norms have in common.

@@ -20,7 +20,7 @@ from .. import statistics
 from ..pooling import Pooling
 from ..sources import Given, Merged, move_running
 from ..statistics import Moments
-from ..torch_private import count_transforms, is_exporting
+from ..torch_private import count_transforms, is_exporting, is_recording
 from ..version import __version__
 from . import kernels, library, memory, merged, plain, protocol, transforms
 from .gradients import apply
@@ -73,7 +73,7 @@ is_exact._dynamo_marked_constant = True  # type: ignore[attr-defined] # torch's 
 
 def prefers_torch(x: Tensor) -> bool:
     """Whether torch's own operation should serve: in exported graphs, which other tools read, and off the CPU."""
-    if is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined] # public, but not said so
+    if is_recording():
         return True
     return x.device.type != "cpu" and not is_exact()
 

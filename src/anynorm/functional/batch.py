@@ -20,6 +20,7 @@ from ..errors import (
 from ..padding.masks import Lengths
 from ..padding.ragged import Rows
 from ..sources import Batch, Given, Merged
+from ..torch_private import is_tracing_for_onnx
 from .front import Front, find_source
 
 BATCH_OF_ONE = (
@@ -64,9 +65,11 @@ class BatchFront(Front):
         return type(request.source) is not Merged
 
     def is_torchs(self, request: Request) -> bool:
-        return is_given(request) or (
-            type(request.source) is Batch and isinstance(request.source.momentum, (float, int))
-        )
+        if is_given(request):
+            return True
+        is_known = type(request.source) is Batch and isinstance(request.source.momentum, (float, int))
+        # Its symbol of a batch norm without averages asks for sizes that are free.
+        return is_known and not (request.source[0] is None and is_tracing_for_onnx())
 
     def call_torch(self, x: Any, weight: Any, bias: Any, request: Request) -> Tensor:
         return F.batch_norm(*self.write_call(x, weight, bias, request)[1])

@@ -18,6 +18,7 @@ from ..errors import (
 from ..padding import ragged
 from ..padding.masks import Lengths
 from ..padding.ragged import Rows
+from ..torch_private import is_tracing_for_onnx
 from .batch import check_averages, is_given, name_averages
 from .front import Front, find_source
 
@@ -59,6 +60,9 @@ class InstanceFront(Front):
         check_parameter_dtypes(self.function, x, weight=weight, bias=bias)
         check_floating_averages(self.function, **name_averages(request))
         check_averages(self.function, x, request)
+
+    def is_torchs(self, request: Request) -> bool:
+        return not (is_given(request) and is_tracing_for_onnx())  # whose symbol of it asks for sizes that are free
 
     def call_torch(self, x: Any, weight: Any, bias: Any, request: Request) -> Tensor:
         return F.instance_norm(*self.write_call(x, weight, bias, request)[1])

@@ -16,6 +16,7 @@ from ..padding.masks import Lengths
 from ..padding.ragged import Rows
 from ..pooling import Pooling
 from ..sources import BATCH
+from ..torch_private import is_tracing_for_onnx
 from .layer import FeaturesFront
 
 
@@ -28,6 +29,9 @@ class RMSFront(FeaturesFront):
 
     def warns(self, x: Tensor, pooling: Pooling) -> bool:
         return warn_of_one_value(self.function, pooling.count(x), "sample", x, "gamma with the sign of x")
+
+    def is_torchs(self, request: Request) -> bool:
+        return not is_tracing_for_onnx()
 
     def call_torch(self, x: Any, weight: Any, bias: Any, request: Request) -> Tensor:
         return F.rms_norm(x, request.sizes, weight, request.eps)

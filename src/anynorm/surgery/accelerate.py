@@ -79,9 +79,9 @@ def accelerate(
             nothing was changed.
 
     Note:
-        Tools that look for torch's exact types (torch.ao.quantization's fuse_modules and convert, and
-        torch.fx.experimental.optimization.fuse) or read source (torch.jit.script) want ``undo=True`` first; Opacus and
-        captum are told of ours, whichever is imported first.
+        Tools that look for torch's exact types (torch.ao.quantization's convert of modules, and
+        torch.fx.experimental.optimization.fuse) or read source (torch.jit.script) want ``undo=True`` first; Opacus,
+        captum and torch.ao.quantization's fusers are told of ours, whichever is imported first.
         Instance and layer norm return channels_last where their input is; torch's return contiguous, so a ``view``
         behind them may have to become ``reshape``. What fusing changes beside: docs/fused.md.
 
@@ -90,7 +90,7 @@ def accelerate(
         >>> print(anynorm.accelerate(model))  # doctest: +ELLIPSIS
         1 norms changed, 0 left
           1 x torch.nn.BatchNorm1d -> anynorm.BatchNorm1d
-          tools that look for torch's exact types: Opacus and captum are told of ours; ... want undo=True first
+          tools that look for torch's exact types: Opacus, captum and the fusers of ... want undo=True first
         >>> print(anynorm.accelerate(model, fuse=True))  # doctest: +ELLIPSIS
         1 norms changed, 1 fused, 0 left
           1 x anynorm.BatchNorm1d -> anynorm.BatchNormAct1d

@@ -1,8 +1,8 @@
 """Packages that look classes up by exact type do not find a subclass: here ours are registered with them.
 
 Opacus would take a batch norm for a layer that keeps samples apart, and its promise of privacy would be gone in
-silence; captum's attributions would be refused, or wrong behind a fused activation. Neither package is imported here:
-what was imported before gets our classes at once, and what is imported later right after its import.
+silence; captum's attributions would be refused, or wrong behind a fused activation; torch's fusers would leave norms.
+Nothing is imported here: what was imported before gets our classes at once, what is imported later right after that.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -21,6 +22,7 @@ from ..modules import batch, domain, ghost, group, instance, layer, lazy, renorm
 from ..modules.pattern import AnyNorm
 from ..modules.recurrent.layers import GRU, LSTM
 from ..pooling import parse
+from .fusers import show_torchs_to_graphs, show_torchs_to_modules
 from .report import FUSED, PAIRS, describe
 
 BATCH_NORMS: tuple[type[nn.Module], ...] = tuple(
@@ -41,8 +43,8 @@ INSTANCE_NORMS: tuple[type[nn.Module], ...] = tuple(
 )
 SAMPLE_NORMS = (layer.LayerNorm, group.GroupNorm, rms.RMSNorm, *INSTANCE_NORMS[:3])
 NOTE = (
-    "tools that look for torch's exact types: Opacus and captum are told of ours; torch.ao.quantization and "
-    "torch.fx.experimental.optimization.fuse want undo=True first"
+    "tools that look for torch's exact types: Opacus, captum and the fusers of torch.ao.quantization are told of ours; "
+    "torch.ao.quantization.convert and torch.fx.experimental.optimization.fuse want undo=True first"
 )
 
 
@@ -103,10 +105,14 @@ def explain_refusal(layer: nn.Module) -> str:
     return f"{describe(type(layer))} is norm, sum and activation in one, which it must see apart; {remedy}"
 
 
+VARIANTS = tuple(kind for kind in BATCH_NORMS if kind not in PAIRS.values())  # that torch has not
+
 REGISTRATIONS: dict[str, Callable[[ModuleType], None]] = {
     "opacus.validators": register_validators,
     "opacus.grad_sample": register_grad_samplers,
     "captum.attr": register_captum,
+    "torch.ao.quantization.fuse_modules": partial(show_torchs_to_modules, others=VARIANTS),
+    "torch.ao.quantization.quantize_fx": partial(show_torchs_to_graphs, others=VARIANTS),
 }
 
 
