@@ -364,3 +364,16 @@ def test_compiled_graphs_see_it():
     compiled = torch.compile(model.train(), backend="eager", fullgraph=True)
     assert torch.allclose(compiled(x), expected, atol=1e-6)
     assert is_same(read_state(model), before)
+
+
+def test_torchs_norm_with_frozen_gamma_follows_the_mode_also_when_more_is_frozen_or_less():
+    model = nn.Sequential(make(nn.BatchNorm2d, 2))
+    anynorm.freeze(model.train(), statistics=False, updates=False)
+    assert type(model[0]) is nn.BatchNorm2d
+    anynorm.freeze(model.eval(), statistics=False)
+    assert not model[0].training
+    anynorm.unfreeze(model)
+    assert not model[0].training
+    anynorm.freeze(model, statistics=False, updates=False)
+    anynorm.unfreeze(model.train())
+    assert model[0].training

@@ -200,7 +200,7 @@ def plan_freeze(
 def find_state(norm: nn.Module, asked: Frozen) -> tuple[Frozen, str]:
     """What will be frozen of a norm, beside what is, or why nothing can be."""
     known = vars(norm).get("frozen")
-    before = known if isinstance(known, Frozen) else Frozen(training=norm.training)
+    before = replace(known, training=find_mode(norm)) if isinstance(known, Frozen) else Frozen(training=norm.training)
     keeps_averages = isinstance(norm._buffers.get("running_mean"), Tensor)
     wanted = dict(find_parameters(norm)) if asked.affine else {}
     if isinstance(norm, FrozenNorm):
@@ -262,15 +262,22 @@ def stop(norm: Any, state: Frozen, kind: type[nn.Module] | None) -> None:
 def restore(norm: Any) -> None:
     """Undo `stop`."""
     state: Frozen = norm.frozen
+    mode = find_mode(norm)
     for name, parameter in find_parameters(norm):
         if name in state.requires_grad:
             parameter.requires_grad_(state.requires_grad[name])
     del norm.frozen
-    norm.training = state.training
+    norm.training = mode
     kind = find_class_before(norm, state)
     if kind is not type(norm):
         norm.__class__ = kind
         vars(norm).pop("label", None)
+
+
+def find_mode(norm: Any) -> bool:
+    """The mode that a frozen norm was last set to; torch's classes do not note it, but follow it."""
+    state: Frozen = norm.frozen
+    return state.training if state.statistics else bool(norm.training)
 
 
 def find_class_before(norm: nn.Module, state: Frozen) -> type[nn.Module]:
