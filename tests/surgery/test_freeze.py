@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import warnings
 
 import numpy as np
 import pytest
@@ -377,3 +378,34 @@ def test_torchs_norm_with_frozen_gamma_follows_the_mode_also_when_more_is_frozen
     anynorm.freeze(model, statistics=False, updates=False)
     anynorm.unfreeze(model.train())
     assert model[0].training
+
+
+def test_a_gamma_that_two_norms_share_wants_its_gradient_again_whichever_was_frozen_first():
+    model = nn.Sequential(make(nn.BatchNorm2d, 2), make(nn.BatchNorm2d, 2))
+    model[1].weight = model[0].weight
+    anynorm.freeze(model, where="0")
+    anynorm.freeze(model, where="1")
+    anynorm.unfreeze(model)
+    assert model[0].weight.requires_grad
+
+
+def test_gamma_is_frozen_by_whatever_name_it_has():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale, self.shift = nn.Parameter(torch.ones(4)), nn.Parameter(torch.zeros(4))
+
+        def forward(self, x):
+            return nn.functional.layer_norm(x, (4,), self.scale, self.shift)
+
+    scaled = Scaled()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        split = nn.utils.weight_norm(make(nn.BatchNorm2d, 2))  # weight_g and weight_v
+    anynorm.register(Scaled, "layer", weight="scale", bias="shift", eps=1e-5)
+    model = nn.ModuleList([scaled, split])
+    anynorm.accelerate(model)
+    assert len(anynorm.freeze(model).changed) == 2
+    assert not any(p.requires_grad for p in model.parameters())
+    anynorm.unfreeze(model)
+    assert all(p.requires_grad for p in model.parameters())

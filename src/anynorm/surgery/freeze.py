@@ -172,13 +172,14 @@ def plan_freeze(
     others = SurgeryReport()
     classes = plan_swaps(model, False, others, Finder())
     reasons = {entry.name: entry.reason for entry in others.left}
+    wanted = {id(p): flag for norm in model.modules() for p, flag in find_flags(norm)}
     for name, norm in model.named_modules():
         if not isinstance(norm, (Norm, *BASES)) or not chosen(name, norm):
             if name in reasons and chosen(name, norm):
                 report.left.append(Entry(name, describe(type(norm)), reason=reasons[name]))
             continue
         kind = classes.get(name)
-        state, reason = find_state(norm, asked)
+        state, reason = find_state(norm, asked, wanted)
         if not reason and state.statistics | state.updates:
             kind, reason = find_kind(norm, kind, reasons.get(name, ""), state)
         elif not reason:
@@ -197,8 +198,15 @@ def plan_freeze(
     return change
 
 
-def find_state(norm: nn.Module, asked: Frozen) -> tuple[Frozen, str]:
-    """What will be frozen of a norm, beside what is, or why nothing can be."""
+def find_state(norm: nn.Module, asked: Frozen, flags: dict[int, bool]) -> tuple[Frozen, str]:
+    """What will be frozen of a norm, beside what is, or why nothing can be.
+
+    Args:
+        norm: in the model.
+        asked: the switches.
+        flags: of parameters that are frozen already, by identity, whether they wanted a gradient before: norms may
+            share them.
+    """
     known = vars(norm).get("frozen")
     before = replace(known, training=find_mode(norm)) if isinstance(known, Frozen) else Frozen(training=norm.training)
     keeps_averages = isinstance(norm._buffers.get("running_mean"), Tensor)
@@ -212,16 +220,26 @@ def find_state(norm: nn.Module, asked: Frozen) -> tuple[Frozen, str]:
         statistics=before.statistics or (asked.statistics and keeps_averages),
         updates=before.updates or (asked.updates and keeps_averages),
         affine=before.affine or bool(wanted),
-        requires_grad={**{name: p.requires_grad for name, p in wanted.items()}, **before.requires_grad},
+        requires_grad={**{name: flags.get(id(p), p.requires_grad) for name, p in wanted.items()}, **before.requires_grad},
     )
     return state, ""
 
 
 def find_parameters(norm: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Gamma and beta, by name; where they are parametrized what they are made of."""
+    """Gamma and beta, whatever their names; where they are parametrized what they are made of."""
+    yield from norm.named_parameters(recurse=False)
     for name, parameter in norm.named_parameters():
-        if name in ("weight", "bias") or name.startswith("parametrizations."):
+        if name.startswith("parametrizations."):
             yield name, parameter
+
+
+def find_flags(norm: nn.Module) -> Iterator[tuple[nn.Parameter, bool]]:
+    """The parameters of a frozen norm, and whether they wanted a gradient before."""
+    state = vars(norm).get("frozen")
+    if isinstance(state, Frozen):
+        for name, parameter in find_parameters(norm):
+            if name in state.requires_grad:
+                yield parameter, state.requires_grad[name]
 
 
 def find_kind(
@@ -263,9 +281,8 @@ def restore(norm: Any) -> None:
     """Undo `stop`."""
     state: Frozen = norm.frozen
     mode = find_mode(norm)
-    for name, parameter in find_parameters(norm):
-        if name in state.requires_grad:
-            parameter.requires_grad_(state.requires_grad[name])
+    for parameter, flag in find_flags(norm):
+        parameter.requires_grad_(flag)
     del norm.frozen
     norm.training = mode
     kind = find_class_before(norm, state)
