@@ -22,6 +22,7 @@ from .operation import Where, operate, select
 from .report import Entry, SurgeryReport, describe
 from .sync import find_change
 
+NEVER_MOVES = "its class never moves: there is nothing to freeze"
 WRAPPED = "DistributedDataParallel and its like keep books of which parameters want gradients"
 
 
@@ -174,12 +175,14 @@ def plan_freeze(
     reasons = {entry.name: entry.reason for entry in others.left}
     wanted = {id(p): flag for norm in model.modules() for p, flag in find_flags(norm)}
     for name, norm in model.named_modules():
-        if not isinstance(norm, (Norm, *BASES)) or not chosen(name, norm):
+        if not (isinstance(norm, (Norm, *BASES)) or name in classes) or not chosen(name, norm):
             if name in reasons and chosen(name, norm):
                 report.left.append(Entry(name, describe(type(norm)), reason=reasons[name]))
             continue
         kind = classes.get(name)
         state, reason = find_state(norm, asked, wanted)
+        if kind is not None and issubclass(kind, FrozenNorm):
+            reason = NEVER_MOVES
         if not reason and state.statistics | state.updates:
             kind, reason = find_kind(norm, kind, reasons.get(name, ""), state)
         elif not reason:
@@ -212,7 +215,7 @@ def find_state(norm: nn.Module, asked: Frozen, flags: dict[int, bool]) -> tuple[
     keeps_averages = isinstance(norm._buffers.get("running_mean"), Tensor)
     wanted = dict(find_parameters(norm)) if asked.affine else {}
     if isinstance(norm, FrozenNorm):
-        return before, "its class never moves: there is nothing to freeze"
+        return before, NEVER_MOVES
     if not keeps_averages and not wanted:
         return before, "it keeps no running averages" + (" and has no gamma or beta" if asked.affine else "")
     state = replace(
