@@ -410,3 +410,34 @@ def test_gamma_is_frozen_by_whatever_name_it_has():
         anynorm.unfreeze(model)
         assert all(p.requires_grad for p in model.parameters())
         anynorm.accelerate(model)
+
+
+class Subclass(nn.BatchNorm2d):
+    pass
+
+
+def test_a_frozen_norm_of_another_class_is_pickled_and_is_its_class_again_when_it_is_unfrozen():
+    model = nn.Sequential(train_once(Subclass(4), draw(*SHAPES[2])))
+    anynorm.freeze(model)
+    back = pickle.loads(pickle.dumps(model))
+    before = read_state(back)
+    back.train()(draw(*SHAPES[2]))
+    assert is_same(read_state(back), before)
+    for each in (model, back, copy.deepcopy(model)):
+        anynorm.unfreeze(each)
+        assert type(each[0]) is Subclass
+
+
+@pytest.mark.parametrize("again", [anynorm.freeze, anynorm.accelerate])
+def test_what_is_rolled_back_has_its_gradients_and_the_way_back(again):
+    x = draw(*SHAPES[2])
+    model = nn.Sequential(make(nn.BatchNorm2d, 2), nn.ReLU())
+    model(x).sum().backward()
+    gradient = model[0].weight.grad
+    if again is anynorm.accelerate:
+        anynorm.freeze(model, affine=False)
+    with pytest.raises(anynorm.NotProved):
+        again(model, example=x, strict=True, tolerance=-1)
+    anynorm.unfreeze(model)
+    assert model[0].weight.grad is gradient
+    assert type(model[0]) is nn.BatchNorm2d

@@ -10,7 +10,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from ..errors import UserError
-from ..modules.adapted import FrozenNorm
+from ..modules.adapted import Adapted, FrozenNorm
 from ..modules.batch import _BatchNorm
 from ..modules.frozen import Frozen
 from ..modules.fused import Fused
@@ -223,7 +223,10 @@ def find_state(norm: nn.Module, asked: Frozen, flags: dict[int, bool]) -> tuple[
         statistics=before.statistics or (asked.statistics and keeps_averages),
         updates=before.updates or (asked.updates and keeps_averages),
         affine=before.affine or bool(wanted),
-        requires_grad={**{name: flags.get(id(p), p.requires_grad) for name, p in wanted.items()}, **before.requires_grad},
+        requires_grad={
+            **{name: flags.get(id(p), p.requires_grad) for name, p in wanted.items()},
+            **before.requires_grad,
+        },
     )
     return state, ""
 
@@ -269,7 +272,7 @@ def find_kind(
 def stop(norm: Any, state: Frozen, kind: type[nn.Module] | None) -> None:
     """Freeze a norm."""
     if kind is not None:
-        state.before, state.became = type(norm), kind
+        state.before, state.became = type(norm), find_recipe(kind)
         norm.__class__ = kind
     if state.affine:
         for name, parameter in find_parameters(norm):
@@ -302,4 +305,10 @@ def find_mode(norm: Any) -> bool:
 
 def find_class_before(norm: nn.Module, state: Frozen) -> type[nn.Module]:
     """The class that an unfrozen norm has: as before, where nothing else has changed it since."""
-    return state.before if state.before is not None and type(norm) is state.became else type(norm)
+    is_same = state.before is not None and find_recipe(type(norm)) == state.became
+    return state.before if state.before is not None and is_same else type(norm)
+
+
+def find_recipe(kind: type[nn.Module]) -> Any:
+    """What a class that was made at run time is made of, which pickle can write; others are found by their names."""
+    return kind.recipe if issubclass(kind, Adapted) else kind

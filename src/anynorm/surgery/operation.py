@@ -141,7 +141,7 @@ class Snapshot:
     """A model as it is now: classes, attributes, hooks, parts; with `values` also the values of its tensors."""
 
     modules: list[tuple[nn.Module, type[nn.Module], dict[str, Any], list[tuple[Any, Any]]]]
-    flags: list[tuple[Tensor, bool]]
+    flags: list[tuple[Tensor, bool, Tensor | None]]
     values: list[tuple[Tensor, Tensor]]
 
     def __init__(self, model: nn.Module, values: bool = False) -> None:
@@ -151,7 +151,7 @@ class Snapshot:
             if not isinstance(module, torch.jit.ScriptModule)
         ]
         tensors = [t for t in (*model.parameters(), *model.buffers()) if type(t) in (Tensor, nn.Parameter)]
-        self.flags = [(t, t.requires_grad) for t in tensors]
+        self.flags = [(t, t.requires_grad, t.grad if t.is_leaf else None) for t in tensors]
         self.values = [(t, t.detach().clone()) for t in tensors] if values else []
 
     def restore(self) -> None:
@@ -163,8 +163,10 @@ class Snapshot:
             for container, content in containers:
                 container.clear()
                 container.update(content)
-        for tensor, flag in self.flags:
+        for tensor, flag, gradient in self.flags:
             tensor.requires_grad_(flag)
+            if gradient is not None:
+                tensor.grad = gradient
         with torch.no_grad():
             for tensor, value in self.values:
                 if not torch.equal(tensor, value):
