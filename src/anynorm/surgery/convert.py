@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
-import torch
 import torch.nn as nn
 from torch import Tensor
 
@@ -25,7 +25,7 @@ from .conversion import (
     is_alike,
     make,
 )
-from .differences import call
+from .differences import call, evaluating
 from .operation import Where, operate, replace_everywhere, select
 from .report import Entry, SurgeryReport, describe
 
@@ -166,16 +166,10 @@ def find_shapes(model: nn.Module, example: Any) -> dict[int, tuple[int, ...]]:
         if inputs and isinstance(inputs[0], Tensor):
             shapes[id(module)] = tuple(inputs[0].shape)
 
-    modes = [(module, module.training) for module in model.modules()]
-    hooks = [m.register_forward_pre_hook(note) for m, _ in modes if isinstance(m, (*BASES, *CHANNEL_NORMS, Adapted))]
-    try:
-        for module, _ in modes:
-            module.training = False
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            call(model, example)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module, training in modes:
-            module.training = training
+    norms = [module for module in model.modules() if isinstance(module, (*BASES, *CHANNEL_NORMS, Adapted))]
+    with ExitStack() as stack:
+        for norm in norms:
+            stack.callback(norm.register_forward_pre_hook(note).remove)
+        stack.enter_context(evaluating(model))
+        call(model, example)
     return shapes

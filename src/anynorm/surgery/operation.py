@@ -16,7 +16,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from ..errors import UserError
-from .differences import run
+from .differences import Run, run
 from .report import SurgeryReport
 
 Plan = Callable[[nn.Module, SurgeryReport], Callable[[], object]]
@@ -77,6 +77,8 @@ def operate(
     if copy:
         model = copy_model(function, model)
     before = None if example is None else run(model, example, per_layer)
+    if before is not None:
+        check_compared(function, before, strict)
     report, snapshot = SurgeryReport(model=model), Snapshot(model, values=example is not None)
     try:
         plan(model, report)()
@@ -94,6 +96,17 @@ def operate(
         snapshot.restore()
         raise
     return report
+
+
+def check_compared(function: str, before: Run, strict: bool) -> None:
+    """Raise where the outputs on an example prove nothing."""
+    if any(tensor.is_meta for tensor in before.outputs.values()):
+        raise UserError(f"{function}: example compares values; got outputs on the meta device; leave example out")
+    if strict and not before.outputs:
+        raise UserError(
+            f"{function}: strict=True compares outputs; the model returned no tensor, also not in a tuple, list, dict "
+            "or dataclass; wrap the model so that it returns them, or leave strict out"
+        )
 
 
 def check_model(function: str, model: Any, wrapped: str = "") -> None:
