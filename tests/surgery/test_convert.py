@@ -264,3 +264,12 @@ def test_where():
     model = network()
     anynorm.convert(model, "group", where="4")
     assert [type(model[i]).__name__ for i in (1, 4)] == ["BatchNorm2d", "GroupNorm"]
+
+
+def test_norms_that_torch_reads_past_any_call_are_left():
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    x = torch.randn(2, 3, 8)
+    before = model(x)
+    report = anynorm.convert(model, "identity")
+    assert ["fast path" in entry.reason for entry in report.left] == [True, True]
+    assert torch.equal(model(x), before)

@@ -255,3 +255,27 @@ def test_what_proves_nothing_is_no_proof():
     assert type(model.inner[1]) is nn.BatchNorm2d
     with pytest.raises(ValueError, match="got outputs on the meta device; leave example out"):
         anynorm.freeze(network().to("meta"), example=X.to("meta"))
+
+
+class Listed(nn.Module):
+    """Its forward calls a norm that torch does not know to be there."""
+
+    def __init__(self, hold):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.held = hold(self.bn)
+
+    def forward(self, x):
+        held = self.held["a"][0] if isinstance(self.held, dict) else self.held
+        return held(self.conv(x))
+
+
+@pytest.mark.parametrize("hold", [lambda bn: {"a": [bn]}, lambda bn: bn.forward], ids=["list", "method"])
+@pytest.mark.parametrize("change", [anynorm.fold, lambda model: anynorm.convert(model, "group")], ids=["fold", "group"])
+def test_a_norm_that_a_list_holds_too_is_not_replaced(hold, change):
+    model = Listed(hold)
+    model(X * 3 + 1)
+    before = model.eval()(X)
+    (left,) = change(model).left
+    assert left.reason.startswith("held holds it too, past torch's registry")
+    assert torch.equal(model(X), before)

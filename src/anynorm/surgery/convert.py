@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..modules.adapted import Adapted
-from .accelerate import BASES
+from .accelerate import BASES, find_bypassed
 from .conversion import (
     CHANNEL_NORMS,
     FEATURE_NORMS,
@@ -26,7 +26,7 @@ from .conversion import (
     make,
 )
 from .differences import call, evaluating
-from .operation import Where, operate, replace_everywhere, select
+from .operation import Where, find_held, operate, replace_everywhere, select
 from .report import Entry, SurgeryReport, describe
 
 NOTE = "train on, or at least look at the loss: the new norms only start near the old function"
@@ -128,6 +128,7 @@ def plan_convert(
     """Make every new norm; what is returned puts them in."""
     counts = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
     found: list[tuple[nn.Module, nn.Module, tuple[Tensor | None, Tensor | None]]] = []
+    held, bypassed = find_held(model), find_bypassed(model)
     for name, norm in model.named_modules():
         if not isinstance(norm, (*BASES, *CHANNEL_NORMS, *FEATURE_NORMS, Adapted)) or not chosen(name, norm):
             continue
@@ -135,6 +136,10 @@ def plan_convert(
             if not name:
                 raise Refused("it is the model itself; put it in torch.nn.Sequential")
             check_convertible(norm, counts)
+            if id(norm) in held:
+                raise Refused(f"{held[id(norm)]} holds it too, past torch's registry: code may call it there")
+            if id(norm) in bypassed:
+                raise Refused(bypassed[id(norm)])
             new = make(norm, to, shapes.get(id(norm)), options)
             if is_alike(norm, new):
                 raise Refused("it is such a norm already")

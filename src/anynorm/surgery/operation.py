@@ -23,6 +23,7 @@ Plan = Callable[[nn.Module, SurgeryReport], Callable[[], object]]
 Where = str | type[nn.Module] | tuple[str | type[nn.Module], ...] | Callable[[str, nn.Module], bool] | None
 # What torch keeps in a module beside plain attributes; handles of hooks refer to the very dictionaries.
 CONTAINERS = (dict, set)
+TORCHS = frozenset(vars(nn.Module()))  # torch's own attributes of every module: its hooks may be methods
 
 
 class NotProved(UserError):
@@ -240,3 +241,26 @@ def replace_everywhere(model: nn.Module, old: nn.Module, new: nn.Module) -> None
         for key, child in list(parent._modules.items()):
             if child is old:
                 parent._modules[key] = new
+
+
+def find_held(model: nn.Module) -> dict[int, str]:
+    """Modules, by identity, that stand in plain attributes too, also in lists and the like, and in which.
+
+    Code may call them there, and nothing that is put in their place in the model.
+    """
+    held: dict[int, str] = {}
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            if key not in TORCHS:
+                held |= {id(each): f"{name}.{key}" if name else key for each in list_modules(value)}
+    return held
+
+
+def list_modules(value: Any, depth: int = 3) -> Iterator[nn.Module]:
+    """The modules in a list, tuple, dict or set, and whose methods are there."""
+    value = getattr(value, "__self__", value)
+    if isinstance(value, nn.Module):
+        yield value
+    elif isinstance(value, (list, tuple, set, dict)) and depth:
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from list_modules(part, depth - 1)
