@@ -149,11 +149,11 @@ def plan_convert(
         affine = (None, None) if to == "identity" else find_affine(norm, new, to)
         found.append((norm, new, affine))
         report.changed.append(Entry(name, describe(type(norm)), became=describe(type(new))))
-    is_tracked = all(isinstance(norm._buffers.get("running_mean"), Tensor) for norm, _, _ in found)
-    makes_averages = any(isinstance(new._buffers.get("running_mean"), Tensor) for _, new, _ in found)
+    # Those of batch norms are handed on; the very tensors.
+    averages = [(norm._buffers.get("running_mean"), new._buffers.get("running_mean")) for norm, new, _ in found]
     if found:
         report.note = "" if to in ("batch", "sync") else NOTE
-        report.note = NO_AVERAGES if makes_averages and not is_tracked else report.note
+        report.note = NO_AVERAGES if any(own is not None and own is not old for old, own in averages) else report.note
 
     def change() -> None:
         for norm, new, affine in found:
