@@ -441,3 +441,25 @@ def test_what_is_rolled_back_has_its_gradients_and_the_way_back(again):
     anynorm.unfreeze(model)
     assert model[0].weight.grad is gradient
     assert type(model[0]) is nn.BatchNorm2d
+
+
+@pytest.mark.parametrize(("kind", "dims"), KINDS)
+def test_averages_that_are_frozen_are_not_reset(kind, dims):
+    model, x = nn.Sequential(build(kind, dims)), draw(*SHAPES[dims], seed=3)
+    anynorm.freeze(model)
+    before = read_state(model)
+    torch.optim.swa_utils.update_bn([x], model)
+    assert is_same(read_state(model), before)
+    anynorm.unfreeze(model)
+    model[0].reset_running_stats()
+    assert model[0].num_batches_tracked == 0
+
+
+def test_averages_that_follow_pass_over_batches_that_are_not_finite_where_the_norm_does():
+    model = nn.Sequential(train_once(anynorm.BatchNorm2d(4, on_nonfinite="skip"), draw(*SHAPES[2])))
+    anynorm.freeze(model, updates=False)
+    before = read_state(model)
+    with pytest.warns(UserWarning, match="not counted in the running averages"):
+        model(torch.full(SHAPES[2], torch.nan))
+    assert is_same(read_state(model), before)
+    assert model[0].nonfinite_batches == 1

@@ -181,6 +181,8 @@ def test_selecting_by_name_class_and_function():
         select("freeze", model, "layer4")
     with pytest.raises(TypeError, match="where must be names, classes or a function"):
         select("freeze", model, 3)
+    with pytest.raises(TypeError, match=r"where must be .*; got BatchNorm2d"):
+        select("freeze", model, model[0][1])
     with pytest.raises(TypeError, match="where may name strings and classes; got 3"):
         select("freeze", model, ("1.1", 3))
 

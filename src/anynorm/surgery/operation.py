@@ -208,7 +208,7 @@ def select(function: str, model: nn.Module, where: Where) -> Callable[[str, nn.M
     if where is None:
         return lambda name, module: True
     if not isinstance(where, (str, type, tuple)):
-        if not callable(where):
+        if not callable(where) or isinstance(where, nn.Module):
             raise TypeError(
                 f"{function}: where must be names, classes or a function of (name, module); got {type(where).__name__}"
             )
