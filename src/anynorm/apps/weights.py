@@ -101,9 +101,14 @@ def load_weights(asked: str, model: nn.Module, path: str) -> None:
         more = f"; and {len(wrong) - MOST_NAMED} more" if len(wrong) > MOST_NAMED else ""
         raise UserError(
             f"{asked}: {path!r} does not fit the model, and nothing of it was loaded: "
-            f"{'; '.join(wrong[:MOST_NAMED])}{more}."
+            f"{'; '.join(map(shorten, wrong[:MOST_NAMED]))}{more}."
         )
     model.load_state_dict(weights)
+
+
+def shorten(text: str) -> str:
+    """Text without its middle, where it is long: a key may be of any length."""
+    return text if len(text) <= 300 else f"{text[:150]}...{text[-147:]}"
 
 
 def find_wrong(model: nn.Module, own: Mapping[str, Any], weights: dict[str, Tensor]) -> Iterator[str]:
