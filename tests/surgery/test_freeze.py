@@ -463,3 +463,25 @@ def test_averages_that_follow_pass_over_batches_that_are_not_finite_where_the_no
         model(torch.full(SHAPES[2], torch.nan))
     assert is_same(read_state(model), before)
     assert model[0].nonfinite_batches == 1
+
+
+def test_norms_with_averages_for_each_domain():
+    model = nn.Sequential(anynorm.DomainBatchNorm2d(4, domains=("day", "night"), shared_affine=False))
+    anynorm.freeze(model)
+    before = read_state(model)
+    assert not any(p.requires_grad for p in model.parameters())
+    with anynorm.domain("night"):
+        assert torch.allclose(model.train()(draw(*SHAPES[2])), draw(*SHAPES[2]), atol=1e-4)
+    assert is_same(read_state(model), before)
+    anynorm.unfreeze(model)
+    assert all(p.requires_grad for p in model.parameters())
+    for left in (anynorm.fold(model.eval()).left, anynorm.convert(model, "group").left):
+        assert left[0].reason == "it has averages for each domain"
+
+
+@pytest.mark.parametrize("kind", [nn.LazyBatchNorm2d, anynorm.LazyBatchNorm2d])
+def test_norms_that_have_not_seen_an_input(kind):
+    model = nn.Sequential(kind())
+    assert "run one batch first" in anynorm.freeze(model).left[0].reason
+    model(draw(*SHAPES[2]))
+    assert len(anynorm.freeze(model).changed) == 1

@@ -9,7 +9,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn.utils.parametrize import is_parametrized
 
-from ..modules import batch, fused, ghost, group, instance, layer, pattern, renorm, rms
+from ..modules import batch, domain, fused, ghost, group, instance, layer, pattern, renorm, rms
 from ..modules.adapted import Adapted
 from ..modules.sync import SyncBatchNorm
 from ..torch_private import NormBase
@@ -45,6 +45,8 @@ def check_convertible(norm: Any, counts: dict[int, int]) -> None:
         raise Refused(UNFREEZE_FIRST)
     if "forward" in vars(norm):
         raise Refused("its forward was replaced on the object")
+    if isinstance(norm, domain._Domain):
+        raise Refused("it has averages for each domain")
     if isinstance(norm, nn.modules.lazy.LazyModuleMixin):
         raise Refused("it has not seen an input; run one batch first")
     # Old weight norm and pruning: hooks compute them, and know the norm that they were put on.

@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch.nn as nn
-from torch import Tensor
 
 from ..errors import UserError
 from ..modules.adapted import Adapted, FrozenNorm
@@ -212,8 +211,11 @@ def find_state(norm: nn.Module, asked: Frozen, flags: dict[int, bool]) -> tuple[
     """
     known = vars(norm).get("frozen")
     before = replace(known, training=find_mode(norm)) if isinstance(known, Frozen) else Frozen(training=norm.training)
-    keeps_averages = isinstance(norm._buffers.get("running_mean"), Tensor)
+    # Those of domains have longer names.
+    keeps_averages = any(t is not None for name, t in norm._buffers.items() if name.startswith("running_mean"))
     wanted = dict(find_parameters(norm)) if asked.affine else {}
+    if any(nn.parameter.is_lazy(t) for t in (*norm._parameters.values(), *norm._buffers.values())):
+        return before, "it has not seen an input; run one batch first"
     if isinstance(norm, FrozenNorm):
         return before, NEVER_MOVES
     if not keeps_averages and not wanted:
