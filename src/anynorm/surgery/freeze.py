@@ -214,7 +214,7 @@ def find_state(norm: nn.Module, asked: Frozen, flags: dict[int, bool]) -> tuple[
     # Those of domains have longer names.
     keeps_averages = any(t is not None for name, t in norm._buffers.items() if name.startswith("running_mean"))
     wanted = dict(find_parameters(norm)) if asked.affine else {}
-    if any(nn.parameter.is_lazy(t) for t in (*norm._parameters.values(), *norm._buffers.values())):
+    if any(t is not None and nn.parameter.is_lazy(t) for t in (*norm._parameters.values(), *norm._buffers.values())):
         return before, "it has not seen an input; run one batch first"
     if isinstance(norm, FrozenNorm):
         return before, NEVER_MOVES
