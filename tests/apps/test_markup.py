@@ -4,6 +4,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from anynorm.apps import cli
@@ -105,3 +106,27 @@ def test_every_way_to_print(name):
     console.print(name)
     console.print(table)
     assert console.export_text().count(name) == 4
+
+
+STEERING = "a\x1b[2J\x9b\x07\u202eb"
+SHOWN = r"a\x1b[2J\x9b\x07\u202eb"
+
+
+def test_text_that_would_steer_the_terminal_is_shown(tmp_path, monkeypatch, capfd):
+    console = open_console()
+    table = plain_table(STEERING)
+    table.add_row(STEERING)
+    console.print(STEERING, soft_wrap=True)
+    console.print(table)
+    assert capfd.readouterr().out.count(SHOWN) == 3
+    (tmp_path / "net.py").write_text(CODE)
+    own = {f"[red]:key:[/red].{key}": value for key, value in torch.nn.BatchNorm1d(4).state_dict().items()}
+    torch.save({**own, f"{STEERING}{'x' * 10000}": torch.ones(1)}, tmp_path / "weights.pt")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["anynorm", "fold", "--model", "net.py:train", "--weights", "weights.pt"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    said = capfd.readouterr().err
+    assert SHOWN in said
+    assert "\x1b" not in said
+    assert len(said) < 2000

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import os
 import pickle
 import random
 import struct
@@ -209,3 +210,33 @@ def test_prefixes_of_wrappers_and_half_types(tmp_path):
     torch.save({"model": state}, path)
     load_weights("x", model, str(path))
     assert model[0].weight.dtype is torch.float32
+
+
+@pytest.mark.parametrize("name", ["w.pt", "w.safetensors"])
+def test_what_is_written_over_keeps_links_and_permissions(tmp_path, name):
+    if name.endswith(".safetensors"):
+        pytest.importorskip("safetensors", reason="it is in the extra 'files'")
+    model, real, link = make_model(), tmp_path / f"real_{name}", tmp_path / name
+    link.symlink_to(real)
+    with pytest.raises(UserError, match="is there already"):  # though it leads nowhere
+        write_weights("--out", model, link)
+    write_weights("--out", model, link, force=True)
+    assert link.is_symlink()
+    (tmp_path / "new").touch()
+    assert real.stat().st_mode == (tmp_path / "new").stat().st_mode
+    real.chmod(0o640)
+    write_weights("--out", model, link, force=True)
+    assert real.stat().st_mode & 0o777 == 0o640
+    load_weights("--weights", make_model(), str(link))
+
+
+def test_only_files_are_written_over(tmp_path):
+    os.mkfifo(tmp_path / "pipe")  # as a device is, which would be replaced by a file
+    for path in (tmp_path, tmp_path / "pipe"):
+        with pytest.raises(UserError, match="is a folder or device, no file; choose another name"):
+            write_weights("--out", make_model(), path, force=True)
+    with pytest.raises(UserError, match="there is no folder"):
+        write_weights("--out", make_model(), tmp_path / "none" / "w.pt")
+    with pytest.raises(UserError, match=r"cannot be written \(OSError: .*File name too long"):
+        write_weights("--out", make_model(), tmp_path / f"{'x' * 300}.pt")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pipe"]

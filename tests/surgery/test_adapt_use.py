@@ -226,3 +226,20 @@ def test_threads_leave_the_compiler_as_it_was():
     torch._dynamo.reset()
     torch.compile(model, backend=lambda graph, _: graphs.append(graph) or graph)(x)
     assert graphs
+
+
+def test_norms_that_are_frozen_stand_still_inside_and_those_frozen_inside_stay_frozen():
+    model = nn.Sequential(nn.BatchNorm1d(4))
+    x = torch.randn(64, 4) + 3
+    anynorm.freeze(model, updates=False)
+    with anynorm.adapt(model):
+        model(x)
+    assert model[0].num_batches_tracked == 0
+    anynorm.unfreeze(model)
+    with anynorm.adapt(model):
+        anynorm.freeze(model)
+    model.train()(x)
+    assert model[0].num_batches_tracked == 0
+    anynorm.unfreeze(model)
+    model.train()(x)
+    assert model[0].num_batches_tracked == 1

@@ -1,11 +1,13 @@
 """Norms become others with their gamma, beta and eps, start near the old function, or are left with the reason."""
 
 import copy
+import warnings
 
 import numpy as np
 import pytest
 import torch
 import torch.nn as nn
+import torch.nn.utils.prune
 
 import anynorm
 from anynorm.surgery.conversion import choose_groups
@@ -264,3 +266,37 @@ def test_where():
     model = network()
     anynorm.convert(model, "group", where="4")
     assert [type(model[i]).__name__ for i in (1, 4)] == ["BatchNorm2d", "GroupNorm"]
+
+
+def test_norms_that_torch_reads_past_any_call_are_left():
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    x = torch.randn(2, 3, 8)
+    before = model(x)
+    report = anynorm.convert(model, "identity")
+    assert ["fast path" in entry.reason for entry in report.left] == [True, True]
+    assert torch.equal(model(x), before)
+
+
+def test_hooks_of_backward_are_called_as_before():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    seen = []
+    model[1].register_full_backward_hook(lambda module, given, made: seen.append((type(module), given[0].shape)))
+    anynorm.convert(model, "group")
+    model(torch.randn(2, 3, 4, 4)).sum().backward()
+    assert seen == [(anynorm.GroupNorm, (2, 4, 2, 2))]
+
+
+def test_gamma_that_a_hook_computes():
+    model = nn.Sequential(nn.BatchNorm2d(4), nn.BatchNorm2d(4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        nn.utils.weight_norm(model[0])
+    nn.utils.prune.l1_unstructured(model[1], "weight", 1)
+    report = anynorm.convert(model, "group")
+    assert ["computed by a hook" in entry.reason for entry in report.left] == [True, True]
+    assert model(torch.randn(2, 4, 3, 3)).shape == (2, 4, 3, 3)
+
+
+def test_averages_of_instance_norm_are_not_those_of_batch_norm():
+    model = nn.Sequential(nn.InstanceNorm2d(4, track_running_stats=True))
+    assert "anynorm.recalibrate(model, loader) finds them" in anynorm.convert(model, "batch").note

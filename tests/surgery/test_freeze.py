@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import warnings
 
 import numpy as np
 import pytest
@@ -364,3 +365,123 @@ def test_compiled_graphs_see_it():
     compiled = torch.compile(model.train(), backend="eager", fullgraph=True)
     assert torch.allclose(compiled(x), expected, atol=1e-6)
     assert is_same(read_state(model), before)
+
+
+def test_torchs_norm_with_frozen_gamma_follows_the_mode_also_when_more_is_frozen_or_less():
+    model = nn.Sequential(make(nn.BatchNorm2d, 2))
+    anynorm.freeze(model.train(), statistics=False, updates=False)
+    assert type(model[0]) is nn.BatchNorm2d
+    anynorm.freeze(model.eval(), statistics=False)
+    assert not model[0].training
+    anynorm.unfreeze(model)
+    assert not model[0].training
+    anynorm.freeze(model, statistics=False, updates=False)
+    anynorm.unfreeze(model.train())
+    assert model[0].training
+
+
+def test_a_gamma_that_two_norms_share_wants_its_gradient_again_whichever_was_frozen_first():
+    model = nn.Sequential(make(nn.BatchNorm2d, 2), make(nn.BatchNorm2d, 2))
+    model[1].weight = model[0].weight
+    anynorm.freeze(model, where="0")
+    anynorm.freeze(model, where="1")
+    anynorm.unfreeze(model)
+    assert model[0].weight.requires_grad
+
+
+def test_gamma_is_frozen_by_whatever_name_it_has():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale, self.shift = nn.Parameter(torch.ones(4)), nn.Parameter(torch.zeros(4))
+
+        def forward(self, x):
+            return nn.functional.layer_norm(x, (4,), self.scale, self.shift)
+
+    scaled = Scaled()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        split = nn.utils.weight_norm(make(nn.BatchNorm2d, 2))  # weight_g and weight_v
+    anynorm.register(Scaled, "layer", weight="scale", bias="shift", eps=1e-5)
+    model = nn.ModuleList([scaled, split])
+    for _ in range(2):  # as it is, and accelerated
+        assert len(anynorm.freeze(model).changed) == 2
+        assert not any(p.requires_grad for p in model.parameters())
+        anynorm.unfreeze(model)
+        assert all(p.requires_grad for p in model.parameters())
+        anynorm.accelerate(model)
+
+
+class Subclass(nn.BatchNorm2d):
+    pass
+
+
+def test_a_frozen_norm_of_another_class_is_pickled_and_is_its_class_again_when_it_is_unfrozen():
+    model = nn.Sequential(train_once(Subclass(4), draw(*SHAPES[2])))
+    anynorm.freeze(model)
+    back = pickle.loads(pickle.dumps(model))
+    before = read_state(back)
+    back.train()(draw(*SHAPES[2]))
+    assert is_same(read_state(back), before)
+    for each in (model, back, copy.deepcopy(model)):
+        anynorm.unfreeze(each)
+        assert type(each[0]) is Subclass
+
+
+@pytest.mark.parametrize("again", [anynorm.freeze, anynorm.accelerate])
+def test_what_is_rolled_back_has_its_gradients_and_the_way_back(again):
+    x = draw(*SHAPES[2])
+    model = nn.Sequential(make(nn.BatchNorm2d, 2), nn.ReLU())
+    model(x).sum().backward()
+    gradient = model[0].weight.grad
+    if again is anynorm.accelerate:
+        anynorm.freeze(model, affine=False)
+    with pytest.raises(anynorm.NotProved):
+        again(model, example=x, strict=True, tolerance=-1)
+    anynorm.unfreeze(model)
+    assert model[0].weight.grad is gradient
+    assert type(model[0]) is nn.BatchNorm2d
+
+
+@pytest.mark.parametrize(("kind", "dims"), KINDS)
+def test_averages_that_are_frozen_are_not_reset(kind, dims):
+    model, x = nn.Sequential(build(kind, dims)), draw(*SHAPES[dims], seed=3)
+    anynorm.freeze(model)
+    before = read_state(model)
+    torch.optim.swa_utils.update_bn([x], model)
+    assert is_same(read_state(model), before)
+    anynorm.unfreeze(model)
+    model[0].reset_running_stats()
+    assert model[0].num_batches_tracked == 0
+
+
+def test_averages_that_follow_pass_over_batches_that_are_not_finite_where_the_norm_does():
+    model = nn.Sequential(train_once(anynorm.BatchNorm2d(4, on_nonfinite="skip"), draw(*SHAPES[2])))
+    anynorm.freeze(model, updates=False)
+    before = read_state(model)
+    with pytest.warns(UserWarning, match="not counted in the running averages"):
+        model(torch.full(SHAPES[2], torch.nan))
+    assert is_same(read_state(model), before)
+    assert model[0].nonfinite_batches == 1
+
+
+def test_norms_with_averages_for_each_domain():
+    model = nn.Sequential(anynorm.DomainBatchNorm2d(4, domains=("day", "night"), shared_affine=False))
+    anynorm.freeze(model)
+    before = read_state(model)
+    assert not any(p.requires_grad for p in model.parameters())
+    with anynorm.domain("night"):
+        assert torch.allclose(model.train()(draw(*SHAPES[2])), draw(*SHAPES[2]), atol=1e-4)
+    assert is_same(read_state(model), before)
+    anynorm.unfreeze(model)
+    assert all(p.requires_grad for p in model.parameters())
+    for left in (anynorm.fold(model.eval()).left, anynorm.convert(model, "group").left):
+        assert left[0].reason == "it has averages for each domain"
+
+
+@pytest.mark.parametrize("kind", [nn.LazyBatchNorm2d, anynorm.LazyBatchNorm2d])
+def test_norms_that_have_not_seen_an_input(kind):
+    model = nn.Sequential(kind())
+    assert "run one batch first" in anynorm.freeze(model).left[0].reason
+    model(draw(*SHAPES[2]))
+    assert len(anynorm.freeze(model).changed) == 1

@@ -181,6 +181,8 @@ def test_selecting_by_name_class_and_function():
         select("freeze", model, "layer4")
     with pytest.raises(TypeError, match="where must be names, classes or a function"):
         select("freeze", model, 3)
+    with pytest.raises(TypeError, match=r"where must be .*; got BatchNorm2d"):
+        select("freeze", model, model[0][1])
     with pytest.raises(TypeError, match="where may name strings and classes; got 3"):
         select("freeze", model, ("1.1", 3))
 
@@ -205,3 +207,77 @@ def test_a_snapshot_remembers_the_values_of_shared_tensors():
     snapshot.restore()
     assert two.weight is one.weight
     assert torch.equal(one.weight, value)
+
+
+def test_running_the_example_moves_no_averages_of_norms_that_are_normalized_by_them():
+    model = network()
+    anynorm.freeze(model, updates=False)
+    before = describe(model)
+    for _ in range(2):
+        operate("scale", model, scale(1.0), copy=True, example=X)
+        anynorm.convert(model, "group", copy=True, example=X)
+        anynorm.fold(model, copy=True, example=X)
+    assert_same(describe(model), before)
+    model(X)
+    assert model[1].num_batches_tracked == 1
+
+
+class Returning(nn.Module):
+    def __init__(self, change, before=lambda x: x):
+        super().__init__()
+        self.inner, self.change, self.before = network(), change, before
+
+    def forward(self, x):
+        return self.change(self.inner(self.before(x)))
+
+
+def test_a_model_that_writes_in_the_example_gets_the_same_twice():
+    x = X.clone()
+    model = Returning(lambda y: y, before=lambda x: x.sub_(1.0)).eval()
+    assert len(anynorm.fold(model, example={"x": x}, strict=True).changed) == 1
+    assert torch.equal(x, X)
+
+
+def test_complex_outputs_may_be_rounded_too():
+    model = Returning(torch.fft.fft).eval()
+    report = anynorm.fold(model, example=X, strict=True)
+    assert report.differences[0].dtype is torch.complex64
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_outputs_that_are_nested(layout):
+    report = anynorm.freeze(Returning(lambda y: torch.nested.as_nested_tensor([*y], layout=layout)), example=X)
+    assert report.differences[0].largest < 1e-5
+
+
+def test_what_proves_nothing_is_no_proof():
+    model = Returning(lambda y: {y})
+    with pytest.raises(ValueError, match="convert: strict=True compares outputs; the model returned no tensor"):
+        anynorm.convert(model, "group", example=X, strict=True)
+    assert type(model.inner[1]) is nn.BatchNorm2d
+    with pytest.raises(ValueError, match="got outputs on the meta device; leave example out"):
+        anynorm.freeze(network().to("meta"), example=X.to("meta"))
+
+
+class Listed(nn.Module):
+    """Its forward calls a norm that torch does not know to be there."""
+
+    def __init__(self, hold):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.held = hold(self.bn)
+
+    def forward(self, x):
+        held = self.held["a"][0] if isinstance(self.held, dict) else self.held
+        return held(self.conv(x))
+
+
+@pytest.mark.parametrize("hold", [lambda bn: {"a": [bn]}, lambda bn: bn.forward], ids=["list", "method"])
+@pytest.mark.parametrize("change", [anynorm.fold, lambda model: anynorm.convert(model, "group")], ids=["fold", "group"])
+def test_a_norm_that_a_list_holds_too_is_not_replaced(hold, change):
+    model = Listed(hold)
+    model(X * 3 + 1)
+    before = model.eval()(X)
+    (left,) = change(model).left
+    assert left.reason.startswith("held holds it too, past torch's registry")
+    assert torch.equal(model(X), before)

@@ -1,5 +1,6 @@
 """recalibrate: how it calls a model, and that nothing of the model but its averages changes."""
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -188,3 +189,16 @@ def test_dropout_is_as_the_caller_has_it():
     hold(not_dropping[1], *find_truth(x))
     assert float(dropping[1].running_var.min()) > 5 * float(not_dropping[1].running_var.max())
     assert not not_dropping[1].training
+
+
+@pytest.mark.parametrize("earlier", ["batch", "population"])
+def test_norms_frozen_but_for_their_updates_are_recalibrated_as_others(earlier):
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 4), nn.BatchNorm1d(4))
+    data = [draw(32, 4, seed=seed) for seed in range(3)]
+    twin = copy.deepcopy(model)
+    anynorm.freeze(twin, updates=False)
+    for each in (model, twin):
+        anynorm.recalibrate(each, data, earlier=earlier)
+    for name, value in model.state_dict().items():
+        assert torch.allclose(twin.state_dict()[name].double(), value.double(), rtol=1e-5, atol=1e-6), name
+    assert twin[1].frozen.training

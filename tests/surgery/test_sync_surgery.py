@@ -152,3 +152,18 @@ def test_names_stand_in_errors():
     with pytest.raises(ValueError, match=r"^7 = SyncBatchNorm\(128") as error:
         model[7](torch.randn(1, 128))
     assert "more than 1 value" in str(error.value)
+
+
+def test_frozen_norms_stay_frozen_on_the_way_back_and_ranks_do_not_part():
+    model = nn.Sequential(nn.BatchNorm1d(3))
+    anynorm.sync(model)
+    anynorm.freeze(model)
+    (left,) = anynorm.sync(model, undo=True).left
+    assert left.reason == "it is frozen: anynorm.unfreeze(model) comes first"
+    assert not model.train()[0].training
+    anynorm.unfreeze(model)
+    assert len(anynorm.sync(model, undo=True).changed) == 1
+    assert type(model[0]) is nn.BatchNorm1d
+    anynorm.freeze(model, updates=False)
+    (left,) = anynorm.sync(model).left
+    assert "follows the batches of its own rank; freeze its updates too" in left.reason

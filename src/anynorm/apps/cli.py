@@ -340,5 +340,7 @@ def main() -> None:
 
         if not isinstance(problem, UserError):
             raise
-        print(f"anynorm: {problem}", file=sys.stderr)
+        from anynorm.apps.terminal import show_controls
+
+        print(show_controls(f"anynorm: {problem}"), file=sys.stderr)
         sys.exit(2)

@@ -11,8 +11,7 @@ from torch import nn
 
 from anynorm.apps.models.load import load_model
 from anynorm.apps.terminal import open_console
-from anynorm.apps.weights import load_weights, write_weights
-from anynorm.errors import UserError
+from anynorm.apps.weights import check_target, load_weights, write_weights
 from anynorm.surgery.report import SurgeryReport
 
 
@@ -41,8 +40,8 @@ def perform(name: str, files: Files, operation: Callable[..., SurgeryReport], **
         files: see above.
         operation: takes the model in evaluation mode, an example and `options`.
     """
-    if files.out is not None and files.out.exists() and not files.force:
-        raise UserError(f"{name} --out: {str(files.out)!r} is there already; choose another name, or pass --force.")
+    if files.out is not None:
+        check_target(f"{name} --out", files.out, files.force)
     loaded = load_model(files.model)
     model: nn.Module = loaded.model.eval()
     if files.weights is not None:

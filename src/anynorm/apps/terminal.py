@@ -1,6 +1,7 @@
 """One way to write to the terminal: colour where there is any, 80 columns where nothing is known."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -10,12 +11,27 @@ from rich.text import Text
 WIDEST = 100  # longer lines of text are hard to read
 
 
+class PlainConsole(Console):
+    """Shows what would steer the terminal instead of sending it: names come from models and files of others."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """A string as rich draws it, also in a table."""
+        return super().render_str(show_controls(text), **options)
+
+
+def show_controls(text: str) -> str:
+    """Text with each character that is not for print, such as those that begin terminal codes, as Python writes it."""
+    return "".join(
+        each if each.isprintable() or each == "\n" else each.encode("unicode_escape").decode() for each in text
+    )
+
+
 def open_console(record: bool = False) -> Console:
     """Return a console on the present standard output; piped, it is plain text of 80 columns.
 
     No text is markup: a model may be called ``[bold]`` or ``net:train:``, and rich would print neither as it is.
     """
-    console = Console(highlight=False, markup=False, emoji=False, record=record)
+    console = PlainConsole(highlight=False, markup=False, emoji=False, record=record)
     console.width = min(console.width, WIDEST)
     return console
 
@@ -36,7 +52,7 @@ def join_words(words: Sequence[str], last: str = "and") -> str:
 def heading(console: Console, text: str) -> None:
     """Print the title of a part."""
     console.print()
-    console.rule(Text(text, style="bold"), align="left", style="dim")
+    console.rule(Text(show_controls(text), style="bold"), align="left", style="dim")
 
 
 def say(console: Console, *sentences: str) -> None:

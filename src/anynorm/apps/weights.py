@@ -101,9 +101,14 @@ def load_weights(asked: str, model: nn.Module, path: str) -> None:
         more = f"; and {len(wrong) - MOST_NAMED} more" if len(wrong) > MOST_NAMED else ""
         raise UserError(
             f"{asked}: {path!r} does not fit the model, and nothing of it was loaded: "
-            f"{'; '.join(wrong[:MOST_NAMED])}{more}."
+            f"{'; '.join(map(shorten, wrong[:MOST_NAMED]))}{more}."
         )
     model.load_state_dict(weights)
+
+
+def shorten(text: str) -> str:
+    """Text without its middle, where it is long: a key may be of any length."""
+    return text if len(text) <= 300 else f"{text[:150]}...{text[-147:]}"
 
 
 def find_wrong(model: nn.Module, own: Mapping[str, Any], weights: dict[str, Tensor]) -> Iterator[str]:
@@ -137,16 +142,16 @@ def write_weights(asked: str, model: nn.Module, path: Path, force: bool = False)
     """Write a model's state_dict: safetensors where the name ends so, else as torch.save does.
 
     Raises:
-        UserError: the file is there and `force` is False; it cannot be written.
+        UserError: see `check_target`; it cannot be written.
     """
-    if path.exists() and not force:
-        raise UserError(f"{asked}: {str(path)!r} is there already; choose another name, or pass --force.")
+    check_target(asked, path, force)
+    path = path.resolve()  # what a link leads to is written, and the link stays
     tensors = {name: value.detach().clone().contiguous() for name, value in model.state_dict().items()}
-    folder = path.parent
-    if not folder.is_dir():
-        raise UserError(f"{asked}: there is no folder {str(folder)!r}; create it first.")
     # Beside it and then in its place: what is interrupted leaves no half file under the name.
-    handle, name = tempfile.mkstemp(dir=folder, prefix=f".{path.name}.")
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".weights.")
+    except OSError as problem:
+        raise UserError(f"{asked}: {str(path)!r} cannot be written ({in_one_line(problem)}).") from problem
     os.close(handle)
     try:
         if path.suffix == ".safetensors":
@@ -155,7 +160,34 @@ def write_weights(asked: str, model: nn.Module, path: Path, force: bool = False)
             save_file(tensors, name)
         else:
             torch.save(tensors, name)
+        os.chmod(name, find_permissions(path))  # a temporary file is its owner's alone
         os.replace(name, path)
-    except BaseException:
+    except BaseException as problem:
         Path(name).unlink(missing_ok=True)
+        if isinstance(problem, OSError):
+            raise UserError(f"{asked}: {str(path)!r} cannot be written ({in_one_line(problem)}).") from problem
         raise
+
+
+def check_target(asked: str, path: Path, force: bool = False) -> None:
+    """Raise where a file is not to be written, before anything is computed for it.
+
+    Raises:
+        UserError: it is there and `force` is False; it is no file; there is no folder for it.
+    """
+    if os.path.lexists(path) and not force:
+        raise UserError(f"{asked}: {str(path)!r} is there already; choose another name, or pass --force.")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f"{asked}: {str(path)!r} is a folder or device, no file; choose another name.")
+    folder = path.resolve().parent
+    if not folder.is_dir():
+        raise UserError(f"{asked}: there is no folder {str(folder)!r}; create it first.")
+
+
+def find_permissions(path: Path) -> int:
+    """Those of a file, or of one that is new."""
+    if os.path.exists(path):
+        return path.stat().st_mode & 0o777
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask

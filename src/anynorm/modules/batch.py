@@ -46,6 +46,11 @@ class _Running(Norm):
     running_var: Tensor | None
     num_batches_tracked: Tensor | None
 
+    def reset_running_stats(self) -> None:
+        """Set mean 0, variance 1 and the counter 0; those of a frozen norm stay: `swa_utils.update_bn` resets all."""
+        if self.frozen is None or not self.frozen.updates:
+            super().reset_running_stats()  # type: ignore[misc] # of the class beside it
+
     def _check_input_dim(self, input: Tensor) -> None:
         if type(input) is not Tensor or input.dim() not in self._axes:
             check_axes(input, self._axes)
@@ -84,7 +89,8 @@ class _BatchNorm(_Running):
             is_part = self.is_part() if source is None else type(source) is Merged
             if not is_part and self._is_single(input, is_jagged, mask, lengths):
                 return self._normalize_single(input, residual, activation, mask, lengths)
-        moves = source is None and self.training and self.track_running_stats and is_counted(self)
+        is_own = source is None
+        moves = is_own and self.training and self.track_running_stats and is_counted(self)
         if source is None:
             source = self.find_source(input, moves)
         request = Request(source, self.eps, activation, mask, lengths, self.find_sizes())
@@ -105,7 +111,7 @@ class _BatchNorm(_Running):
             if counter is not None:
                 counter.add_(self._count(input, mask, lengths))
             mark_counted(self)
-        elif not self.training and self.frozen is not None and self.frozen.follows():
+        elif is_own and not self.training and self.frozen is not None and self.frozen.follows():
             self.follow(input, mask, lengths)
         return y
 
@@ -116,9 +122,12 @@ class _BatchNorm(_Running):
         if mean is None or is_single or not is_counted(self):
             return
         momentum = find_momentum(None, counter) if self.momentum is None else self.momentum
+        guard = NonFiniteGuard(self, mean, var) if self.on_nonfinite != "propagate" and var is not None else None
         with torch.no_grad():
             request = Request(Batch(mean, var, momentum), self.eps, None, mask, lengths, self.find_sizes())
             self.front.normalize(input, None, None, None, request)
+            if guard is not None and guard.restore_if_nonfinite():
+                return
             if counter is not None:
                 counter.add_(self._count(input, mask, lengths))
         mark_counted(self)

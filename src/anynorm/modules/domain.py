@@ -98,7 +98,7 @@ class _Domain(batch._BatchNorm):
         """Mean 0, variance 1 and no batch counted, of every domain."""
         for name in vars(self).get("domains", (None,)):
             with domain(name):
-                super().reset_running_stats()  # type: ignore[misc] # torch's, which stands behind in every class that uses this
+                super().reset_running_stats()
 
     def reset_parameters(self) -> None:
         """Gamma 1, beta 0, and `reset_running_stats`, of every domain."""

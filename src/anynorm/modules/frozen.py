@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch.nn as nn
 
@@ -17,7 +18,8 @@ class Frozen:
         affine: gamma and beta want no gradient.
         training: the mode that the norm was last set to, which it does not follow where `statistics` is set.
         requires_grad: of its parameters, by name, before they were frozen.
-        before, became: the class that it had, where it was not one of ours, and the one that it got.
+        before, became: the class that it had, where it was not one of ours, and the one that it got; of an adapted
+            norm's, which was made at run time, what it is made of.
     """
 
     statistics: bool = False
@@ -26,7 +28,7 @@ class Frozen:
     training: bool = True
     requires_grad: dict[str, bool] = field(default_factory=dict)
     before: type[nn.Module] | None = None
-    became: type[nn.Module] | None = None
+    became: Any = None
 
     def follows(self) -> bool:
         """Whether running averages move though the batch is normalized by them."""

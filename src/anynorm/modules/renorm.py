@@ -84,8 +84,8 @@ class _Renorm(batch._BatchNorm):
 
     def reset_running_stats(self) -> None:
         """Mean 0, variance 1, no batch counted, and the schedule at its begin."""
-        super().reset_running_stats()  # type: ignore[misc] # torch's, which stands behind in every class that uses this
-        if "batches" in self._buffers:
+        super().reset_running_stats()
+        if "batches" in self._buffers and (self.frozen is None or not self.frozen.updates):
             self.batches.zero_()
             self.start_share.fill_(1)
 

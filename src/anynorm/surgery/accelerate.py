@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -134,7 +135,8 @@ def plan_accelerated(model: nn.Module, fuse: bool, finder: Finder, report: Surge
         swap(model, swaps, places, activations)
         for module in model.modules():
             if isinstance(module, Norm) and module.frozen is not None:
-                module.frozen.before = None  # what is unfrozen now stays ours
+                # What is unfrozen now stays ours. Another object: the way back needs the old one as it was.
+                module.frozen = replace(module.frozen, before=None)
 
     return change
 

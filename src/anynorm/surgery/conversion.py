@@ -9,7 +9,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn.utils.parametrize import is_parametrized
 
-from ..modules import batch, fused, ghost, group, instance, layer, pattern, renorm, rms
+from ..modules import batch, domain, fused, ghost, group, instance, layer, pattern, renorm, rms
 from ..modules.adapted import Adapted
 from ..modules.sync import SyncBatchNorm
 from ..torch_private import NormBase
@@ -45,8 +45,13 @@ def check_convertible(norm: Any, counts: dict[int, int]) -> None:
         raise Refused(UNFREEZE_FIRST)
     if "forward" in vars(norm):
         raise Refused("its forward was replaced on the object")
+    if isinstance(norm, domain._Domain):
+        raise Refused("it has averages for each domain")
     if isinstance(norm, nn.modules.lazy.LazyModuleMixin):
         raise Refused("it has not seen an input; run one batch first")
+    # Old weight norm and pruning: hooks compute them, and know the norm that they were put on.
+    if any(name in vars(norm) for name in ("weight", "bias")):
+        raise Refused("its gamma or beta is computed by a hook; remove weight norm or pruning first")
     if is_parametrized(norm):
         raise Refused("its gamma or beta is parametrized; remove the parametrization first")
     if isinstance(norm, Adapted):
@@ -225,6 +230,7 @@ def hand_over(norm: Any, new: Any, affine: tuple[Tensor | None, Tensor | None]) 
     for name in [key for key in vars(norm) if key.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called"))]:
         if name in vars(new) and not name.startswith(("_state_dict", "_load_state_dict")):
             vars(new)[name] = vars(norm)[name]
+    new._is_full_backward_hook = norm._is_full_backward_hook
     new.train(norm.training)
     if hasattr(norm, "label") and not isinstance(new, nn.Identity):
         new.label = norm.label

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
-import torch
 import torch.nn as nn
 from torch import Tensor
 
 from ..errors import UserError
 from ..modules.adapted import Adapted
-from .accelerate import BASES
+from .accelerate import BASES, find_bypassed
 from .conversion import (
     CHANNEL_NORMS,
     FEATURE_NORMS,
@@ -25,8 +25,8 @@ from .conversion import (
     is_alike,
     make,
 )
-from .differences import call
-from .operation import Where, operate, replace_everywhere, select
+from .differences import call, evaluating
+from .operation import Where, find_held, operate, replace_everywhere, select
 from .report import Entry, SurgeryReport, describe
 
 NOTE = "train on, or at least look at the loss: the new norms only start near the old function"
@@ -128,6 +128,7 @@ def plan_convert(
     """Make every new norm; what is returned puts them in."""
     counts = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
     found: list[tuple[nn.Module, nn.Module, tuple[Tensor | None, Tensor | None]]] = []
+    held, bypassed = find_held(model), find_bypassed(model)
     for name, norm in model.named_modules():
         if not isinstance(norm, (*BASES, *CHANNEL_NORMS, *FEATURE_NORMS, Adapted)) or not chosen(name, norm):
             continue
@@ -135,6 +136,10 @@ def plan_convert(
             if not name:
                 raise Refused("it is the model itself; put it in torch.nn.Sequential")
             check_convertible(norm, counts)
+            if id(norm) in held:
+                raise Refused(f"{held[id(norm)]} holds it too, past torch's registry: code may call it there")
+            if id(norm) in bypassed:
+                raise Refused(bypassed[id(norm)])
             new = make(norm, to, shapes.get(id(norm)), options)
             if is_alike(norm, new):
                 raise Refused("it is such a norm already")
@@ -144,11 +149,11 @@ def plan_convert(
         affine = (None, None) if to == "identity" else find_affine(norm, new, to)
         found.append((norm, new, affine))
         report.changed.append(Entry(name, describe(type(norm)), became=describe(type(new))))
-    is_tracked = all(isinstance(norm._buffers.get("running_mean"), Tensor) for norm, _, _ in found)
-    makes_averages = any(isinstance(new._buffers.get("running_mean"), Tensor) for _, new, _ in found)
+    # Those of batch norms are handed on; the very tensors.
+    averages = [(norm._buffers.get("running_mean"), new._buffers.get("running_mean")) for norm, new, _ in found]
     if found:
         report.note = "" if to in ("batch", "sync") else NOTE
-        report.note = NO_AVERAGES if makes_averages and not is_tracked else report.note
+        report.note = NO_AVERAGES if any(own is not None and own is not old for old, own in averages) else report.note
 
     def change() -> None:
         for norm, new, affine in found:
@@ -166,16 +171,10 @@ def find_shapes(model: nn.Module, example: Any) -> dict[int, tuple[int, ...]]:
         if inputs and isinstance(inputs[0], Tensor):
             shapes[id(module)] = tuple(inputs[0].shape)
 
-    modes = [(module, module.training) for module in model.modules()]
-    hooks = [m.register_forward_pre_hook(note) for m, _ in modes if isinstance(m, (*BASES, *CHANNEL_NORMS, Adapted))]
-    try:
-        for module, _ in modes:
-            module.training = False
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            call(model, example)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module, training in modes:
-            module.training = training
+    norms = [module for module in model.modules() if isinstance(module, (*BASES, *CHANNEL_NORMS, Adapted))]
+    with ExitStack() as stack:
+        for norm in norms:
+            stack.callback(norm.register_forward_pre_hook(note).remove)
+        stack.enter_context(evaluating(model))
+        call(model, example)
     return shapes

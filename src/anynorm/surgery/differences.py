@@ -5,17 +5,19 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
+from ..modules.frozen import Frozen
 from ..randomness import keep_randomness
 
 # Of the largest output: what rounding in other places may change.
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+TOLERANCES |= {torch.complex128: 1e-12, torch.complex64: 1e-5, torch.complex32: 5e-3}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +68,13 @@ def measure(one: Tensor | None, other: Tensor | None, name: str = "") -> Differe
 
 
 def find_tensors(value: Any, name: str = "output") -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors inside a tensor, tuple, list, dict or dataclass, in order, each with the way to it."""
-    if isinstance(value, Tensor):
+    """Yield the tensors inside a tensor, tuple, list, dict or dataclass, in order, each with the way to it.
+
+    The parts of a nested tensor stand in one row: their shapes are symbols, which are not the same in two calls.
+    """
+    if isinstance(value, Tensor) and value.is_nested:
+        yield name, torch.cat([part.flatten() for part in value.unbind()])
+    elif isinstance(value, Tensor):
         yield name, value
     elif isinstance(value, Mapping):
         for key, part in value.items():
@@ -81,11 +88,42 @@ def find_tensors(value: Any, name: str = "output") -> Iterator[tuple[str, Tensor
 
 
 def call(model: nn.Module, example: Any) -> Any:
-    """Call a model with a tuple's elements, with a dict's entries by name, or with anything else as it is."""
+    """Call a model with a tuple's elements, with a dict's entries by name, or with anything else as it is.
+
+    Tensors are copied: the model may write in them, and the next call is to get the same.
+    """
+    example = copy_tensors(example)
     if isinstance(example, Mapping):
         return model(**example)
     # A PackedSequence is a tuple, and one argument.
     return model(*example) if type(example) in (tuple, list) else model(example)
+
+
+def copy_tensors(value: Any) -> Any:
+    """The same with other tensors, also inside of plain tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if type(value) in (tuple, list):
+        return type(value)(copy_tensors(part) for part in value)
+    return {key: copy_tensors(part) for key, part in value.items()} if type(value) is dict else value
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """All modules in evaluation, without gradients, from a fixed seed; then as before.
+
+    `train` is not called: it may do more than set a mode. What a frozen norm notes of its mode moves its averages.
+    """
+    places = [part for module in model.modules() for part in (module, vars(module).get("frozen"))]
+    modes = [(part, part.training) for part in places if isinstance(part, (nn.Module, Frozen))]
+    with keep_randomness(), torch.no_grad():
+        try:
+            for part, _ in modes:
+                part.training = False
+            yield
+        finally:
+            for part, training in modes:
+                part.training = training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,27 +145,19 @@ def run(model: nn.Module, example: Any, per_layer: bool = False) -> Run:
     """Call a model in evaluation, from a fixed seed, without gradients; modes and random state are then as before.
 
     Args:
-        model: its `train` is not called: it may do more than set a mode.
+        model: see `evaluating`.
         example: the arguments of the call, see `call`.
         per_layer: keep what each layer without children returns, of several calls the last.
     """
     layers: dict[str, Tensor] = {}
-    modes = [(module, module.training) for module in model.modules()]
     with ExitStack() as stack:
-        stack.enter_context(keep_randomness())
-        stack.enter_context(torch.no_grad())
+        stack.enter_context(evaluating(model))
         if per_layer:
             for name, module in model.named_modules():
                 if not any(True for _ in module.children()):
                     stack.callback(module.register_forward_hook(make_recorder(name, layers)).remove)
-        try:
-            for module, _ in modes:
-                module.training = False
-            # Copies: a layer behind may write in the tensor that it was given.
-            outputs = {name: tensor.clone() for name, tensor in find_tensors(call(model, example))}
-        finally:
-            for module, training in modes:
-                module.training = training
+        # Copies: a layer behind may write in the tensor that it was given.
+        outputs = {name: tensor.clone() for name, tensor in find_tensors(call(model, example))}
     return Run(outputs, layers)
 
 

@@ -7,10 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch.nn as nn
-from torch import Tensor
 
 from ..errors import UserError
-from ..modules.adapted import FrozenNorm
+from ..modules.adapted import Adapted, FrozenNorm
 from ..modules.batch import _BatchNorm
 from ..modules.frozen import Frozen
 from ..modules.fused import Fused
@@ -22,6 +21,7 @@ from .operation import Where, operate, select
 from .report import Entry, SurgeryReport, describe
 from .sync import find_change
 
+NEVER_MOVES = "its class never moves: there is nothing to freeze"
 WRAPPED = "DistributedDataParallel and its like keep books of which parameters want gradients"
 
 
@@ -172,13 +172,16 @@ def plan_freeze(
     others = SurgeryReport()
     classes = plan_swaps(model, False, others, Finder())
     reasons = {entry.name: entry.reason for entry in others.left}
+    wanted = {id(p): flag for norm in model.modules() for p, flag in find_flags(norm)}
     for name, norm in model.named_modules():
-        if not isinstance(norm, (Norm, *BASES)) or not chosen(name, norm):
+        if not (isinstance(norm, (Norm, *BASES)) or name in classes) or not chosen(name, norm):
             if name in reasons and chosen(name, norm):
                 report.left.append(Entry(name, describe(type(norm)), reason=reasons[name]))
             continue
         kind = classes.get(name)
-        state, reason = find_state(norm, asked)
+        state, reason = find_state(norm, asked, wanted)
+        if kind is not None and issubclass(kind, FrozenNorm):
+            reason = NEVER_MOVES
         if not reason and state.statistics | state.updates:
             kind, reason = find_kind(norm, kind, reasons.get(name, ""), state)
         elif not reason:
@@ -197,14 +200,24 @@ def plan_freeze(
     return change
 
 
-def find_state(norm: nn.Module, asked: Frozen) -> tuple[Frozen, str]:
-    """What will be frozen of a norm, beside what is, or why nothing can be."""
+def find_state(norm: nn.Module, asked: Frozen, flags: dict[int, bool]) -> tuple[Frozen, str]:
+    """What will be frozen of a norm, beside what is, or why nothing can be.
+
+    Args:
+        norm: in the model.
+        asked: the switches.
+        flags: of parameters that are frozen already, by identity, whether they wanted a gradient before: norms may
+            share them.
+    """
     known = vars(norm).get("frozen")
-    before = known if isinstance(known, Frozen) else Frozen(training=norm.training)
-    keeps_averages = isinstance(norm._buffers.get("running_mean"), Tensor)
+    before = replace(known, training=find_mode(norm)) if isinstance(known, Frozen) else Frozen(training=norm.training)
+    # Those of domains have longer names.
+    keeps_averages = any(t is not None for name, t in norm._buffers.items() if name.startswith("running_mean"))
     wanted = dict(find_parameters(norm)) if asked.affine else {}
+    if any(t is not None and nn.parameter.is_lazy(t) for t in (*norm._parameters.values(), *norm._buffers.values())):
+        return before, "it has not seen an input; run one batch first"
     if isinstance(norm, FrozenNorm):
-        return before, "its class never moves: there is nothing to freeze"
+        return before, NEVER_MOVES
     if not keeps_averages and not wanted:
         return before, "it keeps no running averages" + (" and has no gamma or beta" if asked.affine else "")
     state = replace(
@@ -212,16 +225,29 @@ def find_state(norm: nn.Module, asked: Frozen) -> tuple[Frozen, str]:
         statistics=before.statistics or (asked.statistics and keeps_averages),
         updates=before.updates or (asked.updates and keeps_averages),
         affine=before.affine or bool(wanted),
-        requires_grad={**{name: p.requires_grad for name, p in wanted.items()}, **before.requires_grad},
+        requires_grad={
+            **{name: flags.get(id(p), p.requires_grad) for name, p in wanted.items()},
+            **before.requires_grad,
+        },
     )
     return state, ""
 
 
 def find_parameters(norm: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Gamma and beta, by name; where they are parametrized what they are made of."""
+    """Gamma and beta, whatever their names; where they are parametrized what they are made of."""
+    yield from norm.named_parameters(recurse=False)
     for name, parameter in norm.named_parameters():
-        if name in ("weight", "bias") or name.startswith("parametrizations."):
+        if name.startswith("parametrizations."):
             yield name, parameter
+
+
+def find_flags(norm: nn.Module) -> Iterator[tuple[nn.Parameter, bool]]:
+    """The parameters of a frozen norm, and whether they wanted a gradient before."""
+    state = vars(norm).get("frozen")
+    if isinstance(state, Frozen):
+        for name, parameter in find_parameters(norm):
+            if name in state.requires_grad:
+                yield parameter, state.requires_grad[name]
 
 
 def find_kind(
@@ -248,7 +274,7 @@ def find_kind(
 def stop(norm: Any, state: Frozen, kind: type[nn.Module] | None) -> None:
     """Freeze a norm."""
     if kind is not None:
-        state.before, state.became = type(norm), kind
+        state.before, state.became = type(norm), find_recipe(kind)
         norm.__class__ = kind
     if state.affine:
         for name, parameter in find_parameters(norm):
@@ -262,17 +288,29 @@ def stop(norm: Any, state: Frozen, kind: type[nn.Module] | None) -> None:
 def restore(norm: Any) -> None:
     """Undo `stop`."""
     state: Frozen = norm.frozen
-    for name, parameter in find_parameters(norm):
-        if name in state.requires_grad:
-            parameter.requires_grad_(state.requires_grad[name])
+    mode = find_mode(norm)
+    for parameter, flag in find_flags(norm):
+        parameter.requires_grad_(flag)
     del norm.frozen
-    norm.training = state.training
+    norm.training = mode
     kind = find_class_before(norm, state)
     if kind is not type(norm):
         norm.__class__ = kind
         vars(norm).pop("label", None)
 
 
+def find_mode(norm: Any) -> bool:
+    """The mode that a frozen norm was last set to; torch's classes do not note it, but follow it."""
+    state: Frozen = norm.frozen
+    return state.training if state.statistics else bool(norm.training)
+
+
 def find_class_before(norm: nn.Module, state: Frozen) -> type[nn.Module]:
     """The class that an unfrozen norm has: as before, where nothing else has changed it since."""
-    return state.before if state.before is not None and type(norm) is state.became else type(norm)
+    is_same = state.before is not None and find_recipe(type(norm)) == state.became
+    return state.before if state.before is not None and is_same else type(norm)
+
+
+def find_recipe(kind: type[nn.Module]) -> Any:
+    """What a class that was made at run time is made of, which pickle can write; others are found by their names."""
+    return kind.recipe if issubclass(kind, Adapted) else kind

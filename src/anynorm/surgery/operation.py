@@ -16,13 +16,14 @@ import torch.nn as nn
 from torch import Tensor
 
 from ..errors import UserError
-from .differences import run
+from .differences import Run, run
 from .report import SurgeryReport
 
 Plan = Callable[[nn.Module, SurgeryReport], Callable[[], object]]
 Where = str | type[nn.Module] | tuple[str | type[nn.Module], ...] | Callable[[str, nn.Module], bool] | None
 # What torch keeps in a module beside plain attributes; handles of hooks refer to the very dictionaries.
 CONTAINERS = (dict, set)
+TORCHS = frozenset(vars(nn.Module()))  # torch's own attributes of every module: its hooks may be methods
 
 
 class NotProved(UserError):
@@ -77,6 +78,8 @@ def operate(
     if copy:
         model = copy_model(function, model)
     before = None if example is None else run(model, example, per_layer)
+    if before is not None:
+        check_compared(function, before, strict)
     report, snapshot = SurgeryReport(model=model), Snapshot(model, values=example is not None)
     try:
         plan(model, report)()
@@ -94,6 +97,17 @@ def operate(
         snapshot.restore()
         raise
     return report
+
+
+def check_compared(function: str, before: Run, strict: bool) -> None:
+    """Raise where the outputs on an example prove nothing."""
+    if any(tensor.is_meta for tensor in before.outputs.values()):
+        raise UserError(f"{function}: example compares values; got outputs on the meta device; leave example out")
+    if strict and not before.outputs:
+        raise UserError(
+            f"{function}: strict=True compares outputs; the model returned no tensor, also not in a tuple, list, dict "
+            "or dataclass; wrap the model so that it returns them, or leave strict out"
+        )
 
 
 def check_model(function: str, model: Any, wrapped: str = "") -> None:
@@ -141,7 +155,7 @@ class Snapshot:
     """A model as it is now: classes, attributes, hooks, parts; with `values` also the values of its tensors."""
 
     modules: list[tuple[nn.Module, type[nn.Module], dict[str, Any], list[tuple[Any, Any]]]]
-    flags: list[tuple[Tensor, bool]]
+    flags: list[tuple[Tensor, bool, Tensor | None]]
     values: list[tuple[Tensor, Tensor]]
 
     def __init__(self, model: nn.Module, values: bool = False) -> None:
@@ -151,7 +165,7 @@ class Snapshot:
             if not isinstance(module, torch.jit.ScriptModule)
         ]
         tensors = [t for t in (*model.parameters(), *model.buffers()) if type(t) in (Tensor, nn.Parameter)]
-        self.flags = [(t, t.requires_grad) for t in tensors]
+        self.flags = [(t, t.requires_grad, t.grad if t.is_leaf else None) for t in tensors]
         self.values = [(t, t.detach().clone()) for t in tensors] if values else []
 
     def restore(self) -> None:
@@ -163,8 +177,10 @@ class Snapshot:
             for container, content in containers:
                 container.clear()
                 container.update(content)
-        for tensor, flag in self.flags:
+        for tensor, flag, gradient in self.flags:
             tensor.requires_grad_(flag)
+            if gradient is not None:
+                tensor.grad = gradient
         with torch.no_grad():
             for tensor, value in self.values:
                 if not torch.equal(tensor, value):
@@ -192,7 +208,7 @@ def select(function: str, model: nn.Module, where: Where) -> Callable[[str, nn.M
     if where is None:
         return lambda name, module: True
     if not isinstance(where, (str, type, tuple)):
-        if not callable(where):
+        if not callable(where) or isinstance(where, nn.Module):
             raise TypeError(
                 f"{function}: where must be names, classes or a function of (name, module); got {type(where).__name__}"
             )
@@ -225,3 +241,26 @@ def replace_everywhere(model: nn.Module, old: nn.Module, new: nn.Module) -> None
         for key, child in list(parent._modules.items()):
             if child is old:
                 parent._modules[key] = new
+
+
+def find_held(model: nn.Module) -> dict[int, str]:
+    """Modules, by identity, that stand in plain attributes too, also in lists and the like, and in which.
+
+    Code may call them there, and nothing that is put in their place in the model.
+    """
+    held: dict[int, str] = {}
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            if key not in TORCHS:
+                held |= {id(each): f"{name}.{key}" if name else key for each in list_modules(value)}
+    return held
+
+
+def list_modules(value: Any, depth: int = 3) -> Iterator[nn.Module]:
+    """The modules in a list, tuple, dict or set, and whose methods are there."""
+    value = getattr(value, "__self__", value)
+    if isinstance(value, nn.Module):
+        yield value
+    elif isinstance(value, (list, tuple, set, dict)) and depth:
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from list_modules(part, depth - 1)

@@ -9,11 +9,13 @@ import torch.nn as nn
 
 from ..modules import batch, fused
 from ..modules.adapted import Adapted, make_adapted
+from ..modules.frozen import Frozen
+from ..modules.norm import Norm
 from ..modules.sync import SyncBatchNorm, _Synchronized
 from ..ranks.frames import register_label
 from .adapters import Finder
 from .operation import operate
-from .report import Entry, SurgeryReport, describe, is_ours
+from .report import UNFREEZE_FIRST, Entry, SurgeryReport, describe, is_ours
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -108,14 +110,19 @@ def plan_sync(
 def find_change(module: Any, undo: bool, finder: Finder) -> tuple[type[nn.Module] | None, str]:
     """Which class a norm gets, or why none."""
     kind = type(module)
+    frozen = vars(module).get("frozen")
     if undo:
         if not isinstance(module, _Synchronized):
             return None, ""
         if module.before is None:
             return None, "it was built as SyncBatchNorm: nobody knows the dimension of its inputs; replace it by hand"
+        if frozen is not None and not issubclass(module.before, Norm):
+            return None, UNFREEZE_FIRST  # torch's class would not stand still
         return module.before, ""
     if isinstance(module, _Synchronized):
         return None, ""
+    if isinstance(frozen, Frozen) and frozen.statistics and not frozen.updates:
+        return None, "by frozen statistics it follows the batches of its own rank; freeze its updates too"
     if isinstance(module, Adapted) and "forward" not in vars(module):
         return make_adapted(module.original, module.adapter, SyncBatchNorm), ""
     if kind not in SYNCHRONIZED:

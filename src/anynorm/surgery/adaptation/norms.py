@@ -26,14 +26,16 @@ class Borrowed:
     Attributes:
         kind: the class that it had.
         became: the one that it has.
+        frozen: what was frozen of it.
         users: how many contexts are open.
     """
 
     kind: type[nn.Module]
     became: type[nn.Module]
+    frozen: Any
 
-    def __init__(self, kind: type[nn.Module], became: type[nn.Module]) -> None:
-        self.kind, self.became = kind, became
+    def __init__(self, kind: type[nn.Module], became: type[nn.Module], frozen: Any) -> None:
+        self.kind, self.became, self.frozen = kind, became, frozen
         self.users: int = 0
 
 
@@ -85,7 +87,7 @@ def borrowing(kinds: dict[Any, Any]) -> Iterator[None]:
     with LOCK:
         for norm, became in kinds.items():
             if norm not in BORROWED and type(norm) is not became:
-                BORROWED[norm] = Borrowed(type(norm), became)
+                BORROWED[norm] = Borrowed(type(norm), became, vars(norm).get("frozen"))
                 norm.__class__ = became
         mine = [norm for norm in kinds if norm in BORROWED]
         for norm in mine:
@@ -99,5 +101,6 @@ def borrowing(kinds: dict[Any, Any]) -> Iterator[None]:
                 known.users -= 1
                 if not known.users:
                     del BORROWED[norm]
-                    if type(norm) is known.became:  # not, where somebody has changed it meanwhile
+                    # Not where somebody has changed it meanwhile; torch's class would not stay frozen.
+                    if type(norm) is known.became and vars(norm).get("frozen") in (None, known.frozen):
                         norm.__class__ = known.kind

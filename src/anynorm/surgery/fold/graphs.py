@@ -10,8 +10,8 @@ import copy
 import inspect
 import itertools
 import warnings
-from collections.abc import Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,8 +19,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor, fx
 
-from ...randomness import has_drawn, keep_randomness, restore_randomness, save_randomness
-from ..differences import call
+from ...randomness import has_drawn, restore_randomness, save_randomness
+from ..differences import call, evaluating
 from ..trace import Tracer, changed_modes, copy_sharing, find_attributes, set_mode
 from .layers import is_layer
 
@@ -157,20 +157,6 @@ def find_flags(part: nn.Module) -> tuple[list[str], str]:
         if isinstance(parameter.default, bool):
             flags.append(parameter.name)
     return flags, "" if len(flags) <= MOST_FLAGS else f"its forward has {len(flags)} switches ({', '.join(flags)})"
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """All modules in evaluation, without gradients, from a fixed seed; then as before."""
-    modes = [(module, module.training) for module in model.modules()]
-    with keep_randomness(), torch.no_grad():
-        try:
-            for module, _ in modes:
-                module.training = False
-            yield
-        finally:
-            for module, training in modes:
-                module.training = training
 
 
 def measure_shapes(model: nn.Module, recordings: Recordings, example: Any) -> None:

@@ -11,7 +11,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from ...activations import find_activation
-from ...modules import batch, instance
+from ...modules import batch, domain, instance
 from ...modules.adapted import Adapted, Adapter, read
 from ...modules.fused import Fused
 from ...modules.norm import Norm
@@ -112,6 +112,8 @@ def read_norm(name: str, norm: Any, finder: Finder) -> FixedNorm:
         NotFoldable: it has no such form, or its numbers are no numbers.
     """
     adapter = find_adapter(norm, finder)
+    if isinstance(norm, domain._Domain):
+        raise NotFoldable("it has averages for each domain")
     if not normalizes_by_running(norm):
         kept = isinstance(norm, (*INSTANCE_NORMS, *BATCH_NORMS))
         raise NotFoldable("it keeps no running averages, so it normalizes by its input" if kept else OF_THE_INPUT)

@@ -11,7 +11,7 @@ import torch.nn as nn
 from torch import Tensor, fx
 
 from ..graph_model import find_foreign_reads
-from ..operation import replace_everywhere
+from ..operation import find_held, replace_everywhere
 from ..sequential import count_places
 from ..trace import is_hooked
 from .graphs import Recording, Recordings
@@ -43,6 +43,7 @@ class FoldPlan:
     norms: dict[int, FixedNorm]
     names: dict[int, str]
     places: Counter[int]
+    held: dict[int, str]
     tensors: Counter[Any]
     read_elsewhere: set[str]
 
@@ -51,6 +52,7 @@ class FoldPlan:
         self.groups: Groups = [[Search(each, self.norms) for each in group] for group in recordings.groups]
         self.names = {id(module): name for name, module in model.named_modules()}
         self.places = count_places(model)
+        self.held = find_held(model)
         self.tensors = count_tensors(model)
         kinds = {type(module) for module in model.modules()}
         self.read_elsewhere = {name for kind in kinds for name in find_foreign_reads(kind)}
@@ -108,6 +110,8 @@ class FoldPlan:
             NotFoldable: there is none, or more than one, or the norm must stay where it is.
         """
         check_use(norm.name, norm.norm)
+        if id(norm.norm) in self.held:
+            raise NotFoldable(f"{self.held[id(norm.norm)]} holds it too, past torch's registry: code may call it there")
         called = [group for group in self.groups if any(search.find_calls(norm.norm) for search in group)]
         if not called:
             raise NotFoldable(self.reasons[id(norm.norm)] or "the model never calls it")

@@ -20,6 +20,7 @@ from ...engine import paths
 from ...family import FAMILY
 from ...modules import batch, fused
 from ...modules.adapted import Adapted
+from ...modules.frozen import Frozen
 from ...modules.norm import Norm
 from ...modules.sync import _Synchronized
 from ...padding.context import may_be_masked
@@ -229,10 +230,15 @@ def keeping(model: nn.Module) -> Iterator[None]:
         and (isinstance(module, (*SYNCHRONIZED, *BASES)) or isinstance(module._buffers.get("running_mean"), Tensor))
     ]
     buffers = [(t, t.detach().clone()) for t in model.buffers() if not t.is_inference()]
+    frozen = [(f, f.training) for module in model.modules() if isinstance(f := vars(module).get("frozen"), Frozen)]
     try:
+        for note, _ in frozen:
+            note.training = False  # a frozen norm that follows its batches would move what was put there
         with overriding(Apart()):
             yield
     finally:
+        for note, training in frozen:
+            note.training = training
         for module, training, named in before:
             module.training = training
             module._buffers.clear()
