@@ -300,3 +300,11 @@ def test_gamma_that_a_hook_computes():
 def test_averages_of_instance_norm_are_not_those_of_batch_norm():
     model = nn.Sequential(nn.InstanceNorm2d(4, track_running_stats=True))
     assert "anynorm.recalibrate(model, loader) finds them" in anynorm.convert(model, "batch").note
+
+
+def test_averages_that_are_not_saved_are_not_saved_afterwards():
+    model = nn.Sequential(nn.BatchNorm2d(4))
+    model[0]._non_persistent_buffers_set.add("running_mean")
+    anynorm.convert(model, "ghost")
+    assert "0.running_var" in model.state_dict()
+    assert "0.running_mean" not in model.state_dict()

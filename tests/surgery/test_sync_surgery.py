@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 
 import pytest
 import torch
@@ -167,3 +168,18 @@ def test_frozen_norms_stay_frozen_on_the_way_back_and_ranks_do_not_part():
     anynorm.freeze(model, updates=False)
     (left,) = anynorm.sync(model).left
     assert "follows the batches of its own rank; freeze its updates too" in left.reason
+
+
+class Subclass(nn.BatchNorm1d):
+    pass
+
+
+def test_an_adapted_norm_is_pickled_and_finds_its_class_again():
+    model = nn.Sequential(Subclass(3))
+    anynorm.accelerate(model)
+    adapted = type(model[0])
+    anynorm.sync(model)
+    back = pickle.loads(pickle.dumps(model))
+    for each in (model, back):
+        assert len(anynorm.sync(each, undo=True).changed) == 1
+        assert type(each[0]) is adapted

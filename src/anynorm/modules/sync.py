@@ -77,11 +77,11 @@ class _Synchronized(batch._BatchNorm):
     Attributes:
         label: the layer's name in errors, the same on all ranks; `anynorm.sync` and `anynorm.accelerate` give the one
             that it has in the model.
-        before: the class that `anynorm.sync` found.
+        before: the class that `anynorm.sync` found; of an adapted norm what it is made of.
     """
 
     process_group: ProcessGroup | None = None
-    before: type[nn.Module] | None = None
+    before: Any = None
     serial: int = 0
     calls: int = 0
     merged_count: int = 0  # values per channel on all ranks, of the last call

@@ -104,6 +104,8 @@ def make(norm: Any, to: str, shape: tuple[int, ...] | None, options: dict[str, A
             if norm._buffers.get(name) is None:
                 raise Refused("it keeps no running averages")
             new._buffers[name] = norm._buffers[name]
+            if name in norm._non_persistent_buffers_set:
+                new._non_persistent_buffers_set.add(name)
     return new
 
 

@@ -116,9 +116,10 @@ def find_change(module: Any, undo: bool, finder: Finder) -> tuple[type[nn.Module
             return None, ""
         if module.before is None:
             return None, "it was built as SyncBatchNorm: nobody knows the dimension of its inputs; replace it by hand"
-        if frozen is not None and not issubclass(module.before, Norm):
+        before = make_adapted(*module.before) if isinstance(module.before, tuple) else module.before
+        if frozen is not None and not issubclass(before, Norm):
             return None, UNFREEZE_FIRST  # torch's class would not stand still
-        return module.before, ""
+        return before, ""
     if isinstance(module, _Synchronized):
         return None, ""
     if isinstance(frozen, Frozen) and frozen.statistics and not frozen.updates:
@@ -154,7 +155,8 @@ def change(module: Any, name: str, kind: type[nn.Module], undo: bool, process_gr
             del module.label
     else:
         if not isinstance(module, _Synchronized):
-            module.before = type(module)
+            # Of a class that was made at run time what it is made of, which pickle can write.
+            module.before = module.recipe if isinstance(module, Adapted) else type(module)
         set_label(module, name)
         if process_group is not None or not hasattr(module, "process_group"):
             module.process_group = process_group
