@@ -337,6 +337,7 @@ def test_data_parallel_is_refused_where_gradients_would_go():
     ):
         anynorm.freeze(wrapped)
     assert len(anynorm.freeze(wrapped, affine=False).changed) == 1
+    assert len(anynorm.unfreeze(wrapped).changed) == 1
 
 
 def test_parametrized_gamma():

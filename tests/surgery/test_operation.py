@@ -173,6 +173,7 @@ def test_selecting_by_name_class_and_function():
 
     assert len(names(None)) == 13
     assert names("1.1") == ["1.1"]
+    assert names("1") == ["1", "1.0", "1.1", "1.2", "1.3", "1.4"]  # a container with all that is inside
     assert names("again") == ["0.1"]  # a shared module by any of its names
     assert names(nn.BatchNorm2d) == ["0.1", "1.1"]
     assert names(("1.*", nn.ReLU)) == ["0.2", "1.0", "1.1", "1.2", "1.3", "1.4"]

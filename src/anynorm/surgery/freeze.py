@@ -50,8 +50,8 @@ def freeze(
         updates: do not move the running averages, nor the counter of batches.
         affine: gamma and beta want no gradient; a gradient that they hold is dropped, or an optimizer would go on with
             it.
-        where: which norms: names, with ``*`` for anything (``"layer1.*"``), classes, a tuple of both, or a function of
-            (name, module); None for all.
+        where: which norms: names, with ``*`` for anything, each with all that is inside (``"layer1"``), classes, a
+            tuple of both, or a function of (name, module); None for all.
         copy: change a copy, ``report.model``, and not the model.
         example, strict, tolerance, per_layer: as for `anynorm.accelerate`; in evaluation nothing may change.
 
@@ -160,8 +160,14 @@ def unfreeze(
         strict=strict,
         tolerance=tolerance,
         per_layer=per_layer,
-        wrapped=WRAPPED,
+        wrapped=WRAPPED if any(norm.frozen.affine for norm in find_frozen(model)) else "",
     )
+
+
+def find_frozen(model: Any) -> list[Any]:
+    """The frozen modules of a model, and none of what is no model."""
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    return [norm for norm in modules if isinstance(vars(norm).get("frozen"), Frozen)]
 
 
 def plan_freeze(

@@ -198,8 +198,8 @@ def select(function: str, model: nn.Module, where: Where) -> Callable[[str, nn.M
     """What says of a module, by its first name, whether `where` means it.
 
     Args:
-        where: None for all; names, with ``*`` for anything (``"layer4.*"``); classes; a tuple of both; or a function of
-            (name, module).
+        where: None for all; names, with ``*`` for anything, each with all that is inside (``"layer4"``, ``"*.bn1"``);
+            classes; a tuple of both; or a function of (name, module).
 
     Raises:
         UserError: a name that no module has.
@@ -230,7 +230,9 @@ def select(function: str, model: nn.Module, where: Where) -> Callable[[str, nn.M
 
     def is_wanted(name: str, module: nn.Module) -> bool:
         known = everywhere.get(id(module), [name])
-        return isinstance(module, kinds) or any(fnmatchcase(n, pattern) for n in known for pattern in patterns)
+        return isinstance(module, kinds) or any(
+            fnmatchcase(n, pattern) or fnmatchcase(n, f"{pattern}.*") for n in known for pattern in patterns
+        )
 
     return is_wanted
 
