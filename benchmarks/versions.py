@@ -197,7 +197,8 @@ def write_row(pair: Pair, result: Result) -> str:
 
 def write_reasons(pair: Pair, result: Result) -> list[str]:
     """What failed and what was skipped on a pair, with the reasons."""
-    lines = [f"- failed: `{name}`: {reason}" for name, reason in result.get("failures", {}).items()]
+    lines = [result["note"] + "\n"] if "note" in result else []  # by hand: what became of the failures since
+    lines += [f"- failed: `{name}`: {reason}" for name, reason in result.get("failures", {}).items()]
     lines += [f"- {count} skipped: {reason}" for reason, count in result.get("skips", {}).items()]
     return [f"### Python {pair[0]}, torch {pair[1]}", "\n".join(lines)] if lines else []
 
