@@ -97,7 +97,7 @@ def walk_stack() -> tuple[list[Any], Any, Any]:
     """The regions that this call lies in for the first time, the one that is computed again, and which time that is.
 
     Regions are taken from the stack, from the innermost on: what lies outside a recomputation was seen by it. torch has
-    no interface that tells; the names of functions and of their variables here are those of torch 2.13, and
+    no interface that tells; the names of functions and of their variables here are those of torch 2.8 to 2.15, and
     tests/modules/test_recomputation.py fails where they change.
     """
     inside: list[Any] = []
@@ -105,7 +105,8 @@ def walk_stack() -> tuple[list[Any], Any, Any]:
     while frame is not None:
         # Names first: they are cheap, and `f_locals` copies a frame's variables.
         name = frame.f_code.co_name
-        if name == "checkpoint" or name == "unpack_hook":
+        # checkpoint hands on to a function of its own since torch 2.15.
+        if name == "checkpoint" or name == "_checkpoint_impl" or name == "unpack_hook":
             if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
                 known = frame.f_locals
                 if name == "unpack_hook":  # Without reentry a saved tensor's hook computes its frame again.
