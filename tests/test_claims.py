@@ -108,7 +108,7 @@ def test_what_is_called_missing_is_missing(page):
 
 
 def test_a_stale_denial_is_found():
-    assert find_denied("gradient accumulation, converters") == ["accumulate"]
+    assert find_denied("gradient accumulation, sharding") == ["accumulate"]
     assert DENIALS.search("one sample at a time; masks are not yet in this release")
     assert not DENIALS.search("Every norm takes masks.")
 

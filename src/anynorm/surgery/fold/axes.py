@@ -38,7 +38,7 @@ class Axes:
             self.check_axes(norm, node, layer)
             if channels != many and not in_part:
                 raise NotFoldable(f"{describe_node(node, self.modules)} has {channels} channels, not {many}")
-            return torch.arange(channels)
+            return torch.arange(channels, device="cpu")
         if in_part:
             raise NotFoldable("it takes a concatenation of what is reshaped")
         dims = count_dims(layer)
@@ -68,7 +68,7 @@ class Axes:
             self.check_axes(norm, call, layer)
             if channels != many:
                 raise NotFoldable(f"{describe_node(node, self.modules)} takes {channels} channels, not {many}")
-            return torch.arange(channels)
+            return torch.arange(channels, device="cpu")
         dims = count_dims(layer)
 
         def attempt(shape: Shape, values: dict[fx.Node, Any], is_guess: bool) -> Tensor | None:
@@ -127,4 +127,4 @@ def find_norm_axis(norm: FixedNorm, rank: int) -> int | None:
 
 def make_values(shapes: dict[fx.Node, Shape]) -> dict[fx.Node, Any]:
     """Tensors without memory, for what asks for sizes."""
-    return {node: torch.empty(shape, device="meta") for node, shape in shapes.items()}
+    return {node: torch.empty(shape, dtype=torch.float32, device="meta") for node, shape in shapes.items()}

@@ -75,7 +75,8 @@ def compute_size(node: fx.Node, known: dict[fx.Node, Any]) -> Any:
 
 def label(shape: Shape, axis: int) -> tuple[Tensor, Tensor]:
     """A tensor in which each place has its channel's label, and the labels: no mean of some is another one."""
-    labels = torch.rand(shape[axis], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    cpu = torch.device("cpu")
+    labels = torch.rand(shape[axis], generator=torch.Generator(cpu).manual_seed(0), dtype=torch.float64, device=cpu)
     return labels.view(-1, *(1,) * (len(shape) - 1 - axis)).expand(shape).contiguous(), labels
 
 
@@ -101,8 +102,8 @@ def map_forward(found: Tensor, labels: Tensor, axis: int) -> Tensor:
 def map_backward(found: Tensor, labels: Tensor, axis: int) -> Tensor:
     """For each channel at the start of the path, in which one at its end it arrives."""
     numbers = read_labels(found, labels, axis)
-    channels = torch.full((len(labels),), -1)
-    ends = torch.arange(len(numbers)).view(-1, 1).expand_as(numbers)
+    channels = torch.full((len(labels),), -1, dtype=torch.long, device="cpu")
+    ends = torch.arange(len(numbers), device="cpu").view(-1, 1).expand_as(numbers)
     channels[numbers.flatten()] = ends.flatten()
     if bool((channels[numbers] != ends).any()) or bool((channels < 0).any()):
         raise Unclear(APART)

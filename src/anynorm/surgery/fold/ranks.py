@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch.nn as nn
 from torch import fx
 
+from ...activations import ACTIVATIONS
 from ...modules.norm import Norm
 from ...torch_private import NormBase
 from .layers import CONVOLUTIONS
 from .passing import DROPOUTS, find_module, is_torchs, name_function
 
 SAME = (nn.Linear, nn.Identity, NormBase, Norm, *DROPOUTS)
-SAME_CALLS = {"relu", "relu_", "dropout", "gelu", "silu", "tanh", "sigmoid", "leaky_relu", "contiguous", "elu"}
+SAME_CALLS = {*ACTIVATIONS, "relu_", "dropout", "contiguous"}
 
 
 def find_rank(node: fx.Node, modules: dict[str, nn.Module]) -> int | None:

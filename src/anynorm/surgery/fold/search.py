@@ -200,7 +200,7 @@ class Search:
         same = norm.dims == other.dims and norm.takes_single == other.takes_single
         if not same or len(norm.scale) != len(other.scale) or any(is_moving(each, self.modules) for each in path):
             raise NotFoldable(f"{said}: a norm of other axes")
-        return Target(node, other.norm, side, torch.arange(len(norm.scale)))
+        return Target(node, other.norm, side, torch.arange(len(norm.scale), device="cpu"))
 
 
 def count_width(targets: Sequence[Target]) -> int:
