@@ -66,8 +66,8 @@ def freeze(
             where `affine` would change what it expects; `strict` without `example`.
 
     Note:
-        By frozen statistics and with frozen gamma and beta, a norm is one multiplication and one addition for each
-        value, and keeps nothing of its input for backward; behind a fused activation it keeps the input. Parameters
+        By frozen statistics and with frozen gamma and beta, a norm computes what it does in evaluation, and keeps nothing
+        of its input for backward; with a fused activation it keeps the input. Parameters
         that were frozen stay in the optimizer, which passes over what has no gradient. The state_dict is as before;
         that a norm is frozen is not in it.
 
