@@ -10,7 +10,7 @@ import torch.nn as nn
 import torch.nn.utils.prune
 
 import anynorm
-from anynorm.surgery.conversion import choose_groups
+from anynorm.surgery.conversion import find_group_count
 
 X = torch.randn(8, 3, 9, 9, generator=torch.Generator().manual_seed(0))
 
@@ -100,8 +100,8 @@ def test_it_starts_nearer_than_gamma_and_beta_alone():
 
 
 def test_numbers_of_groups():
-    assert [choose_groups(c, 32) for c in (1, 2, 3, 7, 8, 48, 64, 96, 512)] == [1, 1, 1, 1, 4, 24, 32, 32, 32]
-    assert choose_groups(512, 8) == 8
+    assert [find_group_count(c, 32) for c in (1, 2, 3, 7, 8, 48, 64, 96, 512)] == [1, 1, 1, 1, 4, 24, 32, 32, 32]
+    assert find_group_count(512, 8) == 8
     model = network()
     anynorm.convert(model, "group", num_groups=4)
     assert (model[1].num_groups, model[4].num_groups) == (4, 3)

@@ -8,7 +8,7 @@ import torch.nn as nn
 
 import anynorm
 from anynorm.surgery.differences import measure
-from anynorm.surgery.operation import NotProved, Snapshot, operate, replace_everywhere, select
+from anynorm.surgery.operation import NotProved, Options, Snapshot, operate, replace_everywhere, select
 
 
 def network() -> nn.Sequential:
@@ -36,7 +36,7 @@ X = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
 def test_what_changed_is_measured_in_evaluation():
     model = network()
     before = copy.deepcopy(model).eval()(X)
-    report = operate("scale", model, scale(1.5), example=X, per_layer=True)
+    report = operate("scale", model, scale(1.5), Options(example=X, per_layer=True))
     (difference,) = report.differences
     gap = (model.eval()(X) - before).abs()
     assert difference.name == "output"
@@ -70,13 +70,13 @@ def test_strict_puts_everything_back_where_outputs_moved():
     handle = model[1].register_forward_hook(lambda *_: None)
     before, first = describe(model), model[0]
     with pytest.raises(NotProved, match=r"scale: .* the model is as it was; pass a larger tolerance") as caught:
-        operate("scale", model, scale(1.5), example=X, strict=True)
+        operate("scale", model, scale(1.5), Options(example=X, strict=True))
     assert_same(describe(model), before)
     assert model[0] is first
     assert caught.value.report.differences[0].relative > 0.01
     handle.remove()  # finds the dictionary it was put in
     assert not model[1]._forward_hooks
-    operate("scale", model, scale(1.5), example=X, strict=True, tolerance=10.0)
+    operate("scale", model, scale(1.5), Options(example=X, strict=True, tolerance=10.0))
     assert isinstance(model[0], nn.Sequential)
 
 
@@ -91,7 +91,7 @@ def test_whatever_a_change_raises_nothing_is_changed():
     model = network()
     before = describe(model)
     with pytest.raises(RuntimeError, match="halfway"):
-        operate("break", model, plan)
+        operate("break", model, plan, Options())
     assert_same(describe(model), before)
 
 
@@ -157,7 +157,7 @@ def test_models_that_no_operation_takes():
         anynorm.accelerate(scripted)
     wrapped = nn.DataParallel(network())
     with pytest.raises(anynorm.UserError, match=r"keeps books; got DataParallel; call it on .*model\.module"):
-        operate("freeze", wrapped, scale(1), wrapped="it keeps books")
+        operate("freeze", wrapped, scale(1), Options(), wrapped="it keeps books")
     model = network()
     model.lock = __import__("threading").Lock()
     with pytest.raises(anynorm.UserError, match="needs a model that can be copied"):
@@ -216,7 +216,7 @@ def test_running_the_example_moves_no_averages_of_norms_that_are_normalized_by_t
     anynorm.freeze(model, updates=False)
     before = describe(model)
     for _ in range(2):
-        operate("scale", model, scale(1.0), copy=True, example=X)
+        operate("scale", model, scale(1.0), Options(copy=True, example=X))
         anynorm.convert(model, "group", copy=True, example=X)
         anynorm.fold(model, copy=True, example=X)
     assert_same(describe(model), before)

@@ -10,6 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+MODEL_HELP = (
+    "A built-in model (resnet18, mobilenetv2, mlp, unet, transformer, transformer-rms, lstm) "
+    "or your own as module:factory."
+)
 FILES: dict[Path, ModuleType] = {}
 
 

@@ -19,7 +19,7 @@ from .activation import read_module
 from .adapters import Finder
 from .exact_types import NOTE
 from .graph_model import make_graph_model
-from .operation import operate
+from .operation import Options, operate
 from .report import FUSED, PAIRS, UNDO_FIRST, UNFREEZE_FIRST, Entry, SurgeryReport, describe, is_ours
 from .sequential import Place, count_places, find_module_obstacle, fuse_place, plan_fusion, plan_undo, take_apart
 from .trace import trace
@@ -106,16 +106,8 @@ def accelerate(
     def plan(model: nn.Module, report: SurgeryReport) -> Callable[[], object]:
         return plan_undone(model, report) if undo else plan_accelerated(model, fuse, Finder(trust), report)
 
-    return operate(
-        "accelerate",
-        model,
-        plan,
-        copy=copy,
-        example=example,
-        strict=strict,
-        tolerance=tolerance,
-        per_layer=per_layer,
-    )
+    options = Options(copy, example, strict, tolerance, per_layer)
+    return operate("accelerate", model, plan, options)
 
 
 def plan_accelerated(model: nn.Module, fuse: bool, finder: Finder, report: SurgeryReport) -> Callable[[], object]:

@@ -121,7 +121,7 @@ def make_fused(norm: fused.Fused, kind: Any, named: dict[str, Any]) -> nn.Module
 def find_class(to: str, channels: int, dims: int | None, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The class, and the constructor's arguments but eps, dtype and device."""
     if to in ("group", "layer"):
-        groups = 1 if to == "layer" else choose_groups(channels, options.pop("num_groups", 32))
+        groups = 1 if to == "layer" else find_group_count(channels, options.pop("num_groups", 32))
         return group.GroupNorm, {"num_groups": groups, "num_channels": channels}
     if to == "rms":
         return pattern.AnyNorm, {"pattern": "n c s -> n", "affine": "c", "centred": False, "c": channels}
@@ -137,7 +137,7 @@ def find_class(to: str, channels: int, dims: int | None, options: dict[str, Any]
     return kind, {"num_features": channels, **({"affine": True} if to == "instance" else {}), **options}
 
 
-def choose_groups(channels: int, most: int) -> int:
+def find_group_count(channels: int, most: int) -> int:
     """The largest number of groups, at most `most`, that divides the channels and leaves each two of them or more."""
     return max((g for g in range(1, most + 1) if channels % g == 0 and channels // g >= 2), default=1)
 

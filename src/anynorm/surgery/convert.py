@@ -26,7 +26,7 @@ from .conversion import (
     make,
 )
 from .differences import call, evaluating
-from .operation import Where, find_held, operate, replace_everywhere, select
+from .operation import Options, Where, find_held, operate, replace_everywhere, select
 from .report import Entry, SurgeryReport, describe
 
 NOTE = "train on, or at least look at the loss: the new norms only start near the old function"
@@ -104,17 +104,8 @@ def convert(
         chosen = select("convert", model, where)
         return plan_convert(model, to, chosen, {} if example is None else find_shapes(model, example), options, report)
 
-    return operate(
-        "convert",
-        model,
-        plan,
-        copy=copy,
-        example=example,
-        strict=strict,
-        tolerance=tolerance,
-        per_layer=per_layer,
-        wrapped=WRAPPED,
-    )
+    asked = Options(copy, example, strict, tolerance, per_layer)
+    return operate("convert", model, plan, asked, WRAPPED)
 
 
 def plan_convert(

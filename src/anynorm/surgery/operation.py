@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy as copying
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -40,37 +40,41 @@ class NotProved(UserError):
         self.report = report
 
 
-def operate(
-    function: str,
-    model: nn.Module,
-    plan: Plan,
-    *,
-    copy: bool = False,
-    example: Any = None,
-    strict: bool = False,
-    tolerance: float | None = None,
-    per_layer: bool = False,
-    wrapped: str = "",
-) -> SurgeryReport:
-    """Perform an operation on a model.
+class Options(NamedTuple):
+    """What every operation is asked beside its own.
 
-    Args:
-        function: its name, for messages.
-        model: changed in place, or with `copy` left alone.
-        plan: see above; `report.model` may be another model than the one it got.
+    Attributes:
         copy: work on a copy, which is then `report.model`.
         example: arguments of a call: a tensor, a tuple of them, or a dict of them by name. The model is called with
             them in evaluation before and after, and the report says how far the outputs moved.
         strict: where they moved by more than `tolerance`, put everything back and raise.
         tolerance: of the largest output; None for what rounding explains, 1e-5 in float32.
         per_layer: report the outputs of the layers too.
+    """
+
+    copy: bool = False
+    example: Any = None
+    strict: bool = False
+    tolerance: float | None = None
+    per_layer: bool = False
+
+
+def operate(function: str, model: nn.Module, plan: Plan, options: Options, wrapped: str = "") -> SurgeryReport:
+    """Perform an operation on a model.
+
+    Args:
+        function: its name, for messages.
+        model: changed in place, or with ``options.copy`` left alone.
+        plan: see above; `report.model` may be another model than the one it got.
+        options: see there.
         wrapped: why it refuses a model in DistributedDataParallel and its like; "" where it works on these.
 
     Raises:
         TypeError: `model` is no module.
         UserError: the model is wrapped or compiled by torch.jit.script, or cannot be copied; `strict` without example.
-        NotProved: see `strict`.
+        NotProved: see `Options.strict`.
     """
+    copy, example, strict, tolerance, per_layer = options
     check_model(function, model, wrapped)
     if example is None and (strict or per_layer):
         what = "strict" if strict else "per_layer"

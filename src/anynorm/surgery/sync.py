@@ -14,7 +14,7 @@ from ..modules.norm import Norm
 from ..modules.sync import SyncBatchNorm, _Synchronized
 from ..ranks.frames import register_label
 from .adapters import Finder
-from .operation import operate
+from .operation import Options, operate
 from .report import UNFREEZE_FIRST, Entry, SurgeryReport, describe, is_ours
 
 if TYPE_CHECKING:
@@ -70,9 +70,7 @@ def sync(
     def plan(model: nn.Module, report: SurgeryReport) -> Callable[[], object]:
         return plan_sync(model, undo, process_group, report)
 
-    return operate(
-        "sync", model, plan, copy=copy, example=example, strict=strict, tolerance=tolerance, per_layer=per_layer
-    )
+    return operate("sync", model, plan, Options(copy, example, strict, tolerance, per_layer))
 
 
 def plan_sync(

@@ -10,7 +10,7 @@ import torch.nn as nn
 from ...errors import UserError
 from ..accelerate import plan_undone
 from ..adapters import Finder
-from ..operation import Where, operate, select
+from ..operation import Options, Where, operate, select
 from ..report import Entry, SurgeryReport, describe, is_ours
 from ..rewrite import GraphForward
 from ..sequential import ACTIVATION_ATTRIBUTE
@@ -88,17 +88,8 @@ def fold(
     def plan(model: nn.Module, report: SurgeryReport) -> Callable[[], object]:
         return plan_fold(model, where, example, report)
 
-    return operate(
-        "fold",
-        model,
-        plan,
-        copy=copy,
-        example=example,
-        strict=strict,
-        tolerance=tolerance,
-        per_layer=per_layer,
-        wrapped=WRAPPED,
-    )
+    options = Options(copy, example, strict, tolerance, per_layer)
+    return operate("fold", model, plan, options, WRAPPED)
 
 
 def plan_fold(model: nn.Module, where: Where, example: Any, report: SurgeryReport) -> Callable[[], object]:
