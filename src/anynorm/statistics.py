@@ -142,9 +142,8 @@ def find_power(size: Tensor) -> Tensor:
 
     0 below all normal numbers, or a power that small; infinity, or the largest number, where there is none.
     """
-    if (
-        is_recording()
-    ):  # ONNX knows no bits; where the logarithm rounds it is the power next to it, which serves as well.
+    # ONNX knows no bits; where the logarithm rounds it is the power next to it, which serves as well.
+    if is_recording():
         return torch.pow(2.0, size.log2().floor())
     if count_transforms():  # vmap of torch 2.10 knows no bits.
         mantissa, _ = torch.frexp(size)

@@ -108,6 +108,14 @@ def call(name: str, *arguments: Any, keyword: str = "", domain: str = "", **opti
     return lambda: settle(Call(getattr(anynorm, name)(*arguments, **options), keyword, domain))
 
 
+def make_folded() -> nn.Module:
+    """With a norm before a layer and one behind it."""
+    layers = [nn.Conv1d(6, 6, 3, padding=1), anynorm.BatchNorm1d(6), nn.ReLU(), nn.Conv1d(6, 6, 1), nn.BatchNorm1d(6)]
+    model = settle(nn.Sequential(*layers)).eval()
+    assert len(anynorm.fold(model).changed) == 2
+    return model
+
+
 def make_frozen() -> nn.Module:
     """In training mode."""
     model = settle(nn.Sequential(nn.Conv1d(6, 6, 3, padding=1), anynorm.BatchNorm1d(6), nn.ReLU()))
@@ -156,6 +164,7 @@ LAYERS: dict[str, Layer] = {
     "BatchRenormAct1d": Layer(norm("BatchRenormAct1d", 6)),
     "SyncBatchNormAct": Layer(norm("SyncBatchNormAct", 6)),
     "a model, `accelerate(fuse=True)`": Layer(make_accelerated),
+    "a folded model": Layer(make_folded),
     "a frozen model in `train()`": Layer(make_frozen, aot=True),
     "DomainBatchNorm1d": Layer(call("DomainBatchNorm1d", 6, domains=("day", "night"), domain="night")),
     "BatchNorm1d, `mask=`": Layer(call("BatchNorm1d", 6, keyword="mask"), ("n 6 l", "mask n l")),
