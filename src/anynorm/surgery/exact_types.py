@@ -2,17 +2,14 @@
 
 Opacus would take a batch norm for a layer that keeps samples apart, and its promise of privacy would be gone in
 silence; captum's attributions would be refused, or wrong behind a fused activation; torch's fusers would leave norms.
-Nothing is imported here: what was imported before gets our classes at once, what is imported later right after that.
+`import_hook.py` calls `register` once such a package is there.
 """
 
 from __future__ import annotations
 
-import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
@@ -129,36 +126,3 @@ def register(module: ModuleType) -> None:
             "subclass of torch's norms; use anynorm.accelerate(model, undo=True) before it",
             stacklevel=2,
         )
-
-
-class ImportHook(MetaPathFinder):
-    """Finds nothing itself: the other finders find one of these packages, and ours are registered once it has run."""
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if fullname not in REGISTRATIONS:
-            return None
-        # Asked one by one: find_spec of importlib would come back here.
-        others = [finder.find_spec for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec")]
-        spec = next((found for find in others if (found := find(fullname, path, target)) is not None), None)
-        if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
-
-            def execute_and_register(module: ModuleType) -> None:
-                execute(module)
-                register(module)
-
-            # On this one loader object, which importlib made for this import alone.
-            spec.loader.exec_module = execute_and_register  # type: ignore[method-assign] # of this one spec
-        return spec
-
-
-def register_with_packages() -> None:
-    """Register our classes with what has been imported, and with what will be; called once, at import."""
-    for name in REGISTRATIONS:
-        if (module := sys.modules.get(name)) is not None:
-            register(module)
-    if not any(isinstance(finder, ImportHook) for finder in sys.meta_path):
-        # First: behind the finder that finds the package it would never be asked.
-        sys.meta_path.insert(0, ImportHook())
