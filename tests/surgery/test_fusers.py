@@ -13,7 +13,8 @@ from torch.ao import quantization
 from torch.ao.quantization import quantize_fx
 
 import anynorm
-from anynorm.surgery.exact_types import VARIANTS, register
+from anynorm.surgery.exact_types import VARIANTS
+from anynorm.surgery.import_hook import register
 from anynorm.surgery.report import FUSED
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's own, of deprecated functions and of observers

@@ -103,7 +103,7 @@ def make_row(name: str) -> tuple[str, bool]:
     calls = {"theirs": lambda: step(theirs, x), "ours": lambda: step(ours, x)}
     if further.fused:
         calls["fused"] = lambda: step(further.model, x)
-    timed = time_interleaved(calls, SECONDS, fewest=7)
+    timed = time_interleaved(calls, SECONDS, fewest=9)
     low, high = timed.interval("theirs", "ours")
     kinds = Counter(entry.kind.rpartition(".")[2] for entry in report.changed)
     changed = ", ".join(f"{count} {kind}" for kind, count in kinds.items())

@@ -2,14 +2,11 @@
 
 Opacus would take a batch norm for a layer that keeps samples apart, and its promise of privacy would be gone in
 silence; captum's attributions would be refused, or wrong behind a fused activation; torch's fusers would leave norms.
-`import_hook.py` calls `register` once such a package is there.
+`import_hook.py` says when, `fusers.py` what torch's fusers are told.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
-from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -19,7 +16,6 @@ from ..modules import batch, domain, ghost, group, instance, layer, lazy, renorm
 from ..modules.pattern import AnyNorm
 from ..modules.recurrent.layers import GRU, LSTM
 from ..pooling import parse
-from .fusers import show_torchs_to_graphs, show_torchs_to_modules
 from .report import FUSED, PAIRS, describe
 
 BATCH_NORMS: tuple[type[nn.Module], ...] = tuple(
@@ -103,26 +99,3 @@ def explain_refusal(layer: nn.Module) -> str:
 
 
 VARIANTS = tuple(kind for kind in BATCH_NORMS if kind not in PAIRS.values())  # that torch has not
-
-REGISTRATIONS: dict[str, Callable[[ModuleType], None]] = {
-    "opacus.validators": register_validators,
-    "opacus.grad_sample": register_grad_samplers,
-    "captum.attr": register_captum,
-    "torch.ao.quantization.fuse_modules": partial(show_torchs_to_modules, others=VARIANTS),
-    "torch.ao.quantization.quantize_fx": partial(show_torchs_to_graphs, others=VARIANTS),
-}
-
-
-def register(module: ModuleType) -> None:
-    """Register our classes with one package.
-
-    Where its private tables have changed, its import must not fail, nor must that pass in silence.
-    """
-    try:
-        REGISTRATIONS[module.__name__](module)
-    except (ImportError, AttributeError, KeyError, TypeError) as problem:
-        warnings.warn(
-            f"anynorm: {module.__name__} could not be told of anynorm's classes ({problem!r}), and does not know a "
-            "subclass of torch's norms; use anynorm.accelerate(model, undo=True) before it",
-            stacklevel=2,
-        )

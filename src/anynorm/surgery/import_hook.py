@@ -1,30 +1,41 @@
 """When is a package told of our classes? When it has been imported: before us at once, after us right then.
 
-Nothing is imported here, neither such a package nor `exact_types`, which knows how each is told.
+No such package is imported here, and how it is told is loaded with it: torch loads one of them itself at every import.
 """
 
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-PACKAGES = (  # the keys of exact_types.REGISTRATIONS
-    "captum.attr",
-    "opacus.grad_sample",
-    "opacus.validators",
-    "torch.ao.quantization.fuse_modules",
-    "torch.ao.quantization.quantize_fx",
-)
+PACKAGES = {  # and what tells each: a file beside this one, and a function of the package
+    "captum.attr": ("exact_types", "register_captum"),
+    "opacus.grad_sample": ("exact_types", "register_grad_samplers"),
+    "opacus.validators": ("exact_types", "register_validators"),
+    "torch.ao.quantization.fuse_modules": ("fusers", "show_torchs_to_modules"),
+    "torch.ao.quantization.quantize_fx": ("fusers", "show_torchs_to_graphs"),
+}
 
 
 def register(module: ModuleType) -> None:
-    """Tell one package of our classes."""
-    from .exact_types import register as register_classes
+    """Tell one package of our classes.
 
-    register_classes(module)
+    Where its private tables have changed, its import must not fail, nor must that pass in silence.
+    """
+    file, name = PACKAGES[module.__name__]
+    try:
+        getattr(import_module(f".{file}", __package__), name)(module)
+    except (ImportError, AttributeError, KeyError, TypeError) as problem:
+        warnings.warn(
+            f"anynorm: {module.__name__} could not be told of anynorm's classes ({problem!r}), and does not know a "
+            "subclass of torch's norms; use anynorm.accelerate(model, undo=True) before it",
+            stacklevel=2,
+        )
 
 
 class ImportHook(MetaPathFinder):
