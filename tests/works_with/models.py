@@ -30,7 +30,8 @@ HEAD = """
 |---|---|---|---|---|---|---|---|---|---|
 """
 CLOSE, CLOSE_IN_FLOAT64 = 1e-5, 1e-9
-SECONDS = 8.0  # of timing for each model
+SECONDS = 8.0  # of timing for each model, and up to LONGEST for nine rounds of a slow one
+LONGEST = 120.0
 TIMM = ["efficientnet_b0", "convnext_atto", "vit_tiny_patch16_224", "regnety_002", "mobilenetv3_small_100"]
 TIMM += ["resnetv2_50", "repvgg_a0", "tf_efficientnet_lite0", "resnet18", "densenet121", "mixer_s16_224"]
 TIMM += ["swin_tiny_patch4_window7_224", "coatnet_nano_rw_224", "edgenext_xx_small", "fastvit_t8", "poolformer_s12"]
@@ -103,7 +104,7 @@ def make_row(name: str) -> tuple[str, bool]:
     calls = {"theirs": lambda: step(theirs, x), "ours": lambda: step(ours, x)}
     if further.fused:
         calls["fused"] = lambda: step(further.model, x)
-    timed = time_interleaved(calls, SECONDS, fewest=9)
+    timed = time_interleaved(calls, SECONDS, fewest=9, longest=LONGEST)
     low, high = timed.interval("theirs", "ours")
     kinds = Counter(entry.kind.rpartition(".")[2] for entry in report.changed)
     changed = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
