@@ -10,9 +10,9 @@ from concurrent.futures import BrokenExecutor, Executor
 import torch
 from torch import Tensor
 
-from anynorm.apps.models.call import in_one_line
 from anynorm.apps.timing.cases import MODES, Case, needs_grad
 from anynorm.apps.timing.interleaved import InterleavedTimings, time_interleaved
+from anynorm.doctor.call import in_one_line
 
 from .peers import make_contest
 from .results import TUNED, Row, make_rows

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from anynorm.apps.models.call import Call
 from anynorm.apps.timing.cases import Case
 from anynorm.apps.timing.limits import find_caches, find_last_level
+from anynorm.doctor.call import Call
 
 from .causes import Parts, find_causes
 from .measure import time_mode

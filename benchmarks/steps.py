@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from anynorm.apps.models.call import in_one_line
 from anynorm.apps.timing.forms import BUILT, FUSED, Forms, make_forms
 from anynorm.apps.timing.interleaved import InterleavedTimings
 from anynorm.apps.zoo import Model
+from anynorm.doctor.call import in_one_line
 
 from .model_norms import NormTimes, find_norm_cases, time_norms
 from .results import read_table, write_table

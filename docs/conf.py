@@ -41,6 +41,7 @@ CONTENTS: dict[str, list[str]] = {
     ],
     "Reference": [
         "docs/reference/models",
+        "docs/reference/doctor",
         "docs/reference/norms",
         "docs/reference/fused",
         "docs/reference/recurrent",

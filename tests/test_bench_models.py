@@ -13,10 +13,10 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from anynorm.apps.models.call import Call
 from anynorm.apps.timing.cases import Case
 from anynorm.apps.timing.forms import ACCELERATED, AGAIN, BUILT, FUSED, Forms, make_forms
 from anynorm.apps.timing.interleaved import InterleavedTimings
+from anynorm.doctor.call import Call
 from anynorm.engine import kernels
 from bench_rows import make_model_row
 from benchmarks import bench, model_norms, page, report, steps, verdicts

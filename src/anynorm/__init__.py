@@ -15,40 +15,10 @@ from .errors import PatternError, SyncError, UserError
 from .family import FAMILY
 from .modules.batch import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from .modules.counting import update_once
-from .modules.fused import (
-    BatchNormAct1d,
-    BatchNormAct2d,
-    BatchNormAct3d,
-    BatchRenormAct1d,
-    BatchRenormAct2d,
-    BatchRenormAct3d,
-    GhostBatchNormAct1d,
-    GhostBatchNormAct2d,
-    GhostBatchNormAct3d,
-    GroupNormAct,
-    InstanceNormAct1d,
-    InstanceNormAct2d,
-    InstanceNormAct3d,
-    LayerNormAct,
-    RMSNormAct,
-    SyncBatchNormAct,
-)
-from .modules.ghost import GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d
 from .modules.group import GroupNorm
 from .modules.instance import InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
 from .modules.layer import LayerNorm
-from .modules.lazy import (
-    LazyBatchNorm1d,
-    LazyBatchNorm2d,
-    LazyBatchNorm3d,
-    LazyInstanceNorm1d,
-    LazyInstanceNorm2d,
-    LazyInstanceNorm3d,
-)
-from .modules.pattern import AnyNorm
-from .modules.renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 from .modules.rms import RMSNorm
-from .modules.sync import SyncBatchNorm
 from .padding.context import masked
 from .padding.masks import mask_of
 from .padding.shorten import shorten
@@ -58,10 +28,41 @@ from .version import __version__
 if TYPE_CHECKING:
     from . import reference
     from .accumulation.accumulate import accumulate
+    from .doctor.diagnose import Diagnosis, diagnose
     from .modules.chosen_domain import domain
     from .modules.domain import DomainBatchNorm1d, DomainBatchNorm2d, DomainBatchNorm3d
     from .modules.extra_state import extra_state, load_extra_state
+    from .modules.fused import (
+        BatchNormAct1d,
+        BatchNormAct2d,
+        BatchNormAct3d,
+        BatchRenormAct1d,
+        BatchRenormAct2d,
+        BatchRenormAct3d,
+        GhostBatchNormAct1d,
+        GhostBatchNormAct2d,
+        GhostBatchNormAct3d,
+        GroupNormAct,
+        InstanceNormAct1d,
+        InstanceNormAct2d,
+        InstanceNormAct3d,
+        LayerNormAct,
+        RMSNormAct,
+        SyncBatchNormAct,
+    )
+    from .modules.ghost import GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d
+    from .modules.lazy import (
+        LazyBatchNorm1d,
+        LazyBatchNorm2d,
+        LazyBatchNorm3d,
+        LazyInstanceNorm1d,
+        LazyInstanceNorm2d,
+        LazyInstanceNorm3d,
+    )
+    from .modules.pattern import AnyNorm
     from .modules.recurrent.layers import GRU, LSTM
+    from .modules.renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
+    from .modules.sync import SyncBatchNorm
     from .surgery.accelerate import accelerate
     from .surgery.adaptation.adapt import adapt
     from .surgery.adapters import register
@@ -74,15 +75,47 @@ if TYPE_CHECKING:
     from .surgery.report import SurgeryReport
     from .surgery.sync import sync
 
-# Loaded when they are first asked for: together they would take half of the import.
+# Loaded when they are first asked for: together they would take two thirds of the import.
 LATER = {
+    "Diagnosis": ".doctor.diagnose",
+    "diagnose": ".doctor.diagnose",
+    "AnyNorm": ".modules.pattern",
+    "BatchNormAct1d": ".modules.fused",
+    "BatchNormAct2d": ".modules.fused",
+    "BatchNormAct3d": ".modules.fused",
+    "BatchRenorm1d": ".modules.renorm",
+    "BatchRenorm2d": ".modules.renorm",
+    "BatchRenorm3d": ".modules.renorm",
+    "BatchRenormAct1d": ".modules.fused",
+    "BatchRenormAct2d": ".modules.fused",
+    "BatchRenormAct3d": ".modules.fused",
     "DomainBatchNorm1d": ".modules.domain",
     "DomainBatchNorm2d": ".modules.domain",
     "DomainBatchNorm3d": ".modules.domain",
     "GRU": ".modules.recurrent.layers",
+    "GhostBatchNorm1d": ".modules.ghost",
+    "GhostBatchNorm2d": ".modules.ghost",
+    "GhostBatchNorm3d": ".modules.ghost",
+    "GhostBatchNormAct1d": ".modules.fused",
+    "GhostBatchNormAct2d": ".modules.fused",
+    "GhostBatchNormAct3d": ".modules.fused",
+    "GroupNormAct": ".modules.fused",
+    "InstanceNormAct1d": ".modules.fused",
+    "InstanceNormAct2d": ".modules.fused",
+    "InstanceNormAct3d": ".modules.fused",
     "LSTM": ".modules.recurrent.layers",
+    "LayerNormAct": ".modules.fused",
+    "LazyBatchNorm1d": ".modules.lazy",
+    "LazyBatchNorm2d": ".modules.lazy",
+    "LazyBatchNorm3d": ".modules.lazy",
+    "LazyInstanceNorm1d": ".modules.lazy",
+    "LazyInstanceNorm2d": ".modules.lazy",
+    "LazyInstanceNorm3d": ".modules.lazy",
     "NotProved": ".surgery.operation",
+    "RMSNormAct": ".modules.fused",
     "SurgeryReport": ".surgery.report",
+    "SyncBatchNorm": ".modules.sync",
+    "SyncBatchNormAct": ".modules.fused",
     "accelerate": ".surgery.accelerate",
     "accumulate": ".accumulation.accumulate",
     "adapt": ".surgery.adaptation.adapt",
@@ -119,6 +152,7 @@ __all__ = [
     "BatchRenormAct1d",
     "BatchRenormAct2d",
     "BatchRenormAct3d",
+    "Diagnosis",
     "DomainBatchNorm1d",
     "DomainBatchNorm2d",
     "DomainBatchNorm3d",
@@ -158,6 +192,7 @@ __all__ = [
     "accumulate",
     "adapt",
     "convert",
+    "diagnose",
     "domain",
     "exact",
     "extra_state",

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from anynorm.apps.models.call import in_one_line
+from anynorm.doctor.call import in_one_line
 from anynorm.errors import UserError, check_state
 
 INSIDE = ("state_dict", "model_state_dict", "model")  # where training loops put the weights among other things

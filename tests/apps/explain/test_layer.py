@@ -13,8 +13,8 @@ from anynorm import reference
 from anynorm.apps import cli
 from anynorm.apps.explain.explain import print_explanation
 from anynorm.apps.explain.layer import evaluate, observe
-from anynorm.apps.models.call import Call
 from anynorm.apps.models.load import LoadedModel, load_model
+from anynorm.doctor.call import Call
 from anynorm.errors import UserError
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from anynorm.apps.models.call import find_tensors
 from anynorm.apps.models.load import load_model
+from anynorm.doctor.call import find_tensors
 from anynorm.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")

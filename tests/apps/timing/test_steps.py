@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from anynorm.apps.models.call import Call
 from anynorm.apps.timing.steps import FEWEST_PAIRS, PairedTimings, time_steps
 from anynorm.apps.try_model.sentences import describe_speed
+from anynorm.doctor.call import Call
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

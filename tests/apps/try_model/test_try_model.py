@@ -10,12 +10,13 @@ from torch import nn
 from typer.testing import CliRunner
 
 from anynorm.apps import cli
-from anynorm.apps.models.call import Call
 from anynorm.apps.terminal import open_console
 from anynorm.apps.timing.steps import PairedTimings
-from anynorm.apps.try_model.accuracy import compare_outputs, largest_difference
+from anynorm.apps.try_model.accuracy import compare_outputs
 from anynorm.apps.try_model.sentences import describe_speed
 from anynorm.apps.try_model.try_model import print_trial
+from anynorm.doctor.call import Call
+from anynorm.doctor.outputs import largest_difference
 from anynorm.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")

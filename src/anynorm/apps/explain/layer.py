@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from anynorm.apps.explain.notation import FORMULA
 from anynorm.apps.explain.numbers import find_statistics
-from anynorm.apps.models.call import in_one_line
 from anynorm.apps.models.load import LoadedModel, load_model
-from anynorm.apps.models.norms import find_kind, find_norm_pooling, find_norms
 from anynorm.apps.terminal import heading, plain_table, say
+from anynorm.doctor.call import in_one_line
+from anynorm.doctor.norms import find_kind, find_norm_pooling, find_norms
 from anynorm.errors import UserError
 from anynorm.family import FAMILY
 from anynorm.pooling import Pooling

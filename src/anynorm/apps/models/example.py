@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from anynorm.apps.models.call import Call, find_tensors, in_one_line
+from anynorm.doctor.call import Call, find_tensors, in_one_line
 from anynorm.errors import UserError
 
 SIDES = (64, 32, 224, 28)  # image sides; 224 and 28 are what fixed-size classifiers were made for

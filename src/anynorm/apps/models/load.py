@@ -9,9 +9,9 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from anynorm.apps.factory import import_from, split_spec
-from anynorm.apps.models.call import Call, in_one_line
 from anynorm.apps.models.example import as_call, find_example
 from anynorm.apps.zoo import ZOO
+from anynorm.doctor.call import Call, in_one_line
 from anynorm.errors import UserError
 from anynorm.randomness import keep_randomness
 

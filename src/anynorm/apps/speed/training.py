@@ -10,13 +10,13 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import anynorm
-from anynorm.apps.models.call import Call
 from anynorm.apps.speed.layers import WAS_BUSY, write_ratio
 from anynorm.apps.terminal import heading, plain_table, say
 from anynorm.apps.timing.forms import AGAIN, BUILT, Forms, make_forms
 from anynorm.apps.timing.interleaved import InterleavedTimings
 from anynorm.apps.timing.steps import take_step
 from anynorm.apps.zoo import MobileNetV2, ResNet18
+from anynorm.doctor.call import Call
 from anynorm.randomness import keep_randomness
 
 MODELS: dict[str, Callable[[], nn.Module]] = {"ResNet-18": ResNet18, "MobileNetV2": MobileNetV2}

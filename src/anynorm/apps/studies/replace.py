@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from anynorm.apps.models.norms import find_kind
+from anynorm.doctor.norms import find_kind
 
 from .norms import NormFactory, find_arm
 

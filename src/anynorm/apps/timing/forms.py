@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 import anynorm
-from anynorm.apps.models.call import Call
 from anynorm.apps.timing.disturbance import time_undisturbed
 from anynorm.apps.timing.interleaved import FEWEST_VALUES, InterleavedTimings, TimedCall, time_interleaved
 from anynorm.apps.timing.steps import take_step
+from anynorm.doctor.call import Call
 from anynorm.randomness import keep_randomness
 
 BUILT, AGAIN, ACCELERATED, FUSED = "torch.nn", "torch.nn again", "accelerate", "accelerate, fuse=True"

@@ -7,8 +7,8 @@ import time
 import torch
 from torch import nn
 
-from anynorm.apps.models.call import Call, find_tensors
 from anynorm.apps.timing.interleaved import FEWEST_VALUES, find_interval
+from anynorm.doctor.call import Call, find_tensors
 from anynorm.randomness import keep_randomness
 
 FEWEST_PAIRS = FEWEST_VALUES

@@ -2,7 +2,7 @@
 
 from anynorm.apps.terminal import join_words
 from anynorm.apps.timing.steps import PairedTimings
-from anynorm.apps.try_model.dependence import Finding
+from anynorm.doctor.dependence import Finding
 
 UNLIKE = 0.02  # of the ratio: from here on a reader who divides the medians finds another one
 _OTHER_RATIO = (

@@ -9,15 +9,15 @@ from rich.console import Console
 from rich.padding import Padding
 from torch import nn
 
-from anynorm.apps.models.call import in_one_line
 from anynorm.apps.models.load import LoadedModel, load_model
-from anynorm.apps.models.norms import find_norms
 from anynorm.apps.terminal import open_console, plain_table
 from anynorm.apps.timing.steps import PairedTimings, time_steps
 from anynorm.apps.timing.threads import use_threads
 from anynorm.apps.try_model.accuracy import Accuracy, compare_outputs
-from anynorm.apps.try_model.dependence import Finding, find_batch_dependence, find_padding_dependence
 from anynorm.apps.try_model.sentences import describe_finding, describe_speed
+from anynorm.doctor.call import in_one_line
+from anynorm.doctor.dependence import Finding, find_batch_dependence, find_padding_dependence
+from anynorm.doctor.norms import find_norms
 from anynorm.errors import UserError
 
 MOST_LEFT = 6  # lines about norms that were left; the rest is counted

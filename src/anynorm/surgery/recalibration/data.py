@@ -30,14 +30,13 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
-def call_model(model: nn.Module, batch: Any) -> None:
+def call_model(model: nn.Module, batch: Any) -> Any:
     """Call the model with a tuple's or list's first element, a dict's entries by name, anything else as it is."""
     if isinstance(batch, Mapping):
-        model(**batch)
-    elif isinstance(batch, (tuple, list)) and not isinstance(batch, PackedSequence):
-        model(batch[0])
-    else:
-        model(batch)
+        return model(**batch)
+    if isinstance(batch, (tuple, list)) and not isinstance(batch, PackedSequence):
+        return model(batch[0])
+    return model(batch)
 
 
 def find_device(model: nn.Module) -> torch.device | None:

@@ -5,10 +5,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from anynorm.apps.models.call import Call
 from anynorm.apps.try_model.accuracy import compare_outputs
-from anynorm.apps.try_model.dependence import find_batch_dependence, find_padding_dependence
 from anynorm.apps.try_model.sentences import describe_finding
+from anynorm.doctor.call import Call
+from anynorm.doctor.dependence import find_batch_dependence, find_padding_dependence
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

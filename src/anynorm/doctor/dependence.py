@@ -6,10 +6,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from anynorm.apps.models.call import Call
-from anynorm.apps.try_model.accuracy import find_outputs, largest_difference, without_dropout
-from anynorm.apps.try_model.fixed_statistics import FixedStatistics
-from anynorm.randomness import keep_randomness
+from ..randomness import keep_randomness
+from .call import Call
+from .fixed_statistics import FixedStatistics
+from .outputs import find_outputs, largest_difference, without_dropout
 
 
 @dataclasses.dataclass(frozen=True)

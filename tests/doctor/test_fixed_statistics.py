@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import anynorm
-from anynorm.apps.models.call import Call
-from anynorm.apps.try_model.dependence import find_batch_dependence, find_padding_dependence
 from anynorm.apps.try_model.sentences import describe_finding
+from anynorm.doctor.call import Call
+from anynorm.doctor.dependence import find_batch_dependence, find_padding_dependence
 
 
 class NormAct(nn.BatchNorm2d):

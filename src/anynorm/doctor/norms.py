@@ -4,11 +4,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from anynorm.family import FAMILY
-from anynorm.modules.fused import Fused
-from anynorm.pooling import Pooling, Sizes, find_pooling
-
-from ...torch_private import NormBase
+from ..family import FAMILY
+from ..modules.fused import Fused
+from ..pooling import Pooling, Sizes, find_pooling
+from ..torch_private import NormBase
 
 # torch's classes, and with them ours and every other subclass, with their names in FAMILY.
 KINDS: tuple[tuple[type[nn.Module], str], ...] = (

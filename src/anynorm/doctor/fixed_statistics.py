@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from anynorm import reference
-from anynorm.apps.models.norms import find_kind, find_norm_pooling, find_plain_class
+from .. import reference
+from .norms import find_kind, find_norm_pooling, find_plain_class
 
 Statistics = tuple[Tensor, Tensor]  # mean and population variance, in the shape of the opened input, pooled axes of 1
 ROUNDING = 1e-4  # of a norm's output: above, the statistics that were fixed are not the ones it uses

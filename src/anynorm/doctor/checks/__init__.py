@@ -1,0 +1,1 @@
+"""The checks, a class each; `CHECKS` in `..check` finds them."""

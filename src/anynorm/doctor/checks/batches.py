@@ -1,0 +1,198 @@
+"""What batches are like: how many samples, of which classes, in which order, with how much padding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import ceil
+
+import torch
+from scipy.stats import spearmanr
+
+from ...surgery.convert import convert
+from ..causes import PURE, find_padding, find_purity
+from ..check import Check, Finding, Repair
+from ..facts import Facts, NormFacts
+from ..passes import Seen
+
+NOISY, GOOD = 0.3, 0.1  # std: the standard error of a batch's mean
+FEWEST_BATCHES = 8  # before an order means something
+DRIFT = 0.9  # rank correlation of a batch's mean with its place
+PADDED = 0.1  # share of positions
+
+
+class NoisyStatistics(Check):
+    id = "statistics-noisy"
+    title = "the batch is too small for its statistics"
+    needs = "data"
+    fault = (
+        "The mean of a small batch is far from the mean of all. What a sample becomes in training depends on its "
+        "batch mates; a little of this regularizes, much of it makes training slow and evaluation different."
+    )
+    evidence = (
+        "The standard error of a batch's mean as its samples differ, in standard deviations, for the median "
+        "channel; and the batch size at which it would be 0.1."
+    )
+    cure = (
+        "larger batches, anynorm.sync over processes, anynorm.accumulate over micro-batches; or another norm: "
+        "anynorm.convert(model, 'group' or 'renorm')"
+    )
+    threads = ("keras#15790", "tabnet#243")
+
+    def run(self, facts: Facts) -> Iterator[Finding]:
+        for norm in facts.averaging:
+            seen = facts.training.seen.get(norm.name)
+            if norm.kind != "batch" or seen is None or not seen.noise or not is_plain(norm):
+                continue
+            noise = float(torch.stack(seen.noise).median(0).values.median())
+            if noise > NOISY:
+                size = seen.shapes[0][0]
+                good = ceil(size * (noise / GOOD) ** 2)
+                yield self.find(
+                    norm.name,
+                    f"{norm.said}: of {size} samples the mean is known to {noise:.2f} std; {good} samples "
+                    f"would give {GOOD}",
+                    repair=make_renorm(facts, norm),
+                    noise=noise,
+                    samples=size,
+                    good_samples=good,
+                )
+
+
+def is_plain(norm: NormFacts) -> bool:
+    """Whether it normalizes by its batch alone in training: no renormalization, no synchronization, not frozen."""
+    kind = type(norm.module).__name__
+    return norm.frozen is None and "Renorm" not in kind and "Sync" not in kind
+
+
+def make_renorm(facts: Facts, norm: NormFacts) -> Repair:
+    """Batch renormalization, whose training is as its evaluation but for gradients."""
+
+    def perform() -> None:
+        convert(facts.model, "renorm", where=lambda _, module: module is norm.module)
+
+    return Repair(f"anynorm.convert(model, 'renorm', where={norm.name!r})", perform, is_exact=True)
+
+
+class PureBatches(Check):
+    id = "batches-of-few-classes"
+    title = "batches hold few of the classes"
+    needs = "data"
+    fault = (
+        "In a file sorted by class, without shuffling, every batch is of one class. Its statistics tell the "
+        "class, the network learns to need that, and evaluation, which has one set of statistics, collapses."
+    )
+    evidence = (
+        "The entropy of the targets in a batch as a share of that of all targets, and how much of the variance at "
+        "the norm lies between batches."
+    )
+    cure = "shuffle=True in the loader; train on for a little, then anynorm.recalibrate(model, loader)"
+
+    def run(self, facts: Facts) -> Iterator[Finding]:
+        purity = find_purity(facts)
+        if purity is None or purity >= PURE or facts.training.problem:
+            return
+        shares = {norm: find_between(facts.training.seen.get(norm.name)) for norm in facts.averaging}
+        if shares:
+            norm = max(shares, key=lambda each: shares[each])
+            yield self.find(
+                norm.name,
+                f"a batch's targets have {100 * purity:.0f} % of the entropy of all targets; at {norm.said} "
+                f"{100 * shares[norm]:.0f} % of the variance lies between batches",
+                severity="warning" if shares[norm] > 0.05 else "note",
+                entropy_share=purity,
+                between_batches=shares[norm],
+            )
+
+
+def find_between(seen: Seen | None) -> float:
+    """The share of the variance that lies between batches, in the median channel."""
+    population = None if seen is None else seen.merge()
+    if seen is None or population is None or len(seen.moments) < 2:
+        return 0.0
+    within = sum(each.m2 for each in seen.moments) / population.count
+    return float((1 - within / population.var.clamp_min(1e-30)).clamp_min(0).median())
+
+
+class Drift(Check):
+    id = "batches-drift"
+    title = "the statistics drift from batch to batch"
+    needs = "data"
+    fault = (
+        "The data change along the loader (sorted by time, by size, by patient) and are not shuffled: running "
+        "averages are those of its end."
+    )
+    evidence = (
+        "The rank correlation of a batch's mean with its place in the loader, for each channel of a norm; and how "
+        "far the mean goes, in std."
+    )
+    cure = "shuffle the data; where that cannot be, anynorm.recalibrate(model, loader) weighs all batches alike"
+
+    def run(self, facts: Facts) -> Iterator[Finding]:
+        found = []
+        for norm in facts.averaging:
+            seen = facts.training.seen.get(norm.name)
+            population = None if seen is None else seen.merge()
+            if seen is None or population is None or len(seen.moments) < FEWEST_BATCHES:
+                continue
+            means = torch.stack([each.mean for each in seen.moments if each.mean is not None])
+            std = (population.var + norm.module.eps).sqrt()
+            spread = (means[-len(means) // 4 :].mean(0) - means[: len(means) // 4].mean(0)).abs() / std
+            worst = int(spread.argmax())
+            order = abs(float(spearmanr(range(len(means)), means[:, worst].numpy()).statistic))
+            if order > DRIFT and float(spread[worst]) > 0.5:
+                found.append((float(spread[worst]), order, norm))
+        if found and (find_purity(facts) or 1.0) >= PURE:
+            spread, order, norm = max(found, key=lambda each: each[0])
+            yield self.find(
+                norm.name,
+                f"{norm.said}: a channel's mean goes {spread:.2g} std from the first batches to the last (rank "
+                f"correlation {order:.2f})",
+                distance=spread,
+                correlation=order,
+                layers=len(found),
+            )
+
+
+class PaddingCounted(Check):
+    id = "padding-in-statistics"
+    title = "padding counts in the statistics"
+    needs = "data"
+    fault = (
+        "Zeros behind the end of short samples pull the mean to 0 and shrink the variance of batch, instance and "
+        "group norm: what a sample becomes depends on how far it was padded, in training and, but for batch norm, "
+        "in evaluation."
+    )
+    evidence = (
+        "The share of positions at the end of samples that are 0 in all channels, and the statistics of a norm "
+        "with and without them."
+    )
+    cure = (
+        "with anynorm.masked(lengths=..., model=model): around the call, after anynorm.accelerate(model); padding "
+        "then changes nothing"
+    )
+    threads = (
+        "pytorch#70529",
+        "pytorch#81985",
+        "pytorch#30414",
+        "pytorch#118580",
+        "tensorflow#30161",
+        "Multilingual_Text_to_Speech#81",
+    )
+
+    def run(self, facts: Facts) -> Iterator[Finding]:
+        share = find_padding(facts)
+        norms = [norm for norm in facts.norms if norm.kind in ("batch", "instance", "group") and norm.frozen is None]
+        if share > PADDED and norms and not is_masked(facts):
+            norm = norms[0]
+            yield self.find(
+                norm.name,
+                f"{100 * share:.0f} % of the positions are padding, and {len(norms)} norms count them, "
+                f"{norm.said} first",
+                padding=share,
+                norms=len(norms),
+            )
+
+
+def is_masked(facts: Facts) -> bool:
+    """Whether the norms were given masks or lengths."""
+    return any(seen.masked for seen in facts.training.seen.values())

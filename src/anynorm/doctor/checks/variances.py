@@ -1,0 +1,153 @@
+"""Running variances that cannot be right, and the eps beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from ..check import Check, Effect, Finding, Repair
+from ..facts import Facts
+from ..passes import find_excess, run_pass
+from .repairs import make_recalibration
+
+OTHERS = {1e-3: "Keras", 1e-5: "torch", 1e-6: "Flax", 1e-12: "BERT's"}  # eps of frameworks and models
+
+
+class ImpossibleAverages(Check):
+    id = "averages-impossible"
+    title = "running averages that no data have: NaN, infinite, negative or denormal"
+    severity = "error"
+    fault = (
+        "One infinite batch under mixed precision makes the averages NaN for ever, though the loss recovers; "
+        "a variance "
+        "computed as E[x^2] - E[x]^2 turns negative. Evaluation is then NaN."
+    )
+    evidence = "How many channels have a variance or mean that is NaN or infinite, negative, or denormal."
+    cure = "find the averages anew (anynorm.recalibrate); anynorm's norms refuse such batches with on_nonfinite='skip'"
+    threads = ("pytorch#90342", "pytorch#115500", "flax#1491", "keras#18795", "pytorch#178123")
+
+    def run(self, facts: Facts) -> Iterator[Finding]:
+        for norm in facts.averaging:
+            assert norm.mean is not None and norm.var is not None
+            nonfinite = int((~norm.mean.isfinite() | ~norm.var.isfinite()).sum())
+            negative = int((norm.var < 0).sum())
+            smallest = torch.finfo(norm.module._buffers["running_var"].dtype).tiny
+            denormal = int(((norm.var > 0) & (norm.var < smallest)).sum())
+            if nonfinite + negative + denormal:
+                counts = {"NaN or infinite": nonfinite, "negative": negative, "denormal": denormal}
+                said = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+                yield self.find(
+                    norm.name,
+                    f"{norm.said}: of {len(norm.var)} channels {said}",
+                    severity="error" if nonfinite + negative else "warning",
+                    repair=make_recalibration(facts),
+                    nonfinite=nonfinite,
+                    negative=negative,
+                    denormal=denormal,
+                )
+
+
+class ZeroEps(Check):
+    id = "eps-zero"
+    title = "eps is 0: a channel without variance divides by 0"
+    fault = "The first channel that is constant over a batch gives NaN, in forward or in backward."
+    evidence = "eps, and the smallest running variance."
+    cure = "set eps to 1e-5"
+
+    def run(self, facts: Facts) -> Iterator[Finding]:
+        for norm in facts.norms:
+            if getattr(norm.module, "eps", None) == 0:
+                smallest = float(norm.var.min()) if norm.var is not None else float("nan")
+                perform = self.make_change(norm.module)
+                yield self.find(
+                    norm.name,
+                    f"{norm.said}: eps is 0",
+                    repair=Repair(f"{norm.path}.eps = 1e-5", perform),
+                    smallest_variance=smallest,
+                )
+
+    @staticmethod
+    def make_change(module: torch.nn.Module):  # type: ignore[no-untyped-def] # a closure
+        return lambda: setattr(module, "eps", 1e-5)
+
+
+class ForeignEps(Check):
+    id = "eps-of-another-framework"
+    title = "with the eps of another framework the model is better"
+    needs = "data"
+    fault = (
+        "Keras uses an eps of 1e-3, Flax 1e-6, torch 1e-5. Weights that were carried over without their eps "
+        "compute another function wherever a channel's variance is small."
+    )
+    evidence = (
+        "The loss in evaluation with each of the usual values for all batch norms, on the same batches; the "
+        "smallest running variance."
+    )
+    cure = "set eps to the value that the weights were trained with"
+
+    def run(self, facts: Facts) -> Iterator[Finding]:
+        norms = [norm for norm in facts.averaging if norm.var is not None]
+        small = [norm for norm in norms if bool(norm.var.isfinite().all()) and float(norm.var.min()) < 0.05]  # type: ignore[union-attr] # looked at
+        now = {norm.module.eps for norm in norms}
+        if not small or len(now) != 1 or facts.evaluation.loss is None:
+            return
+        own, best, gain = now.pop(), None, 0.0
+        for eps, framework in OTHERS.items():
+            if eps == own or not facts.evaluation.losses:
+                continue
+            before = [(norm.module, norm.module.eps) for norm in norms]
+            try:
+                for module, _ in before:
+                    module.eps = eps
+                other = run_pass(facts.inputs, training=False, records=False)
+            finally:
+                for module, value in before:
+                    module.eps = value
+            excess, error = find_excess(facts.evaluation, other)
+            if other.loss is not None and excess > max(0.05 * facts.evaluation.loss, 3 * error, gain):
+                best, gain = (eps, framework, other), excess
+        if best is not None:
+            eps, framework, other = best
+            worst = min(small, key=lambda norm: float(norm.var.min()))  # type: ignore[union-attr] # as above
+
+            def perform() -> None:
+                for norm in norms:
+                    norm.module.eps = eps
+
+            code = f"for norm in model.modules():\n    if hasattr(norm, 'running_var'):\n        norm.eps = {eps:g}"
+            assert other.loss is not None and worst.var is not None
+            yield self.find(
+                worst.name,
+                f"{worst.said}: eps is {own:g}; with {eps:g}, which is {framework}'s, the loss falls by {gain:.3g}",
+                repair=Repair(code, perform),
+                effects=[Effect("loss", facts.evaluation.loss, other.loss)],
+                eps=own,
+                other_eps=eps,
+                smallest_variance=float(worst.var.min()),
+            )
+
+
+class ConstantChannels(Check):
+    id = "channels-constant"
+    title = "channels that were constant in training"
+    severity = "note"
+    fault = (
+        "A channel whose running variance is far below eps was the same for all samples: the norm gives beta "
+        "there, and the channel carries nothing."
+    )
+    evidence = "How many channels have a running variance below eps / 1000, after training."
+    cure = "prune them, or look for the dead ReLU or zero weights before the norm"
+
+    def run(self, facts: Facts) -> Iterator[Finding]:
+        for norm in facts.averaging:
+            assert norm.var is not None
+            few = int(((norm.var >= 0) & (norm.var < norm.module.eps / 1000)).sum())
+            if few and norm.is_trained:
+                yield self.find(
+                    norm.name,
+                    f"{norm.said}: {few} of {len(norm.var)} channels have a running variance below eps / 1000",
+                    severity="warning" if few > len(norm.var) / 2 else "note",
+                    channels=few,
+                    of=len(norm.var),
+                )
