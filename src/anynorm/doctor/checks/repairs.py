@@ -83,7 +83,7 @@ def mix(batches: list[Any]) -> Callable[[int], Iterator[Any]] | None:
     x, y = (torch.cat([pair[place] for pair in pairs]) for place in (0, 1))
 
     def draw(count: int) -> Iterator[Any]:
-        for part in torch.randperm(len(x)).chunk(count):
+        for part in torch.randperm(len(x), device="cpu").chunk(count):
             yield x[part], y[part]
 
     return draw
