@@ -141,7 +141,8 @@ def _replace_others(tensor: Tensor, count: int) -> Tensor:
     with keep_randomness(seed=1):
         if tensor.is_floating_point():
             return torch.cat([tensor[:1], 3.0 * torch.randn_like(tensor[1:]) + 1.0])
-        new = torch.randint(int(tensor.min()), int(tensor.max()) + 1, tensor[1:].shape, dtype=tensor.dtype)
+        low, high = int(tensor.min()), int(tensor.max()) + 1
+        new = torch.randint(low, high, tensor[1:].shape, dtype=tensor.dtype, device=tensor.device)
     return torch.cat([tensor[:1], new])
 
 
