@@ -49,7 +49,7 @@ def make_retraining(facts: Facts) -> Repair | None:
     The learning rate and everything else is the optimizer's.
     """
     inputs, optimizer = facts.inputs, facts.inputs.optimizer
-    mixed = mix(inputs.batches)
+    mixed, size = mix(inputs.batches), facts.evaluation.size
     if optimizer is None or mixed is None or facts.evaluation.loss is None:
         return None
 
@@ -65,7 +65,7 @@ def make_retraining(facts: Facts) -> Repair | None:
             optimizer.zero_grad()
 
     code = (
-        f"loader = torch.utils.data.DataLoader(loader.dataset, batch_size=loader.batch_size, shuffle=True)\n"
+        f"loader = torch.utils.data.DataLoader(loader.dataset, batch_size={size}, shuffle=True)\n"
         f"for _ in range({PASSES}):\n    for x, y in loader:\n        optimizer.zero_grad()\n"
         "        loss_fn(model(x), y).backward()\n        optimizer.step()"
     )
