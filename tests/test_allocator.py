@@ -22,7 +22,7 @@ MEGA = 1 << 20
 PAGES = 64 * MEGA // 4096  # small pages of the largest tensor below
 SCRIPT = """
 import ctypes, json, os, resource, sys, warnings
-import anynorm, torch
+import anynorm.engine.allocator, torch
 torch.set_num_threads(1)
 case = sys.argv[1]
 anynorm.engine.allocator.describe()  # As anynorm env asks; it must not make a tensor.

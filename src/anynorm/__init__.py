@@ -9,7 +9,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from . import functional
-from .engine.allocator import tune_allocator
 from .engine.paths import exact
 from .errors import PatternError, SyncError, UserError
 from .family import FAMILY
@@ -21,7 +20,6 @@ from .modules.layer import LayerNorm
 from .modules.rms import RMSNorm
 from .padding.context import masked
 from .padding.masks import mask_of
-from .padding.shorten import shorten
 from .surgery.import_hook import register_with_packages
 from .version import __version__
 
@@ -29,6 +27,7 @@ if TYPE_CHECKING:
     from . import reference
     from .accumulation.accumulate import accumulate
     from .doctor.diagnose import Diagnosis, diagnose
+    from .engine.allocator import tune_allocator
     from .modules.chosen_domain import domain
     from .modules.domain import DomainBatchNorm1d, DomainBatchNorm2d, DomainBatchNorm3d
     from .modules.extra_state import extra_state, load_extra_state
@@ -63,6 +62,7 @@ if TYPE_CHECKING:
     from .modules.recurrent.layers import GRU, LSTM
     from .modules.renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
     from .modules.sync import SyncBatchNorm
+    from .padding.shorten import shorten
     from .surgery.accelerate import accelerate
     from .surgery.adaptation.adapt import adapt
     from .surgery.adapters import register
@@ -129,7 +129,9 @@ LATER = {
     "recalibrate": ".surgery.recalibration.recalibrate",
     "reference": ".reference",
     "register": ".surgery.adapters",
+    "shorten": ".padding.shorten",
     "sync": ".surgery.sync",
+    "tune_allocator": ".engine.allocator",
     "unfreeze": ".surgery.freeze",
 }
 

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Sequence
 from contextvars import ContextVar, Token
 from threading import Lock
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -17,10 +17,11 @@ from ..modules.recomputation import find_regions
 from ..torch_private import find_backward, not_compiled
 from . import hooks
 from .masks import check_zeros_and_ones, describe
-from .model import MaskedModel
 from .parts import ModelParts, name_modules
 from .registry import ROOT, MaskRegistry, SizedMask
-from .unmasked import list_first
+
+if TYPE_CHECKING:
+    from .model import MaskedModel
 
 MaskArgument = Tensor | Sequence[Tensor] | None
 CURRENT: ContextVar[masked | None] = ContextVar("anynorm.masked", default=None)
@@ -96,7 +97,11 @@ class masked:
             )
         given = read_masks(masks, model)
         self._masks = MaskRegistry(given, follow=model is not None)
-        self._model = None if model is None else MaskedModel(ModelParts(model, list(given), self._masks))
+        self._model: MaskedModel | None = None
+        if model is not None:
+            from .model import MaskedModel  # with the first model that needs it: a tenth of the import of the package
+
+            self._model = MaskedModel(ModelParts(model, list(given), self._masks))
         self._tokens: list[Token[masked | None]] = []
         self._was_used = False
 
@@ -124,6 +129,8 @@ class masked:
             unmasked = [f"{name} ({kind})" for name, kind in self._model.unmasked.kinds.items()]
             self._model.unmasked.kinds.clear()
         if unmasked:
+            from .unmasked import list_first
+
             warnings.warn(
                 f"masked: layers inside took no mask and compute on the padding as well; got "
                 f"{list_first(unmasked)}; anynorm.accelerate(model) turns torch's norms into ours, not subclasses of "
