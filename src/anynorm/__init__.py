@@ -58,6 +58,7 @@ from .version import __version__
 if TYPE_CHECKING:
     from . import reference
     from .accumulation.accumulate import accumulate
+    from .doctor.monitor.monitor import Monitor
     from .modules.chosen_domain import domain
     from .modules.domain import DomainBatchNorm1d, DomainBatchNorm2d, DomainBatchNorm3d
     from .modules.extra_state import extra_state, load_extra_state
@@ -81,6 +82,7 @@ LATER = {
     "DomainBatchNorm3d": ".modules.domain",
     "GRU": ".modules.recurrent.layers",
     "LSTM": ".modules.recurrent.layers",
+    "Monitor": ".doctor.monitor.monitor",
     "NotProved": ".surgery.operation",
     "SurgeryReport": ".surgery.report",
     "accelerate": ".surgery.accelerate",
@@ -144,6 +146,7 @@ __all__ = [
     "LazyInstanceNorm1d",
     "LazyInstanceNorm2d",
     "LazyInstanceNorm3d",
+    "Monitor",
     "NotProved",
     "PatternError",
     "RMSNorm",

@@ -1,0 +1,276 @@
+"""`Monitor`: watches the norms of a model while it trains, a step in fifty, and warns of what goes wrong.
+
+One hook on the model counts its training forwards. Hooks on the norms are there in measured steps alone, so that the
+others cost a comparison.
+"""
+
+from __future__ import annotations
+
+import datetime
+import math
+import sqlite3
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from ...surgery.report import describe
+from ...torch_private import find_backward
+from ...version import __version__
+from .alarms import Alarms
+from .files import Output, open_output
+from .measure import Evidence, Tally
+from .norms import find_compiled, find_gamma, find_norms
+from .record import QUANTITIES, Record
+
+
+class Monitor:
+    """Measures every norm of a model in one training step of `every`, writes it down, and warns of what goes wrong.
+
+    A step is a forward of the model in training mode with gradients. In a measured step are found, for each norm: mean
+    and deviation of its input; of a batch norm the gap between batch and running statistics, how noisy the batch's are,
+    and channels that hardly vary; the range of gamma; the norm of gamma's gradient; and what is NaN or infinite.
+    Padding that the norm is told of counts nowhere. Outputs, gradients, random numbers and running averages are what
+    they would be without it.
+
+    A problem of a layer is warned of once. `anynorm monitor FILE` shows a file as a table and draws it.
+
+    Args:
+        model: any module; wrapped by DistributedDataParallel or torch.compile it is given as it will be called. What
+            runs compiled is measured by its running averages, gamma and gradients alone. With several ranks the first
+            one measures, its share of the batch.
+        file: where to write, new: SQLite (.sqlite, .db) or .csv. The columns are the fields of a record.
+        every: steps from one measured step to the next; the first one is measured.
+        writer: has `add_scalar(tag, value, step)`, as TensorBoard's SummaryWriter.
+        warn: whether to warn; records say in any case what would be warned of.
+        overwrite: whether `file` may be there already.
+
+    Attributes:
+        step: how many steps were counted.
+        records: those of the last measured step, by layer, in the order in which the norms were called.
+
+    Raises:
+        ValueError: `every` below 1, a model without norms, one compiled in place, or another suffix.
+        FileExistsError: the file is there.
+
+    Warns:
+        UserWarning: see docs/monitor.md for each problem and its remedy; and at `close` where no step was seen.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
+        >>> with anynorm.Monitor(model, every=10) as monitor:
+        ...     for _ in range(20):
+        ...         model(torch.randn(64, 3)).sum().backward()
+        >>> monitor.step, monitor.records["1"].step
+        (20, 10)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        file: str | Path | None = None,
+        every: int = 50,
+        *,
+        writer: Any = None,
+        warn: bool = True,
+        overwrite: bool = False,
+    ) -> None:
+        if every < 1:
+            raise ValueError(f"Monitor: every must be at least 1; got {every}")
+        if getattr(model, "_compiled_call_impl", None) is not None:
+            raise ValueError(
+                "Monitor: the model must not be compiled in place, since model.compile() takes hooks into its graph; "
+                "give what torch.compile(model) returns, and call that"
+            )
+        self.norms: dict[str, Any] = find_norms(model)
+        if not self.norms:
+            raise ValueError(f"Monitor: the model must have a norm; got none in {describe(type(model))}")
+        self.every, self.writer, self.warn = every, writer, warn
+        self.step: int = 0
+        self.records: dict[str, Record] = {}
+        self._next = 0  # the step that has more to do than to count
+        self._measured = -1
+        self._tallies: dict[str, Tally] = {}
+        self._alarms = Alarms()
+        self._pending: dict[str, Any] = {}  # hooks of gammas whose gradient has not come
+        self._is_written = True
+        self._handles: list[Any] = []
+        self._output: Output | None = None
+        self._root: Any = None
+        self._model = model
+        if find_rank() == 0:
+            facts = list_facts(model, every)
+            self._output = None if file is None else open_output(file, facts, overwrite)
+            self._root = model.register_forward_pre_hook(Hook(self._count))
+
+    def __enter__(self) -> Monitor:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Write what is left, and let go of the model and the file; a second call does nothing."""
+        if self._root is None:
+            return
+        self._root.remove()
+        self._root = None
+        self._detach()
+        messages = self._finish_gradients()
+        if self._output is not None:
+            self._output.close()
+            self._output = None
+        if not self.step and self.warn:
+            messages.append(
+                "anynorm.Monitor: no training step was seen: the model that it was given was not called in training "
+                "mode with gradients; give it what you call, such as what torch.compile returned"
+            )
+        self._speak(messages)
+
+    def _count(self, model: nn.Module, args: Any) -> None:
+        """Before each call of the model."""
+        if not model.training or not torch.is_grad_enabled() or find_backward() != -1:
+            return
+        step = self.step
+        self.step = step + 1
+        if step >= self._next:
+            self._turn(step)
+
+    def _turn(self, step: int) -> None:
+        """The step after a measured one, or one to measure."""
+        is_due = step % self.every == 0
+        messages = self._finish_gradients() if is_due or not self._pending else []
+        if is_due:
+            self._attach(step)
+            self._next = step + 1
+        else:
+            self._next = step - step % self.every + self.every
+        self._speak(messages)
+
+    def _attach(self, step: int) -> None:
+        self._detach()  # what an interrupted step has left
+        self._measured, self._tallies = step, {}
+        compiled = find_compiled(self._model)
+        for name, norm in self.norms.items():
+            if norm in compiled:
+                self._tallies[name] = Tally(norm)
+            else:
+                hook = Hook(partial(self._measure, name))
+                self._handles.append(norm.register_forward_pre_hook(hook, with_kwargs=True))
+        self._handles.append(self._model.register_forward_hook(Hook(self._end), always_call=True))
+
+    def _detach(self) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+
+    def _measure(self, name: str, norm: nn.Module, args: Any, kwargs: Any) -> None:
+        """One call of a norm, in a measured step. What cannot be measured must not end a training."""
+        try:
+            with torch.no_grad():
+                self._tallies.setdefault(name, Tally(norm)).add(args, kwargs)
+        except Exception as problem:
+            self._speak(self._alarms.say_unmeasured(name, norm, problem))
+
+    def _end(self, model: nn.Module, args: Any, output: Any) -> None:
+        """After the forward of a measured step, also one that failed."""
+        self._detach()
+        evidence: dict[str, Evidence | None] = {}
+        self.records, self._is_written = {}, False
+        with torch.no_grad():
+            for name, tally in self._tallies.items():
+                self.records[name], evidence[name] = tally.finish(self._measured, name)
+        self._tallies = {}
+        for name in self.records:
+            gamma, _ = find_gamma(self.norms[name])
+            if gamma is not None and gamma.requires_grad and gamma.is_leaf:
+                self._pending[name] = gamma.register_hook(Hook(partial(self._take_gradient, name)))
+        self._speak(self._alarms.look([*self.records.values()], self.norms, evidence))
+
+    def _take_gradient(self, name: str, gradient: Tensor) -> None:
+        """The first gradient of gamma after the measured forward."""
+        handle = self._pending.pop(name, None)
+        if handle is not None:
+            handle.remove()
+            size = float(gradient.detach().double().norm())
+            self.records[name].gradient = size
+            if not math.isfinite(size):  # not warned of: a gradient scaler makes such on purpose
+                self.records[name].note("nonfinite", "gradient")
+
+    def _finish_gradients(self) -> list[str]:
+        """Write the records of the last measured step, with those gradients that have come; what is to be said."""
+        while self._pending:
+            self._pending.popitem()[1].remove()
+        if self._is_written:
+            return []
+        self._is_written = True
+        records = [*self.records.values()]
+        messages = self._alarms.look_at_gradients(records)
+        try:
+            if self._output is not None:
+                self._output.write(records)
+        except (OSError, sqlite3.Error) as problem:  # A full disk must not end a training.
+            self._output = None
+            messages.append(f"anynorm.Monitor: the file could not be written, and is no more: {problem}")
+        if self.writer is not None:
+            write_scalars(self.writer, records)
+        return messages
+
+    def _speak(self, messages: list[str]) -> None:
+        for message in messages if self.warn else []:
+            warnings.warn(message, stacklevel=2)
+
+
+class Hook:
+    """A hook that copies and pickles of a model do not take along: of theirs this monitor knows nothing."""
+
+    call: Callable[..., None]
+
+    def __init__(self, call: Callable[..., None]) -> None:
+        self.call = call
+
+    def __call__(self, *arguments: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self.call(*arguments)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return make_idle, ()
+
+
+def ignore(*arguments: Any) -> None:
+    """What a hook is in a copy."""
+
+
+def make_idle() -> Callable[..., None]:
+    """For pickle, which would find `ignore` to be another object than the hook."""
+    return ignore
+
+
+def find_rank() -> int:
+    """Which of several processes this is; 0 where it is alone."""
+    group = torch.distributed
+    return group.get_rank() if group.is_available() and group.is_initialized() else 0
+
+
+def list_facts(model: nn.Module, every: int) -> dict[str, str]:
+    """What the file says of the run."""
+    return {
+        "anynorm": __version__,
+        "torch": torch.__version__,
+        "model": describe(type(model)),
+        "every": str(every),
+        "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def write_scalars(writer: Any, records: list[Record]) -> None:
+    """One line for each number that applies, grouped by quantity."""
+    for record in records:
+        for quantity in QUANTITIES:
+            value = getattr(record, quantity)
+            if not math.isnan(value):
+                writer.add_scalar(f"norm_{quantity}/{record.layer or 'model'}", value, record.step)
