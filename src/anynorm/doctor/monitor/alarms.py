@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -37,39 +38,76 @@ LAGGING = 3  # records in a row
 SETTLED = 5.0  # time constants of the averages, after which nothing of their first values is left
 LONGEST = 200  # steps until averages are expected to have settled, however slowly they move
 FAINT = 1e-7  # of the median over layers
+NAMED = 8  # other layers with the same problem
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """A problem of one layer, the first time that it is there."""
+
+    problem: str
+    record: Record
+    text: str
 
 
 class Alarms:
-    """Looks at records, marks them, and finds what to say."""
+    """Looks at the records of each measured step, marks them, and finds what to say."""
 
     def __init__(self) -> None:
         self.said: set[tuple[str, str]] = set()
         self.rows: dict[tuple[str, str], int] = {}  # how many records in a row show a problem
         self.gaps: dict[str, Evidence] = {}
 
-    def look(self, records: Sequence[Record], norms: dict[str, Any], evidence: dict[str, Evidence | None]) -> list[str]:
-        """Mark the records of one step, in the order in which the norms were called; what is to be said."""
-        found = self.look_at_nonfinite(records)
+    def look(
+        self, records: Sequence[Record], norms: dict[str, Any], evidence: dict[str, Evidence | None]
+    ) -> list[Alarm]:
+        """Mark the records of one step, in the order in which the norms were called."""
+        found: list[Alarm] = []
         for record in records:
-            norm = norms[record.layer]
+            norm, words = norms[record.layer], record.nonfinite.split()
+            wrong = [word for word in words if word.startswith("running_")]
+            found += self.repeat(record, "nonfinite-input", "input" in words, 1, INPUT)
+            found += self.repeat(record, "nonfinite-averages", bool(wrong), 1, AVERAGES)
+            found += self.repeat(record, "nonfinite-gamma", "gamma" in words, 1, GAMMA)
             found += self.look_at_averages(record, norm, evidence.get(record.layer))
             found += self.repeat(record, "constant", record.constant > 0, TWICE, partial(say_constant, record, norm))
             found += self.repeat(record, "noise", record.noise > NOISY, TWICE, partial(say_noise, record))
         return found
 
-    def look_at_gradients(self, records: Sequence[Record]) -> list[str]:
+    def look_at_averages(self, record: Record, norm: Any, now: Evidence | None) -> list[Alarm]:
+        """Averages in half precision, and those that lag behind the batches in the same way at every record."""
+        before = self.gaps.pop(record.layer, None)
+        if not moves_averages(norm):
+            return []
+        kind = norm.running_mean.dtype
+        is_half = kind in (torch.bfloat16, torch.float16)
+        found = self.repeat(record, "half-averages", is_half, 1, partial(say_half, kind))
+        if now is None:
+            return found
+        self.gaps[record.layer] = now
+        lags = before is not None and is_settled(record, norm) and lag(before, now)
+        return found + self.repeat(record, "not-following", lags, LAGGING - 1, partial(say_lag, record, norm))
+
+    def look_at_gradients(self, records: Sequence[Record]) -> list[Alarm]:
         """Mark the layers that hardly any gradient reaches."""
-        found: list[str] = []
+        found: list[Alarm] = []
         known = [record.gradient for record in records if math.isfinite(record.gradient)]
         usual = statistics.median(known) if known else 0.0
         for record in records:
             if math.isfinite(record.gradient):
-                faint = record.gradient == 0 or record.gradient < FAINT * usual
-                found += self.repeat(record, "no-gradient", faint, LAGGING, partial(say_faint, record, usual))
+                is_faint = record.gradient == 0 or record.gradient < FAINT * usual
+                found += self.repeat(record, "no-gradient", is_faint, LAGGING, partial(say_faint, record, usual))
         return found
 
-    def repeat(self, record: Record, problem: str, is_so: bool, times: int, say: Callable[[], str]) -> list[str]:
-        """Mark a record whose problem is the last of `times` in a row; what is said the first time."""
+    def note_unmeasured(self, layer: str, norm: Any, problem: Exception) -> list[Alarm]:
+        """A norm whose input raised an error while it was measured."""
+        record = Record(-1, layer, describe(type(norm)))
+        return self.repeat(record, "unmeasured", True, 1, f"its input could not be measured: {problem!r}")
+
+    def repeat(
+        self, record: Record, problem: str, is_so: bool, times: int, text: str | Callable[[], str]
+    ) -> list[Alarm]:
+        """Mark a record whose problem is the last of `times` in a row; an alarm the first time."""
         key = (record.layer, problem)
         self.rows[key] = self.rows.get(key, 0) + 1 if is_so else 0
         if self.rows[key] < times:
@@ -78,41 +116,24 @@ class Alarms:
         if key in self.said:
             return []
         self.said.add(key)
-        return [f"anynorm.Monitor: step {record.step}, {record.layer or 'the model'} ({record.kind}): {say()}"]
+        return [Alarm(problem, record, text if isinstance(text, str) else text())]
 
-    def say_unmeasured(self, layer: str, norm: Any, problem: Exception) -> list[str]:
-        """What is said of a norm whose input raised an error while it was measured."""
-        record = Record(0, layer, describe(type(norm)))
-        return self.repeat(record, "unmeasured", True, 1, f"it could not be measured: {problem!r}".strip)
 
-    def look_at_nonfinite(self, records: Sequence[Record]) -> list[str]:
-        """What is not finite; of inputs only the first layer of a step, which the others have it from."""
-        found: list[str] = []
-        reached = [record for record in records if "input" in record.nonfinite.split()]
-        for place, record in enumerate(reached):
-            said = self.repeat(record, "nonfinite-input", True, 1, partial(say_input, len(reached) - 1))
-            found += said if place == 0 else []
-        for record in records:
-            words = record.nonfinite.split()
-            wrong = [word for word in ("running_mean", "running_var") if word in words]
-            found += self.repeat(record, "nonfinite-averages", bool(wrong), 1, partial(say_averages, wrong))
-            found += self.repeat(record, "nonfinite-gamma", "gamma" in words, 1, GAMMA.strip)
-        return found
+def write_messages(alarms: Sequence[Alarm]) -> list[str]:
+    """One message for each problem: of the layer that was called first, with the names of the others that have it."""
+    found: dict[str, list[Alarm]] = {}
+    for alarm in alarms:
+        found.setdefault(alarm.problem, []).append(alarm)
+    return [write_message(group[0], [alarm.record.layer for alarm in group[1:]]) for group in found.values()]
 
-    def look_at_averages(self, record: Record, norm: Any, now: Evidence | None) -> list[str]:
-        """Averages in half precision, and those that lag behind the batches in the same way at every record."""
-        if not moves_averages(norm):
-            self.gaps.pop(record.layer, None)
-            return []
-        kind = norm.running_mean.dtype
-        is_half = kind in (torch.bfloat16, torch.float16)
-        found = self.repeat(record, "half-averages", is_half, 1, partial(say_half, kind))
-        before = self.gaps.pop(record.layer, None)
-        if now is None:
-            return found
-        self.gaps[record.layer] = now
-        lags = before is not None and is_settled(record, norm) and lag(before, now)
-        return found + self.repeat(record, "not-following", lags, LAGGING - 1, partial(say_lag, record, norm))
+
+def write_message(first: Alarm, others: Sequence[str]) -> str:
+    """Where, when and what, the remedy, and who else."""
+    record = first.record
+    when = f"step {record.step}, " if record.step >= 0 else ""
+    named = ", ".join(others[:NAMED]) + (f" and {len(others) - NAMED} more" if len(others) > NAMED else "")
+    too = f". The same of {named}" if others else ""
+    return f"anynorm.Monitor: {when}{record.layer or 'the model'} ({record.kind}): {first.text}{too}"
 
 
 def is_settled(record: Record, norm: Any) -> bool:
@@ -134,28 +155,19 @@ def lag(before: Evidence, now: Evidence) -> bool:
     return False
 
 
+INPUT = (
+    "NaN or infinity reached it; look at the layers before it for an overflow of half precision, and at the data; "
+    "anynorm's batch norms keep their running averages with on_nonfinite='skip' (pytorch#90342)"
+)
+AVERAGES = (
+    "its running averages are NaN or infinite and will stay so, and evaluation gives NaN (pytorch#90342, #115500); "
+    "anynorm.recalibrate(model, loader) finds them anew, and on_nonfinite='skip' of anynorm's batch norms leaves such "
+    "batches out"
+)
 GAMMA = (
     "gamma is NaN or infinite, and so is every output from now on; go back to a checkpoint; clip gradients, lower the "
     "rate, or let torch.amp.GradScaler skip such steps"
 )
-
-
-def say_input(others: int) -> str:
-    """What to do where it began."""
-    after = f", and so it did {others} norm{'s' if others > 1 else ''} called after it" if others else ""
-    return (
-        f"NaN or infinity reached it{after}; look at the layers before it for an overflow of half precision, and at "
-        "the data; anynorm's batch norms keep their running averages with on_nonfinite='skip' (pytorch#90342)"
-    )
-
-
-def say_averages(wrong: Sequence[str]) -> str:
-    """They cannot recover."""
-    return (
-        f"{' and '.join(wrong)} {'are' if len(wrong) > 1 else 'is'} NaN or infinite and will stay so, and evaluation "
-        "gives NaN (pytorch#90342, #115500); anynorm.recalibrate(model, loader) finds them anew, on_nonfinite='skip' "
-        "of anynorm's batch norms leaves such batches out"
-    )
 
 
 def say_half(kind: torch.dtype) -> str:

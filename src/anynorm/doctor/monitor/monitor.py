@@ -22,7 +22,7 @@ from torch import Tensor
 from ...surgery.report import describe
 from ...torch_private import find_backward
 from ...version import __version__
-from .alarms import Alarms
+from .alarms import Alarms, write_messages
 from .files import Output, open_output
 from .measure import Evidence, Tally
 from .norms import find_compiled, find_gamma, find_norms
@@ -174,7 +174,7 @@ class Monitor:
             with torch.no_grad():
                 self._tallies.setdefault(name, Tally(norm)).add(args, kwargs)
         except Exception as problem:
-            self._speak(self._alarms.say_unmeasured(name, norm, problem))
+            self._speak(write_messages(self._alarms.note_unmeasured(name, norm, problem)))
 
     def _end(self, model: nn.Module, args: Any, output: Any) -> None:
         """After the forward of a measured step, also one that failed."""
@@ -189,7 +189,7 @@ class Monitor:
             gamma, _ = find_gamma(self.norms[name])
             if gamma is not None and gamma.requires_grad and gamma.is_leaf:
                 self._pending[name] = gamma.register_hook(Hook(partial(self._take_gradient, name)))
-        self._speak(self._alarms.look([*self.records.values()], self.norms, evidence))
+        self._speak(write_messages(self._alarms.look([*self.records.values()], self.norms, evidence)))
 
     def _take_gradient(self, name: str, gradient: Tensor) -> None:
         """The first gradient of gamma after the measured forward."""
@@ -209,7 +209,7 @@ class Monitor:
             return []
         self._is_written = True
         records = [*self.records.values()]
-        messages = self._alarms.look_at_gradients(records)
+        messages = write_messages(self._alarms.look_at_gradients(records))
         try:
             if self._output is not None:
                 self._output.write(records)
