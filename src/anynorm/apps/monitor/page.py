@@ -40,13 +40,13 @@ class Panel(NamedTuple):
 
 
 PANELS = (
-    Panel(("gap",), "Gap of the median channel", "std between batch and running mean", LAG),
-    Panel(("gap_worst",), "Gap of the worst channel", "std between batch and running mean"),
-    Panel(("ratio",), "Variance", "batch over running, median channel", log=True),
-    Panel(("noise",), "Noise", "standard error of the batch mean, std", NOISY),
+    Panel(("gap",), "Gap of the median channel", "standard deviations", LAG),
+    Panel(("gap_worst",), "Gap of the worst channel", "standard deviations"),
+    Panel(("ratio",), "Variance", "batch over running", log=True),
+    Panel(("noise",), "Noise", "standard deviations", NOISY),
     Panel(("gamma_min", "gamma_max"), "Gamma, smallest and largest", "gamma"),
     Panel(("gradient",), "Gradient of gamma", "Euclidean norm", log=True),
-    Panel(("std",), "What reaches the norm", "standard deviation of all values", log=True),
+    Panel(("std",), "What reaches the norm", "standard deviation", log=True),
 )
 
 
@@ -64,7 +64,8 @@ def write_page(history: History) -> str:
         f"<section><h2>Warned of</h2><ul>{items}</ul></section>\n" if warned else "",
         f"<section><h2>Worst layers, in the second half</h2><ul>{worst}</ul></section>\n",
         "<section><h2>Over the steps</h2><p>A line for each norm; those that end farthest off are in colour and named, "
-        f"all others grey. A dotted line is the limit of a warning.</p>{write_figures(plots)}</section>\n",
+        "all others grey. A dotted line is the limit of a warning. Gap: batch mean from running mean; variance: the "
+        f"median channel's; noise: standard error of the batch mean.</p>{write_figures(plots)}</section>\n",
         f"<section><h2>Run</h2><dl>{listed}</dl></section>\n" if listed else "",
         "<footer>Written by <code>anynorm monitor --html</code></footer>",
     ]

@@ -171,7 +171,7 @@ def find_channel_moments(channels: int, x: Any, mask: Tensor | None) -> tuple[Mo
         assert found.mean is not None
         mean, m2 = (t.flatten().cpu().double() for t in (found.mean, found.m2))
         count = float(found.count)
-        return (Moments(int(count), mean, m2), m2 / count / count) if count else None
+        return (Moments(int(count), mean, m2), m2 / count / max(count - 1, 1.0)) if count else None
     found = paths.find_moments(x, FAMILY["instance"].pool(x), mask)
     assert found.mean is not None
     means, m2s = (t.reshape(len(x), -1).cpu().double() for t in (found.mean, found.m2))
@@ -192,7 +192,7 @@ def merge_samples(counts: Tensor, means: Tensor, m2s: Tensor) -> tuple[Moments, 
     number = int((counts.amax(1) > 0).sum())
     moments = Moments(int(total.max()), mean, m2)
     if number < 2:
-        return moments, m2 / total.square()
+        return moments, m2 / total / (total - 1).clamp(min=1)
     return moments, (weights.square() * apart).sum(0) * (number / (number - 1))
 
 

@@ -111,11 +111,14 @@ class Monitor:
     def __enter__(self) -> Monitor:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        self._close(complains=kind is None)
 
     def close(self) -> None:
         """Write what is left, and let go of the model and the file; a second call does nothing."""
+        self._close(complains=True)
+
+    def _close(self, complains: bool) -> None:
         if self._root is None:
             return
         self._root.remove()
@@ -125,7 +128,7 @@ class Monitor:
         if self._output is not None:
             self._output.close()
             self._output = None
-        if not self.step and self.warn:
+        if not self.step and complains:
             messages.append(
                 "anynorm.Monitor: no training step was seen: the model that it was given was not called in training "
                 "mode with gradients; give it what you call, such as what torch.compile returned"
