@@ -107,7 +107,7 @@ def train(model: nn.Module, monitor: anynorm.Monitor, steps: int, rate: float) -
             loss = F.cross_entropy(model(images[chosen].expand(-1, 3, -1, -1)), labels[chosen])
             loss.backward()
             optimizer.step()
-    return float(loss)
+    return float(loss.detach())
 
 
 def try_healthy() -> None:

@@ -44,5 +44,6 @@ class Kept:
 
 def keep(monitor) -> list:
     """The records that a monitor writes from now on."""
-    monitor._output = Kept()
-    return monitor._output.records
+    kept = Kept()
+    monitor._outputs.insert(0, kept)
+    return kept.records

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import anynorm
-from anynorm.doctor.monitor.monitor import ignore
+from anynorm.doctor.monitor.hook import ignore
 from doctor.monitored import X, keep, make_net, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -270,3 +270,56 @@ def test_a_warning_that_is_an_error_comes_when_all_is_in_order():
             model(X * torch.inf)
     assert not model[1]._forward_pre_hooks and not model._forward_hooks
     monitor.close()
+
+
+def test_what_others_trace_or_transform_is_no_step():
+    model = make_net(nn.GroupNorm(2, 6))  # functions may not move averages in a transform
+    with anynorm.Monitor(model, every=1) as monitor:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            traced = torch.jit.trace(model, X, check_trace=False)
+        assert "var_mean" not in str(traced.inlined_graph)
+        parameters = dict(model.named_parameters())
+        torch.func.grad(lambda given: torch.func.functional_call(model, given, (X,)).sum())(parameters)
+        torch.export.export(model, (X,))
+        assert monitor.step == 0
+        model(X)
+        assert monitor.step == 1
+
+
+def test_a_forward_that_was_interrupted_leaves_no_hook_in_the_next_step():
+    model, seen = make_net(), []
+
+    def interrupt(module, args):
+        seen.append(len(model[1]._forward_pre_hooks))
+        if len(seen) == 1:
+            raise KeyboardInterrupt
+
+    model[2].register_forward_pre_hook(interrupt)
+    with anynorm.Monitor(model, every=5) as monitor:
+        with pytest.raises(KeyboardInterrupt):
+            model(X)
+        assert not train(model, 2)[0].isnan().any()
+    assert seen == [1, 0, 0]
+    assert not monitor.records
+
+
+def test_a_loop_of_its_own_says_where_a_step_begins_and_its_forward_ends():
+    model = make_net()
+    with anynorm.Monitor(model, every=2, manual=True) as monitor:
+        records = keep(monitor)
+        for _ in range(3):
+            monitor.begin_step()
+            y = model[1](model[0](X))
+            monitor.end_forward()
+            model[1](model[0](X))  # not of the step
+            y.square().sum().backward()
+    assert [(record.step, record.layer, record.calls) for record in records] == [(0, "1", 1), (2, "1", 1)]
+    assert all(record.gradient > 0 for record in records)
+
+
+def test_what_has_no_numbers_ends_no_training():
+    model = nn.Sequential(nn.BatchNorm1d(4, device="meta"), nn.Linear(4, 2, device="meta"))
+    with pytest.warns(UserWarning, match="0 .*could not be measured: RuntimeError"):
+        with anynorm.Monitor(model):
+            model(torch.randn(3, 4, device="meta")).sum().backward()

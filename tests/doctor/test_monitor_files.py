@@ -32,11 +32,8 @@ def written(request, tmp_path):
     """A file of three measured steps, and the records that it holds."""
     model = make_net()
     with anynorm.Monitor(model, tmp_path / request.param, every=2) as monitor:
-        output = monitor._output
         records = keep(monitor)
         train(model, 5)
-    output.write(records)
-    output.close()
     return tmp_path / request.param, records
 
 
@@ -112,7 +109,7 @@ def test_a_disk_that_is_full_ends_no_training(tmp_path):
     model = make_net()
     with anynorm.Monitor(model, tmp_path / "run.sqlite", every=1) as monitor:
         train(model, 1)
-        monitor._output.close()
+        monitor._outputs[0].close()
         with pytest.warns(UserWarning, match="the file could not be written, and is no more: .*closed"):
             train(model, 3)
     assert monitor.step == 4

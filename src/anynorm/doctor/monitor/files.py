@@ -1,4 +1,4 @@
-"""Where records go: SQLite or CSV, by the file's name; and how both are laid out.
+"""Where records go: SQLite or CSV, by the file's name, and TensorBoard; and how the files are laid out.
 
 SQLite: a table `meta` (key, value) with `format` = "anynorm-monitor", `version`, and the facts of the run; and a table
 `records` with the columns of `record.COLUMNS`, NULL where a number does not apply. CSV: those columns behind one named
@@ -8,13 +8,19 @@ SQLite: a table `meta` (key, value) with `format` = "anynorm-monitor", `version`
 from __future__ import annotations
 
 import csv
+import datetime
 import math
 import sqlite3
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from .record import COLUMNS, VERSION, Record
+import torch
+import torch.nn as nn
+
+from ...surgery.report import describe
+from ...version import __version__
+from .record import COLUMNS, QUANTITIES, VERSION, Record
 
 FORMAT = "anynorm-monitor"
 SQLITE, CSV = (".sqlite", ".sqlite3", ".db"), (".csv",)
@@ -96,3 +102,31 @@ def list_values(record: Record) -> list[Any]:
     """The fields in the order of the columns, None for NaN."""
     values = (getattr(record, name) for name in COLUMNS)
     return [None if isinstance(value, float) and math.isnan(value) else value for value in values]
+
+
+class Scalars:
+    """Records as TensorBoard shows them: one line for each number that applies, grouped by quantity."""
+
+    def __init__(self, writer: Any) -> None:
+        self.writer = writer
+
+    def write(self, records: Sequence[Record]) -> None:
+        for record in records:
+            for quantity in QUANTITIES:
+                value = getattr(record, quantity)
+                if not math.isnan(value):
+                    self.writer.add_scalar(f"norm_{quantity}/{record.layer or 'model'}", value, record.step)
+
+    def close(self) -> None:
+        """The writer is the caller's."""
+
+
+def list_facts(model: nn.Module, every: int) -> dict[str, str]:
+    """What the file says of the run."""
+    return {
+        "anynorm": __version__,
+        "torch": torch.__version__,
+        "model": describe(type(model)),
+        "every": str(every),
+        "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }

@@ -104,6 +104,10 @@ class Tally:
             return record, None
         return record, self.compare(record, mean, var)
 
+    def has_moved(self) -> bool:
+        """Whether its averages have counted a batch since."""
+        return read_counter(self.norm) > self.counter
+
     def recover(self) -> Moments | None:
         """Moments of the batch of a call that no hook saw, from how the running averages moved; None where unknown.
 

@@ -6,27 +6,29 @@ others cost a comparison.
 
 from __future__ import annotations
 
-import datetime
 import math
 import sqlite3
 import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
+from ...surgery.recalibration.norms import is_lazy
 from ...surgery.report import describe
-from ...torch_private import find_backward
-from ...version import __version__
+from ...torch_private import count_transforms, find_backward, is_recording
 from .alarms import Alarms, write_messages
-from .files import Output, open_output
+from .files import Output, Scalars, list_facts, open_output
+from .hook import Hook
 from .measure import Evidence, Tally
-from .norms import find_compiled, find_gamma, find_norms
-from .record import QUANTITIES, Record
+from .norms import find_compiled, find_gamma, find_norms, find_rank
+from .record import Record
+
+Found = TypeVar("Found")
 
 
 class Monitor:
@@ -48,6 +50,8 @@ class Monitor:
         every: steps from one measured step to the next; the first one is measured.
         writer: has `add_scalar(tag, value, step)`, as TensorBoard's SummaryWriter.
         warn: whether to warn; records say in any case what would be warned of.
+        manual: no hook on the model counts; the training loop calls `begin_step` and `end_forward`. For models that are
+            not called as a whole.
         overwrite: whether `file` may be there already.
 
     Attributes:
@@ -79,10 +83,11 @@ class Monitor:
         writer: Any = None,
         warn: bool = True,
         overwrite: bool = False,
+        manual: bool = False,
     ) -> None:
         if every < 1:
             raise ValueError(f"Monitor: every must be at least 1; got {every}")
-        if getattr(model, "_compiled_call_impl", None) is not None:
+        if getattr(model, "_compiled_call_impl", None) is not None and not manual:
             raise ValueError(
                 "Monitor: the model must not be compiled in place, since model.compile() takes hooks into its graph; "
                 "give what torch.compile(model) returns, and call that"
@@ -90,23 +95,26 @@ class Monitor:
         self.norms: dict[str, Any] = find_norms(model)
         if not self.norms:
             raise ValueError(f"Monitor: the model must have a norm; got none in {describe(type(model))}")
-        self.every, self.writer, self.warn = every, writer, warn
+        self.every, self.warn, self.manual = every, warn, manual
         self.step: int = 0
         self.records: dict[str, Record] = {}
         self._next = 0  # the step that has more to do than to count
         self._measured = -1
         self._tallies: dict[str, Tally] = {}
+        self._seen: list[str] = []  # the norms that were called, in order
+        self._compiled: set[nn.Module] = set()
         self._alarms = Alarms()
         self._pending: dict[str, Any] = {}  # hooks of gammas whose gradient has not come
         self._is_written = True
         self._handles: list[Any] = []
-        self._output: Output | None = None
+        self._outputs: list[Output] = []
         self._root: Any = None
         self._model = model
-        if find_rank() == 0:
-            facts = list_facts(model, every)
-            self._output = None if file is None else open_output(file, facts, overwrite)
-            self._root = model.register_forward_pre_hook(Hook(self._count))
+        self.is_open: bool = find_rank() == 0
+        if self.is_open:
+            self._outputs += [] if file is None else [open_output(file, list_facts(model, every), overwrite)]
+            self._outputs += [] if writer is None else [Scalars(writer)]
+            self._root = None if manual else model.register_forward_pre_hook(Hook(self._count))
 
     def __enter__(self) -> Monitor:
         return self
@@ -119,15 +127,15 @@ class Monitor:
         self._close(complains=True)
 
     def _close(self, complains: bool) -> None:
-        if self._root is None:
+        if not self.is_open:
             return
-        self._root.remove()
-        self._root = None
-        self._detach()
+        self.is_open = False
+        if self._root is not None:
+            self._root.remove()
+        self.end_forward()
         messages = self._finish_gradients()
-        if self._output is not None:
-            self._output.close()
-            self._output = None
+        while self._outputs:
+            self._outputs.pop().close()
         if not self.step and complains:
             messages.append(
                 "anynorm.Monitor: no training step was seen: the model that it was given was not called in training "
@@ -139,13 +147,20 @@ class Monitor:
         """Before each call of the model."""
         if not model.training or not torch.is_grad_enabled() or find_backward() != -1:
             return
+        if count_transforms() == 0 and not is_recording():
+            self.begin_step()
+
+    def begin_step(self) -> None:
+        """Count a training step, and measure the norms that are called until `end_forward` if it is its turn."""
         step = self.step
         self.step = step + 1
-        if step >= self._next:
+        if step >= self._next and self.is_open:
             self._turn(step)
 
     def _turn(self, step: int) -> None:
         """The step after a measured one, or one to measure."""
+        self._detach()  # what an interrupted step has left
+        self._tallies = {}
         is_due = step % self.every == 0
         messages = self._finish_gradients() if is_due or not self._pending else []
         if is_due:
@@ -156,38 +171,60 @@ class Monitor:
         self._speak(messages)
 
     def _attach(self, step: int) -> None:
-        self._detach()  # what an interrupted step has left
-        self._measured, self._tallies = step, {}
-        compiled = find_compiled(self._model)
+        self._measured, self._seen, self._compiled = step, [], find_compiled(self._model)
+        if not self.manual:
+            self._handles.append(self._model.register_forward_hook(Hook(self._end), always_call=True))
         for name, norm in self.norms.items():
-            if norm in compiled:
-                self._tallies[name] = Tally(norm)
-            else:
+            if norm not in self._compiled:
                 hook = Hook(partial(self._measure, name))
                 self._handles.append(norm.register_forward_pre_hook(hook, with_kwargs=True))
-        self._handles.append(self._model.register_forward_hook(Hook(self._end), always_call=True))
+            if not is_lazy(norm):
+                self._begin(name)
 
     def _detach(self) -> None:
         while self._handles:
             self._handles.pop().remove()
 
-    def _measure(self, name: str, norm: nn.Module, args: Any, kwargs: Any) -> None:
-        """One call of a norm, in a measured step. What cannot be measured must not end a training."""
+    def _begin(self, name: str) -> None:
+        tally = self._try(name, partial(Tally, self.norms[name]))
+        if tally is not None:
+            self._tallies[name] = tally
+
+    def _try(self, name: str, call: Callable[[], Found]) -> Found | None:
+        """What cannot be measured must not end a training."""
         try:
             with torch.no_grad():
-                self._tallies.setdefault(name, Tally(norm)).add(args, kwargs)
+                return call()
         except Exception as problem:
-            self._speak(write_messages(self._alarms.note_unmeasured(name, norm, problem)))
+            self._speak(write_messages(self._alarms.note_unmeasured(name, self.norms[name], problem)))
+            return None
+
+    def _measure(self, name: str, norm: nn.Module, args: Any, kwargs: Any) -> None:
+        """One call of a norm, in a measured step."""
+        if name not in self._tallies:  # it was lazy
+            self._begin(name)
+        if name in self._tallies:
+            self._seen += [name] if name not in self._seen else []
+            self._try(name, partial(self._tallies[name].add, args, kwargs))
 
     def _end(self, model: nn.Module, args: Any, output: Any) -> None:
         """After the forward of a measured step, also one that failed."""
+        self.end_forward()
+
+    def end_forward(self) -> None:
+        """Finish what `begin_step` began to measure, if it did: before backward, which may call norms once more."""
+        if not self._handles:
+            return
         self._detach()
+        tallies, self._tallies = self._tallies, {}
         evidence: dict[str, Evidence | None] = {}
         self.records, self._is_written = {}, False
-        with torch.no_grad():
-            for name, tally in self._tallies.items():
-                self.records[name], evidence[name] = tally.finish(self._measured, name)
-        self._tallies = {}
+        for name in (*self._seen, *(name for name in tallies if name not in self._seen)):
+            # A norm that no hook saw is known by its averages, where those have moved.
+            if name in self._seen or self.norms[name] in self._compiled or tallies[name].has_moved():
+                found = self._try(name, partial(tallies[name].finish, self._measured, name))
+                if found is not None:
+                    self.records[name], evidence[name] = found
         for name in self.records:
             gamma, _ = find_gamma(self.norms[name])
             if gamma is not None and gamma.requires_grad and gamma.is_leaf:
@@ -213,67 +250,14 @@ class Monitor:
         self._is_written = True
         records = [*self.records.values()]
         messages = write_messages(self._alarms.look_at_gradients(records))
-        try:
-            if self._output is not None:
-                self._output.write(records)
-        except (OSError, sqlite3.Error) as problem:  # A full disk must not end a training.
-            self._output = None
-            messages.append(f"anynorm.Monitor: the file could not be written, and is no more: {problem}")
-        if self.writer is not None:
-            write_scalars(self.writer, records)
+        for output in [*self._outputs]:
+            try:
+                output.write(records)
+            except (OSError, sqlite3.Error) as problem:  # A full disk must not end a training.
+                self._outputs.remove(output)
+                messages.append(f"anynorm.Monitor: the file could not be written, and is no more: {problem}")
         return messages
 
     def _speak(self, messages: list[str]) -> None:
         for message in messages if self.warn else []:
             warnings.warn(message, stacklevel=2)
-
-
-class Hook:
-    """A hook that copies and pickles of a model do not take along: of theirs this monitor knows nothing."""
-
-    call: Callable[..., None]
-
-    def __init__(self, call: Callable[..., None]) -> None:
-        self.call = call
-
-    def __call__(self, *arguments: Any) -> None:
-        if not torch.compiler.is_compiling():
-            self.call(*arguments)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return make_idle, ()
-
-
-def ignore(*arguments: Any) -> None:
-    """What a hook is in a copy."""
-
-
-def make_idle() -> Callable[..., None]:
-    """For pickle, which would find `ignore` to be another object than the hook."""
-    return ignore
-
-
-def find_rank() -> int:
-    """Which of several processes this is; 0 where it is alone."""
-    group = torch.distributed
-    return group.get_rank() if group.is_available() and group.is_initialized() else 0
-
-
-def list_facts(model: nn.Module, every: int) -> dict[str, str]:
-    """What the file says of the run."""
-    return {
-        "anynorm": __version__,
-        "torch": torch.__version__,
-        "model": describe(type(model)),
-        "every": str(every),
-        "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
-def write_scalars(writer: Any, records: list[Record]) -> None:
-    """One line for each number that applies, grouped by quantity."""
-    for record in records:
-        for quantity in QUANTITIES:
-            value = getattr(record, quantity)
-            if not math.isnan(value):
-                writer.add_scalar(f"norm_{quantity}/{record.layer or 'model'}", value, record.step)

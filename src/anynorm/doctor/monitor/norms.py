@@ -92,3 +92,9 @@ def list_nonfinite(norm: Any) -> Iterator[str]:
     for name, t in known:
         if isinstance(t, Tensor) and not nn.parameter.is_lazy(t) and not bool(t.detach().isfinite().all()):
             yield name
+
+
+def find_rank() -> int:
+    """Which of several processes this is; 0 where it is alone."""
+    group = torch.distributed
+    return group.get_rank() if group.is_available() and group.is_initialized() else 0
