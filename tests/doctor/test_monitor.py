@@ -211,6 +211,11 @@ def test_names_are_those_of_the_model_inside_its_wrappers():
         torch.distributed.destroy_process_group()
 
 
+def test_names_are_found_through_compiled_parts_and_own_attributes():
+    model = nn.ModuleDict({"module": nn.BatchNorm1d(3), "part": torch.compile(nn.Sequential(nn.BatchNorm1d(3)))})
+    assert [*anynorm.Monitor(model).norms] == ["module", "part.0"]
+
+
 def test_only_the_first_rank_measures(monkeypatch, tmp_path):
     monkeypatch.setattr("anynorm.doctor.monitor.monitor.find_rank", lambda: 1)
     model = make_net()

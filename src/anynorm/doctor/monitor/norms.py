@@ -15,30 +15,22 @@ from ...modules.ghost import _Ghost
 from ...modules.norm import Norm
 from ...modules.sync import _Synchronized
 from ...surgery.adapters import find_adapters
+from ...surgery.recalibration.data import unwrap
 
 BATCH_NORMS = (nn.modules.batchnorm._BatchNorm, batch._BatchNorm)
 NORMS = (*BATCH_NORMS, nn.modules.instancenorm._InstanceNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, Norm)
 SYNCHRONIZED = (_Synchronized, nn.SyncBatchNorm)
-WRAPPERS = ("_orig_mod", "module")  # of torch.compile, and of DistributedDataParallel and its like
 
 
 def find_norms(model: nn.Module) -> dict[str, Any]:
-    """Every norm by its name in the model, without what wrappers put before it; each object once."""
+    """Every norm by its name in the model inside of wrappers; each object once."""
     found = {}
-    for name, module in model.named_modules():
+    for name, module in unwrap(model).named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             continue
         if isinstance(module, NORMS) or find_adapters(module):
-            found[strip_wrappers(name)] = module
+            found[".".join(part for part in name.split(".") if part != "_orig_mod")] = module
     return found
-
-
-def strip_wrappers(name: str) -> str:
-    """A module's name without the attributes that wrappers keep the model in."""
-    parts = name.split(".")
-    while parts and parts[0] in WRAPPERS:
-        parts.pop(0)
-    return ".".join(part for part in parts if part != "_orig_mod")
 
 
 def find_compiled(model: nn.Module) -> set[nn.Module]:
