@@ -328,3 +328,20 @@ def test_what_has_no_numbers_ends_no_training():
     with pytest.warns(UserWarning, match="0 .*could not be measured: RuntimeError"):
         with anynorm.Monitor(model):
             model(torch.randn(3, 4, device="meta")).sum().backward()
+
+
+def test_a_model_that_is_computed_again_as_a_whole_is_one_step():
+    model = make_net()
+    with anynorm.Monitor(model, every=1) as monitor:
+        checkpoint(model, X.clone().requires_grad_(), use_reentrant=False).sum().backward()
+    assert monitor.step == 1
+    assert [record.calls for record in monitor.records.values()] == [1, 1]
+
+
+@pytest.mark.parametrize("norm", ["layer", "batch-sequence"])
+def test_norms_inside_of_a_recurrent_layer_are_seen(norm):
+    model = nn.Sequential(anynorm.LSTM(3, 4, norm=norm))
+    with anynorm.Monitor(model) as monitor:
+        model(torch.randn(5, 4, 3))[0].sum().backward()
+    record = monitor.records["0.norm_ih_l0"]
+    assert record.std > 0 and record.gradient > 0

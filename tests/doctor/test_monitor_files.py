@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import re
 import shutil
 import sqlite3
 import sys
+from pathlib import Path
 
 import pytest
 from browser import look, needs_chromium
@@ -14,8 +16,9 @@ from typer.testing import CliRunner
 import anynorm
 from anynorm.apps import cli
 from anynorm.apps.monitor.read import read_history
+from anynorm.doctor.monitor.alarms import PROBLEMS
 from anynorm.doctor.monitor.files import SqliteFile, list_values
-from anynorm.doctor.monitor.record import COLUMNS, Record
+from anynorm.doctor.monitor.record import COLUMNS, VERSION, Record
 from anynorm.errors import UserError
 from doctor.monitored import keep, make_net, train
 
@@ -250,3 +253,10 @@ def test_a_page_that_cannot_be_written_is_refused_first(sick, tmp_path):
 
     with pytest.raises(UserError, match=r"a page ends in \.html"):
         show(sick, tmp_path / "page.txt")
+
+
+def test_the_page_of_the_docs_names_every_column_and_problem():
+    text = (Path(__file__).parents[2] / "docs" / "monitor.md").read_text()
+    named = set(re.findall(r"`([\w-]+)`", text))
+    assert named >= {*COLUMNS, *PROBLEMS}
+    assert f"`version` is {VERSION};" in text
