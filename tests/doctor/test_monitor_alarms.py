@@ -130,6 +130,8 @@ def test_averages_in_half_precision(dtype):
     found, messages = watch(model, x=draw(1)[0].to(dtype))
     assert ("half-averages" in found.get("0", "")) == (dtype == torch.bfloat16)
     assert len([message for message in messages if "bfloat16" in message]) == (dtype == torch.bfloat16)
+    model.float()  # the remedy that is named
+    assert "half-averages" not in watch(model, x=draw(1)[0].to(dtype))[0].get("0", "")
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.001])

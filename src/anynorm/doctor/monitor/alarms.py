@@ -174,8 +174,8 @@ def say_half(kind: torch.dtype) -> str:
     """Why that stalls."""
     return (
         f"its running averages are {str(kind).removeprefix('torch.')}, where a step smaller than the spacing of "
-        "numbers is lost, so that they stall (Model-Optimizer#738); keep buffers in float32: norm.running_mean = "
-        "norm.running_mean.float(), the same for running_var, or train with torch.autocast"
+        "numbers is lost, so that they stall (Model-Optimizer#738); keep the norm in float32, which takes inputs of "
+        "half precision too: norm.float(), or leave the model in float32 and train with torch.autocast"
     )
 
 
