@@ -345,3 +345,20 @@ def test_norms_inside_of_a_recurrent_layer_are_seen(norm):
         model(torch.randn(5, 4, 3))[0].sum().backward()
     record = monitor.records["0.norm_ih_l0"]
     assert record.std > 0 and record.gradient > 0
+
+
+def test_micro_batches_of_one_batch_are_not_said_to_be_small():
+    def accumulate(watched):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(192, 6), anynorm.BatchNorm1d(6), nn.Linear(6, 2))
+        monitor = anynorm.Monitor(model, every=1) if watched else None
+        for _ in range(3):
+            anynorm.accumulate(model, X.split(2), lambda model, x: model(x).square().mean())
+        if monitor is not None:
+            assert monitor.step > 0
+            assert monitor.records["2"].noise != monitor.records["2"].noise
+            monitor.close()
+        return [*model.state_dict().values(), *(p.grad for p in model.parameters())]
+
+    for one, other in zip(accumulate(True), accumulate(False), strict=True):
+        assert torch.equal(one, other)

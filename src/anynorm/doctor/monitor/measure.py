@@ -14,6 +14,7 @@ from ...modules.norm import Norm
 from ...padding.context import may_be_masked
 from ...padding.masks import find_mask
 from ...padding.ragged import is_ragged, open_rows
+from ...sources import OVERRIDE
 from ...statistics import Moments
 from ...surgery.recalibration.norms import find_input, find_signature
 from ...surgery.report import describe
@@ -83,6 +84,8 @@ class Tally:
             if found is None:
                 return None
             moments, error2 = found
+            if OVERRIDE.get() is not None:  # it normalizes by more than this call, as in `anynorm.accumulate`
+                return moments, None
             return moments, error2 * count_parts(self.norm, x.shape[0] if isinstance(x, Tensor) else 1)
         return find_whole_moments(self.norm, args, kwargs)
 
