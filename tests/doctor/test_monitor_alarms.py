@@ -12,7 +12,8 @@ from torch import nn
 import anynorm
 from anynorm.apps.studies.data import load_data
 from anynorm.apps.zoo import ResidualBlock
-from anynorm.doctor.monitor.alarms import PROBLEMS
+from anynorm.doctor.monitor.alarms import PROBLEMS, lag
+from anynorm.doctor.monitor.measure import Evidence
 from doctor.monitored import X, make_net, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -249,3 +250,21 @@ def test_records_say_what_nobody_is_told_of():
     with anynorm.Monitor(model, every=1, warn=False) as monitor:
         model(draw(1)[0] * torch.inf)
     assert "nonfinite-input" in monitor.records["0"].warned
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "error", "lags"),
+    [(0.3, 0.3, 0.01, True), (0.3, 0.3, 0.1, False), (-0.3, 0.3, 0.01, False), (0.2, 0.2, 0.01, False)],
+)
+def test_lag_is_large_beyond_chance_and_always_the_same(before, now, error, lags):
+    def make(size, place):
+        parts = [torch.zeros(8), torch.zeros(8), torch.full((8,), error)]
+        parts[place] = torch.full((8,), size)
+        return Evidence(*parts)
+
+    for place in (0, 1):
+        assert lag(make(before, place), make(now, place)) == lags
+
+
+def test_averages_have_time_to_forget_their_first_values():
+    assert follow(nn.BatchNorm1d(4, momentum=0.01), draw(60, shift=5.0), 10) == (False, [])
