@@ -21,6 +21,7 @@ CONTENTS: dict[str, list[str]] = {
         "docs/sync",
         "docs/accumulate",
         "docs/recalibrate",
+        "docs/monitor",
         "docs/surgery",
         "docs/recurrent",
         "docs/fused",

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from . import reference
     from .accumulation.accumulate import accumulate
     from .doctor.diagnose import Diagnosis, diagnose
+    from .doctor.monitor.monitor import Monitor
     from .engine.allocator import tune_allocator
     from .modules.chosen_domain import domain
     from .modules.domain import DomainBatchNorm1d, DomainBatchNorm2d, DomainBatchNorm3d
@@ -111,6 +112,7 @@ LATER = {
     "LazyInstanceNorm1d": ".modules.lazy",
     "LazyInstanceNorm2d": ".modules.lazy",
     "LazyInstanceNorm3d": ".modules.lazy",
+    "Monitor": ".doctor.monitor.monitor",
     "NotProved": ".surgery.operation",
     "RMSNormAct": ".modules.fused",
     "SurgeryReport": ".surgery.report",
@@ -180,6 +182,7 @@ __all__ = [
     "LazyInstanceNorm1d",
     "LazyInstanceNorm2d",
     "LazyInstanceNorm3d",
+    "Monitor",
     "NotProved",
     "PatternError",
     "RMSNorm",

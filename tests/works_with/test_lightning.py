@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ pl = pytest.importorskip("lightning.pytorch", reason="make works-with has it, an
 
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging  # noqa: E402
 
-from anynorm.integrations.lightning import Recalibrate  # noqa: E402
+from anynorm.apps.monitor.read import read_history  # noqa: E402
+from anynorm.integrations.lightning import Monitor, Recalibrate  # noqa: E402
 
 X = 3 * torch.randn(44, 3, 6, 6, generator=torch.Generator().manual_seed(0)) + 2
 DATA = TensorDataset(X, torch.arange(44) % 4)
@@ -125,3 +127,57 @@ def test_what_would_fail_at_the_end_is_said_at_the_start():
         fit(Recalibrate(), EMAWeightAveraging())
     with pytest.raises(ValueError, match="must have a batch norm with running averages; got none in Linear"):
         Recalibrate().on_fit_start(None, nn.Linear(2, 2))
+
+
+def test_the_monitor_watches_a_training_and_changes_nothing(tmp_path):
+    watch = Monitor(tmp_path / "run.sqlite", every=4)
+    watched, _ = fit(watch)
+    plain, _ = fit()
+    for name, t in plain.state_dict().items():
+        assert torch.equal(t, watched.state_dict()[name])
+    history = read_history(tmp_path / "run.sqlite")
+    assert (history.steps, [*history.records]) == ([0, 4, 8, 12, 16], ["layers.1"])  # 6 batches, 3 times
+    assert all(record.calls == 1 and record.gradient > 0 for record in history.records["layers.1"])
+    assert watch.monitor.step == 18
+    assert not watched.layers[1]._forward_pre_hooks
+
+
+def test_the_monitor_needs_no_call_of_the_whole_module_and_survives_failures():
+    class Apart(Model):
+        def training_step(self, batch, number):
+            if number == 3:
+                raise RuntimeError("a broken batch")
+            return nn.functional.cross_entropy(self.layers(batch[0]), batch[1])
+
+    watch, model = Monitor(every=1), Apart()
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    trainer = pl.Trainer(max_epochs=1, callbacks=[watch], enable_checkpointing=False, **quiet)
+    with pytest.raises(RuntimeError, match="a broken batch"):
+        trainer.fit(model)
+    assert not watch.monitor.is_open
+    assert not model.layers[1]._forward_pre_hooks
+    assert watch.monitor.step == 4
+
+
+def test_the_monitor_writes_to_the_trainers_logger(tmp_path):
+    seen = {}
+
+    class Experiment(pl.loggers.CSVLogger):
+        experiment = SimpleNamespace(add_scalar=lambda tag, value, step: seen.update({(tag, step): value}))
+
+        def log_metrics(self, metrics, step=None):
+            pass
+
+        def save(self):
+            pass
+
+    fit(Monitor(every=6, writer=True), logger=Experiment(tmp_path), log_every_n_steps=1)
+    assert {step for tag, step in seen if tag == "norm_gap/layers.1"} == {0, 6, 12}
+
+
+@pytest.mark.parametrize("logger", [False, True])
+def test_the_monitor_says_which_logger_it_needs(logger, tmp_path):
+    chosen = pl.loggers.CSVLogger(tmp_path) if logger else False
+    name = "CSVLogger" if logger else "NoneType"
+    with pytest.raises(ValueError, match=f"writer=True needs a TensorBoardLogger; got {name}"):
+        fit(Monitor(writer=True), logger=chosen, log_every_n_steps=1)

@@ -12,7 +12,8 @@ import anynorm
 transformers = pytest.importorskip("transformers", reason="make works-with has it, and runs this")
 pytest.importorskip("accelerate", reason="transformers' Trainer wants it; make works-with has it, and runs this")
 
-from anynorm.integrations.transformers import Recalibrate  # noqa: E402
+from anynorm.apps.monitor.read import read_history  # noqa: E402
+from anynorm.integrations.transformers import Monitor, Recalibrate  # noqa: E402
 
 X = 3 * torch.randn(44, 3, 32, 32, generator=torch.Generator().manual_seed(0)) + 2
 DATA = [{"pixel_values": x, "labels": i % 4} for i, x in enumerate(X)]
@@ -96,3 +97,17 @@ def test_a_model_without_batch_norm_is_said_at_the_start(tmp_path):
     control = transformers.TrainerControl()
     with pytest.raises(ValueError, match="got none in Linear"):
         Recalibrate().on_train_begin(None, None, control, model=nn.Linear(2, 2))
+
+
+def test_the_monitor_watches_a_training_and_changes_nothing(tmp_path):
+    watch = Monitor(tmp_path / "run.csv", every=3)
+    watched, _ = fit(tmp_path, watch, eval_strategy="epoch")
+    plain, _ = fit(tmp_path, eval_strategy="epoch")
+    for name, t in plain.state_dict().items():
+        assert torch.equal(t, watched.state_dict()[name])
+    history = read_history(tmp_path / "run.csv")
+    assert history.steps == [0, 3, 6]  # 4 batches, twice; evaluation counts nothing
+    assert watch.monitor.step == 8
+    records = history.records["resnet.embedder.embedder.normalization"]
+    assert all(record.calls == 1 and record.gradient > 0 for record in records)
+    assert not watched._forward_pre_hooks

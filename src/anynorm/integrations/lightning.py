@@ -1,14 +1,17 @@
-"""`Recalibrate`: a Lightning callback that gives batch norms the statistics of the weights they are evaluated with."""
+"""Lightning callbacks: `Recalibrate` gives batch norms the statistics of the weights that they are evaluated with, and
+`Monitor` watches the norms of a module while it trains."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from math import isinf
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 
+from ..doctor.monitor import monitor
 from ..surgery.recalibration.recalibrate import recalibrate
 from .measuring import Moved, check_batch_norms, evaluating
 
@@ -61,3 +64,51 @@ class Recalibrate(Callback):
         batches = Moved(trainer.train_dataloader if self.loader is None else self.loader, move)
         with evaluating(pl_module), trainer.precision_plugin.forward_context():
             recalibrate(pl_module, batches, **options)
+
+
+class Monitor(Callback):
+    """`anynorm.Monitor` from the start of training to its end; a step is a batch, and its forward ends at backward.
+
+    Args:
+        file: as of `anynorm.Monitor`; a second `fit` wants another one, or ``overwrite=True``.
+        every: batches from one measured batch to the next.
+        writer: as of `anynorm.Monitor`; True for that of the trainer's TensorBoardLogger.
+        **options: as of `anynorm.Monitor`.
+
+    Attributes:
+        monitor: of the present or last training; None before.
+    """
+
+    monitor: monitor.Monitor | None
+
+    def __init__(self, file: str | Path | None = None, every: int = 50, *, writer: Any = None, **options: Any) -> None:
+        self.file, self.every, self.writer, self.options = file, every, writer, options
+        self.monitor = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        writer = getattr(trainer.logger, "experiment", None) if self.writer is True else self.writer
+        if self.writer is True and not hasattr(writer, "add_scalar"):
+            raise ValueError(
+                f"Monitor: writer=True needs a TensorBoardLogger; got {type(trainer.logger).__name__}; pass a writer"
+            )
+        self.monitor = monitor.Monitor(pl_module, self.file, self.every, writer=writer, manual=True, **self.options)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
+        if self.monitor is not None:
+            self.monitor.begin_step()
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Any) -> None:
+        if self.monitor is not None:
+            self.monitor.end_forward()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
+        if self.monitor is not None:  # a step may have had no backward
+            self.monitor.end_forward()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.monitor is not None:
+            self.monitor.close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if self.monitor is not None:
+            self.monitor.close()

@@ -1,12 +1,15 @@
-"""`Recalibrate`: a callback of transformers' Trainer that gives batch norms the statistics of the weights they have."""
+"""Callbacks of transformers' Trainer: `Recalibrate` gives batch norms the statistics of the weights that they have, and
+`Monitor` watches the norms of a model while it trains."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..doctor.monitor import monitor
 from ..surgery.recalibration.recalibrate import recalibrate
 from .measuring import check_batch_norms, evaluating
 
@@ -54,3 +57,30 @@ class Recalibrate(TrainerCallback):
         loader = now["train_dataloader"] if self.loader is None else self.loader
         with evaluating(now["model"]):
             recalibrate(now["model"], loader, **self.options)
+
+
+class Monitor(TrainerCallback):
+    """`anynorm.Monitor` from the start of training to its end; a step is a forward of the model, of which gradient
+    accumulation has several for each step of the Trainer.
+
+    Args:
+        file: as of `anynorm.Monitor`; a second `train` wants another one, or ``overwrite=True``.
+        every: forwards from one measured forward to the next.
+        **options: as of `anynorm.Monitor`.
+
+    Attributes:
+        monitor: of the present or last training; None before.
+    """
+
+    monitor: monitor.Monitor | None
+
+    def __init__(self, file: str | Path | None = None, every: int = 50, **options: Any) -> None:
+        self.file, self.every, self.options = file, every, options
+        self.monitor = None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **now: Any) -> None:
+        self.monitor = monitor.Monitor(now["model"], self.file, self.every, **self.options)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **now: Any) -> None:
+        if self.monitor is not None:
+            self.monitor.close()
