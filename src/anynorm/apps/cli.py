@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from anynorm.apps import cli_surgery
+from anynorm.apps import cli_doctor, cli_surgery
 from anynorm.apps.factory import MODEL_HELP
 
 app: typer.Typer = typer.Typer(
@@ -231,6 +231,7 @@ def run_study(
 
 
 cli_surgery.add_commands(app)
+cli_doctor.add_commands(app)
 
 
 @app.command("env")
