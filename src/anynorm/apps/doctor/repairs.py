@@ -46,9 +46,15 @@ def name_place(finding: Finding) -> dict[str, str]:
 
 
 def look(inputs: Inputs, checks: Sequence[Check]) -> Diagnosis:
-    """What checks find in the model as it is now, on the same batches."""
+    """What checks find in the model as it is now, on the same batches; without those, where it refuses them."""
     with keeping_everything(inputs):
-        return examine(Facts(inputs), checks)
+        facts = Facts(inputs)
+        needing = [check for check in checks if check.needs == "data"] if facts.has_data else []
+        if not needing or not facts.evaluation.problem:
+            return examine(facts, checks)
+        diagnosis = examine(facts, [check for check in checks if check not in needing])
+        diagnosis.skipped |= {check.id: "the model refuses a batch" for check in needing}
+        return diagnosis
 
 
 def perform_repairs(inputs: Inputs, diagnosis: Diagnosis, checks: Sequence[Check]) -> Repairs:

@@ -200,9 +200,13 @@ def print_code(console: Console, code: str) -> None:
 def print_repairs(console: Console, repairs: Repairs) -> None:
     """What was done, what was not and why, and what is left."""
     heading(console, "Repairs")
+    console.print(make_rows(list_repairs(repairs)))
+
+
+def list_repairs(repairs: Repairs) -> list[tuple[str, str]]:
+    """The same in lines, each with its label."""
     if not repairs.done and not repairs.refused:
-        say(console, "Nothing that was found has a repair; the advice says what to do.")
-        return
+        return [("none", "nothing that was found has a repair; the advice says what to do")]
     rows = []
     for check, done in group_by(repairs.done).items():
         effects = "; ".join(map(describe_effect, join_effects(done))) or "no longer found"
@@ -215,7 +219,7 @@ def print_repairs(console: Console, repairs: Repairs) -> None:
         rows.append(("left", describe_findings(repairs.remaining.findings)))
         for group in make_groups(repairs.remaining.findings):
             rows.append(("left", f"{group.first.severity}: {group.first.check} at {describe_layers(group.layers, 1)}"))
-    console.print(make_rows(rows))
+    return rows
 
 
 def group_by(findings: Iterable[Finding]) -> dict[str, list[Finding]]:
