@@ -34,6 +34,14 @@ def shifted():
     model[1].running_mean.add_(3 * model[1].running_var.sqrt())
     return model
 
+def taken_over():
+    """The same with a momentum as of Keras, and a bias before the norm."""
+    model = shifted()
+    model[1].momentum = 0.99
+    model[0].bias = nn.Parameter(torch.ones(16))
+    model[1].running_mean.add_(1)
+    return model
+
 def inverted(): return nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4, momentum=0.99))
 def several(): return nn.Sequential(*[nn.BatchNorm1d(4, momentum=0.99) for _ in range(3)])
 def several_names(): return nn.ModuleDict({name: nn.BatchNorm1d(4, momentum=0.99) for name in ("a", "b")})

@@ -60,8 +60,8 @@ def safe(text: str) -> str:
 
 
 def capitalize(text: str) -> str:
-    """Text with a large first letter, and the others as they are."""
-    return text[:1].upper() + text[1:]
+    """Text that begins with a large letter, unless it begins with code."""
+    return text[:1].upper() + text[1:] if text.partition(" ")[0].isalpha() else text
 
 
 def write_header(name: str, diagnosis: Diagnosis) -> str:
@@ -148,7 +148,7 @@ def write_words(name: str, parts: Sequence[str]) -> str:
 def write_advice(group: Group) -> str:
     """What to do, and what it would give."""
     effects = "; ".join(describe_effect(effect) for effect in find_effects(group))
-    items = "".join(f"<p>{safe(advice)}</p>\n" for advice in group.advice)
+    items = "".join(f"<p>{safe(capitalize(advice))}</p>\n" for advice in group.advice)
     gain = f"<p>Measured with the fault and without it: {safe(effects)}.</p>\n" if effects else ""
     return f"<h3>What to do</h3>{items}{gain}" if items or gain else ""
 

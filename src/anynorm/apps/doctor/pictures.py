@@ -28,7 +28,7 @@ def draw_group(group: Group, effects: list[Effect]) -> list[Plot]:
     plots = [draw_effect(effect) for effect in effects if is_drawn(effect.before, effect.after)]
     shares = group.shares
     if len(shares) > 1 and is_drawn(*shares.values()):
-        plots.append(draw_bars("What each layer alone costs", "loss in evaluation, above the least possible", shares))
+        plots.append(draw_bars("What each layer alone costs", "rise of the loss with its running averages", shares))
     elif (found := find_varying(group)) is not None:
         plots.append(draw_bars(f"{write_key(found[0])}, by layer".capitalize(), write_key(found[0]), found[1]))
     return plots
