@@ -143,6 +143,10 @@ def test_checks_that_did_not_run_have_their_reason():
     assert "it needs the optimizer" in read(write_page("m", make_healthy())).text
 
 
+def test_a_model_without_norms_has_a_page():
+    assert "The model has no norms" in read(write_page("m", Diagnosis([], {}, ["eps-zero"], {}, {}))).text
+
+
 def test_repairs_are_told():
     diagnosis = make_sick()
     first, other = diagnosis.findings[:2]

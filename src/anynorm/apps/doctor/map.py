@@ -52,6 +52,8 @@ def make_cells(layers: Mapping[str, str], groups: Sequence[Group]) -> list[Cell]
 def write_map(layers: Mapping[str, str], groups: Sequence[Group]) -> str:
     """The map as HTML, in parts by where names part."""
     cells = make_cells(layers, groups)
+    if not cells:
+        return "<p>The model has no norms.</p>"
     parts = split(cells)
     many, most = (" many", LONGEST_OF_MANY) if len(cells) > MANY else ("", LONGEST)
     written = []
