@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 
 import pytest
 import torch
 
 import anynorm
+from anynorm.cli import main
 from anynorm.doctor.check import find_checks
 
 
@@ -191,14 +191,21 @@ def test_what_a_check_raises_is_no_finding(run, monkeypatch):
     assert "a check raised ZeroDivisionError" in find_error(run("sick.py:notes"))
 
 
-def test_exit_codes_of_the_process(run, tmp_path):
-    """One process, since it loads torch: what could not run is 2, with one sentence on standard error."""
-    code = "from anynorm.cli import main; main()"
-    command = [sys.executable, "-c", code, "doctor", "sick.py:notes", "--data", "sick.py:wrong_width"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
-    assert done.returncode == 2
-    assert done.stderr.startswith("anynorm: doctor --data: the model refuses") and done.stderr.count("\n") == 1
-    assert "bias-useless" in done.stdout  # what could be seen is printed first
+@pytest.mark.usefixtures("run")
+@pytest.mark.parametrize(
+    ("arguments", "code"), [(["notes"], 0), (["inverted"], 1), (["notes", "--data", "sick.py:wrong_width"], 2)]
+)
+def test_exit_codes_of_the_program(arguments, code, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["anynorm", "doctor", f"sick.py:{arguments[0]}", *arguments[1:]])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    said = capsys.readouterr()
+    assert ended.value.code == code
+    assert "bias-useless" in said.out  # what could be seen is printed first
+    if code == 2:
+        assert said.err.startswith("anynorm: doctor --data: the model refuses") and said.err.count("\n") == 1
+    else:
+        assert said.err == ""
 
 
 def test_names_do_not_steer_the_terminal(run, tmp_path):
