@@ -7,7 +7,7 @@ WORKS := .venv-works-with
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: arm docs host types wheel works-with versions studies batchsize ddp faults fold fuzz masked sanitize help setup compare vowels try speed bench explain env list test check accuracy format clean
+.PHONY: arm docs doctor host types wheel works-with versions studies batchsize ddp faults fold fuzz masked sanitize help setup compare vowels try speed bench explain env list test check accuracy format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -114,6 +114,9 @@ sanitize: $(READY) $(VENV)/.sanitize ## the kernel tests under address, undefine
 	bash tests/sanitize/run.sh $(BIN)/python
 
 # Any warning fails it: a link that leads nowhere, a page without a place, a docstring that does not read.
+doctor: $(READY) ## the list of checks and the pictures of docs/doctor.md (ARGS=--list for the list alone)
+	$(BIN)/python docs/doctor.py $(ARGS)
+
 docs: $(READY) $(VENV)/.docs ## the documentation site, in build/site (a minute)
 	$(BIN)/python docs/pictures.py
 	$(BIN)/python -m sphinx --builder html --conf-dir docs --doctree-dir build/doctrees --fail-on-warning --keep-going --quiet . build/site

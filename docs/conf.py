@@ -15,6 +15,7 @@ from typing import Any
 CONTENTS: dict[str, list[str]] = {
     "Start": ["docs/installing", "docs/tutorial", "docs/try-and-explain", "docs/gallery"],
     "Guides": [
+        "docs/doctor",
         "docs/compare",
         "docs/padding",
         "docs/small-batch",

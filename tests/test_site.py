@@ -55,7 +55,8 @@ def test_the_reference_shows_what_exists_and_is_documented(name):
 def test_pictures_are_those_of_the_docs():
     text = (ROOT / "docs" / "gallery.rst").read_text()
     shown = {path for path in re.findall(r"image:: (\S+)", text) if not path.startswith("../build/")}
-    assert shown == {str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.svg")}
+    pictures = [path for kind in ("*.svg", "*.png") for path in (ROOT / "docs").rglob(kind)]
+    assert shown == {str(path.relative_to(ROOT / "docs")) for path in pictures}
 
 
 def test_formulas_and_stars_of_a_docstring_stay_as_they_are():

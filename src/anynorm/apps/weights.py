@@ -89,14 +89,22 @@ def read_safetensors(asked: str, path: str) -> Any:
         ) from problem
 
 
-def load_weights(asked: str, model: nn.Module, path: str) -> None:
+def load_weights(asked: str, model: nn.Module, path: str, check_values: bool = True) -> None:
     """Load a file into a model, all of it or nothing.
+
+    Args:
+        asked: the option that names the file, for messages.
+        model: takes the weights.
+        path: of the file.
+        check_values: refuse what no norm can have, such as a negative running_var.
 
     Raises:
         UserError: as `read_weights`, or names, shapes or values that do not fit; each is named.
     """
     weights, own = read_weights(asked, path), model.state_dict()
-    wrong = [*find_wrong(model, own, weights)]
+    wrong = [*find_wrong(own, weights)]
+    if check_values:
+        wrong += find_wrong_values(model, weights)
     if wrong:
         more = f"; and {len(wrong) - MOST_NAMED} more" if len(wrong) > MOST_NAMED else ""
         raise UserError(
@@ -111,8 +119,8 @@ def shorten(text: str) -> str:
     return text if len(text) <= 300 else f"{text[:150]}...{text[-147:]}"
 
 
-def find_wrong(model: nn.Module, own: Mapping[str, Any], weights: dict[str, Tensor]) -> Iterator[str]:
-    """What is wrong with weights for a model, each as a sentence that begins with the key."""
+def find_wrong(own: Mapping[str, Any], weights: dict[str, Tensor]) -> Iterator[str]:
+    """What of weights does not fit a model's own, each as a sentence that begins with the key."""
     for key, value in own.items():
         given = weights.get(key)
         if not isinstance(value, Tensor):
@@ -126,6 +134,10 @@ def find_wrong(model: nn.Module, own: Mapping[str, Any], weights: dict[str, Tens
         elif find_sort(given) != find_sort(value) and not key.endswith("num_batches_tracked"):
             yield f"{key} must be {value.dtype} or its like; got {given.dtype}"
     yield from (f"{key} has no place in the model" for key in weights if key not in own)
+
+
+def find_wrong_values(model: nn.Module, weights: dict[str, Tensor]) -> Iterator[str]:
+    """What no norm can have, the same."""
     for name, module in model.named_modules(remove_duplicate=False):
         if "running_var" in module._buffers:
             yield from check_state(weights, f"{name}." if name else "")

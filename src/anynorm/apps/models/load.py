@@ -44,8 +44,21 @@ def load_model(spec: str, batch: int | None = None) -> LoadedModel:
     Raises:
         UserError: one sentence, when the name, the factory or the input does not work.
     """
-    made = _make(spec)
-    example = None
+    made, example = make_model(spec)
+    model = _copy(spec, made)
+    with keep_randomness():
+        call = find_example(spec, model, batch or 8) if example is None else as_call(spec, model, example)
+        _check_evaluation(spec, model, call)
+    return LoadedModel(spec, model.train(), call, guessed=example is None)
+
+
+def make_model(spec: str) -> tuple[nn.Module, Any]:
+    """Return what a factory returns, as it is: the model, and its example or None.
+
+    Raises:
+        UserError: one sentence, when the name or the factory does not work.
+    """
+    made, example = _make(spec), None
     if isinstance(made, tuple) and len(made) == 2:
         made, example = made
     if not isinstance(made, nn.Module):
@@ -53,12 +66,9 @@ def load_model(spec: str, batch: int | None = None) -> LoadedModel:
             f"{spec}: returned {_article(made)} where a torch.nn.Module was expected; "
             "return a model, or a tuple (model, example_input)."
         )
-    example = getattr(made, "example_input", None) if example is None else example
-    model = _copy(spec, made)
-    with keep_randomness():
-        call = find_example(spec, model, batch or 8) if example is None else as_call(spec, model, example)
-        _check_evaluation(spec, model, call)
-    return LoadedModel(spec, model.train(), call, guessed=example is None)
+    if any(is_lazy(parameter) for parameter in made.parameters()):
+        raise UserError(f"{spec}: holds lazy layers without sizes; call the model once before returning it.")
+    return made, getattr(made, "example_input", None) if example is None else example
 
 
 def _check_evaluation(spec: str, model: nn.Module, call: Call) -> None:
@@ -89,7 +99,17 @@ def _find_factory(spec: str) -> Any:
     parts = split_spec(spec)
     if parts is None:
         raise UserError(f"{spec!r} is neither a built-in model ({', '.join(ZOO)}) nor of the form module:factory.")
-    where, name = parts
+    return find_named(spec, *parts)
+
+
+def find_named(spec: str, where: str, name: str) -> Any:
+    """Return what has a name, with dots in it, in a module or a file.
+
+    Args:
+        spec: what the user typed, for messages.
+        where: see `import_from`.
+        name: in it.
+    """
     try:
         found: Any = import_from(where)
     except (Exception, SystemExit) as problem:
@@ -106,8 +126,6 @@ def _find_factory(spec: str) -> Any:
 
 def _copy(spec: str, model: nn.Module) -> nn.Module:
     """Return a copy on the CPU without gradients, in training mode."""
-    if any(is_lazy(parameter) for parameter in model.parameters()):
-        raise UserError(f"{spec}: holds lazy layers without sizes; call the model once before returning it.")
     try:
         copied = copy.deepcopy(model).to("cpu")
     except Exception as problem:
