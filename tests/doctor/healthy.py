@@ -197,9 +197,7 @@ def make_healthy(name: str, seed: int, steps: int = 80, size: int = 64) -> Patie
     model = MAKERS[name]()
     decay = 1e-4
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
-        optimizer: torch.optim.Optimizer = torch.optim.SGD(
-            anynorm.param_groups(model, decay), lr=0.05, momentum=0.9
-        )
+        optimizer: torch.optim.Optimizer = torch.optim.SGD(anynorm.param_groups(model, decay), lr=0.05, momentum=0.9)
     else:
         optimizer = torch.optim.AdamW(anynorm.param_groups(model, decay), lr=3e-3)
     train(model, loader, optimizer, F.cross_entropy, steps)

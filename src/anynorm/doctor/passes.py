@@ -34,7 +34,10 @@ class Seen:
         noise: the standard error of a batch's mean, as its samples differ, in std; (C,) for each batch.
         shapes: of the inputs.
         calls: in the batch that called it most.
+        by_call: moments of all batches, for the first, second ... call in a batch.
         largest: the largest absolute value.
+        dtypes: of the inputs.
+        values: of each channel of its output, over all batches.
         nonfinite: how many values were NaN or Inf.
         highest: of each channel of its output, where axis 1 has channels.
         example: the first input.
@@ -45,7 +48,10 @@ class Seen:
     noise: list[Tensor] = field(default_factory=list)
     shapes: list[tuple[int, ...]] = field(default_factory=list)
     calls: int = 0
+    by_call: list[Moments] = field(default_factory=list)
     largest: float = 0.0
+    dtypes: set[torch.dtype] = field(default_factory=set)
+    values: int = 0
     nonfinite: int = 0
     highest: Tensor | None = None
     example: Tensor | None = None
@@ -193,6 +199,9 @@ def look(seen: Seen, norm: Any, args: Any, kwargs: Any) -> None:
         return
     if len(seen.shapes) < 64:
         seen.shapes.append(tuple(x.shape))
+    seen.dtypes.add(x.dtype)
+    if mask is not None:
+        x = x.masked_fill(mask == 0, 0)  # what stands at padding counts in nothing
     largest = float(x.abs().amax())
     if not largest < float("inf"):
         seen.nonfinite += int((~x.isfinite()).sum())
@@ -204,6 +213,10 @@ def look(seen: Seen, norm: Any, args: Any, kwargs: Any) -> None:
     moments = find_input_moments(average.numel(), x, mask)
     if moments is None:
         return
+    if seen._calls > len(seen.by_call):
+        seen.by_call.append(moments)
+    else:
+        seen.by_call[seen._calls - 1] = seen.by_call[seen._calls - 1].merge(moments)
     seen._now = moments if seen._now is None else seen._now.merge(moments)
     if len(x) > 1:
         means = x.flatten(2).mean(2) if x.dim() > 2 else x
@@ -220,5 +233,6 @@ def look_behind(seen: Seen, norm: Any, args: Any, output: Any) -> None:
         if y.dim() >= 2 and y.is_floating_point() and y.numel():
             highest = y.detach().transpose(0, 1).flatten(1).amax(1)
             known = seen.highest
+            seen.values += y.numel() // y.shape[1]
             seen.highest = highest if known is None or known.shape != highest.shape else torch.maximum(known, highest)
         break

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from math import ceil
+from math import ceil, erfc
 
 import torch
-from scipy.stats import spearmanr
+from torch import Tensor
 
 from ...surgery.convert import convert
-from ..causes import PURE, find_padding, find_purity
+from ..causes import find_padding, find_purity, has_pure_batches
 from ..check import Check, Finding, Repair
 from ..facts import Facts, NormFacts
 from ..passes import Seen
@@ -17,6 +17,7 @@ from ..passes import Seen
 NOISY, GOOD = 0.3, 0.1  # std: the standard error of a batch's mean
 FEWEST_BATCHES = 8  # before an order means something
 DRIFT = 0.9  # rank correlation of a batch's mean with its place
+CHANCE = 1e-3  # that any channel of any norm is in such an order by chance
 PADDED = 0.1  # share of positions
 
 
@@ -82,22 +83,23 @@ class PureBatches(Check):
         "class, the network learns to need that, and evaluation, which has one set of statistics, collapses."
     )
     evidence = (
-        "The entropy of the targets in a batch as a share of that of all targets, and how much of the variance at "
-        "the norm lies between batches."
+        "The entropy of the targets in a batch as a share of what it is in shuffled batches of the same sizes, and how "
+        "much of the variance at the norm lies between batches."
     )
     cure = "shuffle=True in the loader; train on for a little, then anynorm.recalibrate(model, loader)"
 
     def run(self, facts: Facts) -> Iterator[Finding]:
-        purity = find_purity(facts)
-        if purity is None or purity >= PURE or facts.training.problem:
+        if not has_pure_batches(facts) or facts.training.problem:
             return
+        purity = find_purity(facts)
+        assert purity is not None
         shares = {norm: find_between(facts.training.seen.get(norm.name)) for norm in facts.averaging}
         if shares:
             norm = max(shares, key=lambda each: shares[each])
             yield self.find(
                 norm.name,
-                f"a batch's targets have {100 * purity:.0f} % of the entropy of all targets; at {norm.said} "
-                f"{100 * shares[norm]:.0f} % of the variance lies between batches",
+                f"a batch's targets have {100 * purity:.0f} % of the entropy that they had in shuffled batches; at "
+                f"{norm.said} {100 * shares[norm]:.0f} % of the variance lies between batches",
                 severity="warning" if shares[norm] > 0.05 else "note",
                 entropy_share=purity,
                 between_batches=shares[norm],
@@ -129,7 +131,8 @@ class Drift(Check):
 
     def run(self, facts: Facts) -> Iterator[Finding]:
         found = []
-        for norm in facts.averaging:
+        norms = [norm for norm in facts.averaging if norm.kind == "batch"]
+        for norm in norms:
             seen = facts.training.seen.get(norm.name)
             population = None if seen is None else seen.merge()
             if seen is None or population is None or len(seen.moments) < FEWEST_BATCHES:
@@ -137,11 +140,14 @@ class Drift(Check):
             means = torch.stack([each.mean for each in seen.moments if each.mean is not None])
             std = (population.var + norm.module.eps).sqrt()
             spread = (means[-len(means) // 4 :].mean(0) - means[: len(means) // 4].mean(0)).abs() / std
+            order = find_order(means).abs()
+            # The channel that went farthest of many: the chance of its order counts for all that it was chosen from.
+            chance = find_chance(order, len(means)) * means.shape[1] * len(norms)
+            spread = spread.where((order > DRIFT) & (chance < CHANCE), torch.zeros_like(spread))
             worst = int(spread.argmax())
-            order = abs(float(spearmanr(range(len(means)), means[:, worst].numpy()).statistic))
-            if order > DRIFT and float(spread[worst]) > 0.5:
-                found.append((float(spread[worst]), order, norm))
-        if found and (find_purity(facts) or 1.0) >= PURE:
+            if float(spread[worst]) > 0.5:
+                found.append((float(spread[worst]), float(order[worst]), norm))
+        if found and not has_pure_batches(facts):
             spread, order, norm = max(found, key=lambda each: each[0])
             yield self.find(
                 norm.name,
@@ -151,6 +157,20 @@ class Drift(Check):
                 correlation=order,
                 layers=len(found),
             )
+
+
+def find_order(means: Tensor) -> Tensor:
+    """The rank correlation of each column with its rows' places."""
+    ranks = means.argsort(0).argsort(0).double()
+    places = torch.arange(len(means), dtype=torch.float64)[:, None]
+    ranks, places = ranks - ranks.mean(0), places - places.mean(0)
+    return (ranks * places).sum(0) / (ranks.square().sum(0) * places.square().sum(0)).sqrt().clamp_min(1e-30)
+
+
+def find_chance(order: Tensor, count: int) -> Tensor:
+    """How likely a rank correlation of at least this size is without any order, by Fisher's transformation."""
+    score = order.clamp_max(1 - 1e-12).atanh() * ((count - 3) / 1.06) ** 0.5
+    return torch.tensor([erfc(each / 2**0.5) for each in score.tolist()], dtype=torch.float64)
 
 
 class PaddingCounted(Check):

@@ -11,6 +11,7 @@ import torch.nn as nn
 from ...modules.norm import Norm
 from ...surgery.recalibration.data import find_device
 from ..call import Call
+from ..causes import find_padding
 from ..check import Check, Finding, Repair
 from ..dependence import Finding as Dependence
 from ..dependence import find_batch_dependence, find_padding_dependence
@@ -42,16 +43,16 @@ class LeakBetweenSamples(Check):
         found = next(iter(find_batch_dependence(facts.model, call)), None)
         if found is None or not found.depends:
             return
-        culprits: list[NormFacts | None] = []
-        culprits += [norm for norm in facts.norms if norm.kind == "batch" and not norm.has_averages]
-        for norm in culprits or [None]:
+        # Where no norm does it, the first axis may be no batch: a model of sequences may take time first.
+        for norm in facts.norms:
+            if norm.kind != "batch" or norm.has_averages:
+                continue
             share = describe_remaining(found)
-            said = "the model" if norm is None else norm.said
             yield self.find(
-                "" if norm is None else norm.name,
-                f"{said}: the output of a sample moves by {found.change:.2g} of the largest with other batch "
+                norm.name,
+                f"{norm.said}: the output of a sample moves by {found.change:.2g} of the largest with other batch "
                 f"mates{share}",
-                repair=None if norm is None else make_tracking(facts, norm),
+                repair=make_tracking(facts, norm),
                 change=found.change or 0.0,
                 remaining=-1.0 if found.remaining is None else found.remaining,
             )
@@ -102,6 +103,13 @@ def make_tracking(facts: Facts, norm: NormFacts) -> Repair | None:
     return make_recalibration(facts, Repair(code, perform))
 
 
+def has_padding(facts: Facts) -> bool:
+    """Whether samples are padded, or batches of unlike lengths."""
+    firsts = [batch[0] if type(batch) in (tuple, list) and batch else batch for batch in facts.inputs.batches]
+    shapes = {tuple(x.shape[1:]) for x in firsts if isinstance(x, torch.Tensor)}
+    return len(shapes) > 1 or find_padding(facts) > 0
+
+
 class DependsOnPadding(Check):
     id = "output-depends-on-padding"
     title = "a sample's output depends on how far it was padded"
@@ -112,7 +120,7 @@ class DependsOnPadding(Check):
     )
     evidence = (
         "Half as many zeros again are appended; the change at the real positions in evaluation, and what of it "
-        "remains with the norms' statistics fixed."
+        "remains with the norms' statistics fixed. Looked for where the data have padding, or are of several lengths."
     )
     cure = "anynorm.accelerate(model), then call it within anynorm.masked(lengths=..., model=model)"
     threads = ("audio#4205", "NeMo#3229")
@@ -120,8 +128,8 @@ class DependsOnPadding(Check):
     def run(self, facts: Facts) -> Iterator[Finding]:
         call = find_call(facts)
         norms = [norm for norm in facts.norms if norm.kind in ("instance", "group")]
-        if call is None or not norms:
-            return
+        if call is None or not norms or not has_padding(facts):
+            return  # of data without padding it says nothing
         found = next(iter(find_padding_dependence(facts.model, call)), None)
         if found is not None and found.depends and (found.remaining or 0.0) < 0.5 * (found.change or 0.0):
             yield self.find(

@@ -32,7 +32,9 @@ class ImpossibleAverages(Check):
             assert norm.mean is not None and norm.var is not None
             nonfinite = int((~norm.mean.isfinite() | ~norm.var.isfinite()).sum())
             negative = int((norm.var < 0).sum())
-            smallest = torch.finfo(norm.module._buffers["running_var"].dtype).tiny
+            smallest = torch.finfo(
+                torch.float32
+            ).tiny  # float16 has numbers below 6e-5 that are none of its normal ones
             denormal = int(((norm.var > 0) & (norm.var < smallest)).sum())
             if nonfinite + negative + denormal:
                 counts = {"NaN or infinite": nonfinite, "negative": negative, "denormal": denormal}
@@ -59,6 +61,8 @@ class ZeroEps(Check):
         for norm in facts.norms:
             if getattr(norm.module, "eps", None) == 0:
                 smallest = float(norm.var.min()) if norm.var is not None else float("nan")
+                if norm.normalizes_by_averages and smallest > 0:
+                    continue  # it never divides by anything else
                 perform = self.make_change(norm.module)
                 yield self.find(
                     norm.name,
@@ -105,7 +109,10 @@ class ForeignEps(Check):
                 for module, value in before:
                     module.eps = value
             excess, error = find_excess(facts.evaluation, other)
-            if other.loss is not None and excess > max(0.05 * facts.evaluation.loss, 3 * error, gain):
+            # Gammas are trained, so that on the data of the training no scale of them lowers the loss. On others a network
+            # that is too sure gains by any scale below 1, but no accuracy by a wrong eps.
+            lost = (facts.evaluation.accuracy or 0.0) - (other.accuracy or 0.0)
+            if other.loss is not None and excess > max(0.05 * facts.evaluation.loss, 3 * error, gain) and lost <= 0:
                 best, gain = (eps, framework, other), excess
         if best is not None:
             eps, framework, other = best
