@@ -113,6 +113,15 @@ def find_excess(one: Pass, other: Pass) -> tuple[float, float]:
     return fmean(differences), error
 
 
+def find_gain(one: Pass, other: Pass) -> tuple[float, float]:
+    """How much higher the accuracy of the other pass is, on average over batches, and the standard error of that."""
+    pairs = zip(one.scores, other.scores, strict=False)
+    gains = [b.accuracy - a.accuracy for a, b in pairs if a.accuracy is not None and b.accuracy is not None]
+    if not gains:
+        return 0.0, 0.0
+    return fmean(gains), stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else 0.0
+
+
 def run_pass(
     inputs: Inputs,
     training: bool,

@@ -187,8 +187,8 @@ class PaddingCounted(Check):
         "with and without them."
     )
     cure = (
-        "with anynorm.masked(lengths=..., model=model): around the call, after anynorm.accelerate(model); padding "
-        "then changes nothing"
+        "after anynorm.accelerate(model) call it within anynorm.masked(mask, model=model), whose mask is 1 at real "
+        "positions; padding then changes nothing"
     )
     threads = (
         "pytorch#70529",

@@ -122,7 +122,7 @@ class DependsOnPadding(Check):
         "Half as many zeros again are appended; the change at the real positions in evaluation, and what of it "
         "remains with the norms' statistics fixed. Looked for where the data have padding, or are of several lengths."
     )
-    cure = "anynorm.accelerate(model), then call it within anynorm.masked(lengths=..., model=model)"
+    cure = "anynorm.accelerate(model), then call it within anynorm.masked(mask, model=model)"
     threads = ("audio#4205", "NeMo#3229")
 
     def run(self, facts: Facts) -> Iterator[Finding]:

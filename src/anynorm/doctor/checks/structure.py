@@ -56,7 +56,7 @@ class SharedNorm(Check):
         "only."
     )
     evidence = (
-        "The names it has, or the calls in one forward; with data, how far apart the statistics of the calls are: up to "
+        "The names it has, or the calls in one forward; with data, how far apart their statistics are: up to "
         "0.25 std they may share their averages, as the views of a siamese network do."
     )
     cure = "give each place a norm of its own"
