@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from math import isfinite, nan
 from statistics import fmean, stdev
 from typing import Any
 
@@ -106,20 +107,23 @@ class Pass:
 
 def find_excess(one: Pass, other: Pass) -> tuple[float, float]:
     """How much larger the loss of one pass is, on average over batches, and the standard error of that."""
-    differences = [a - b for a, b in zip(one.losses, other.losses, strict=False)]
-    if not differences:
+    pairs = zip(one.scores, other.scores, strict=False)
+    return find_mean([a.loss - b.loss for a, b in pairs if a.loss is not None and b.loss is not None])
+
+
+def find_mean(values: list[float]) -> tuple[float, float]:
+    """The mean and its standard error; 0 for no value, and NaN where one is NaN or infinite."""
+    if not values:
         return 0.0, 0.0
-    error = stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else 0.0
-    return fmean(differences), error
+    if not all(map(isfinite, values)):
+        return nan, nan  # of which the standard library's `stdev` makes an error
+    return fmean(values), stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
 
 
 def find_gain(one: Pass, other: Pass) -> tuple[float, float]:
     """How much higher the accuracy of the other pass is, on average over batches, and the standard error of that."""
     pairs = zip(one.scores, other.scores, strict=False)
-    gains = [b.accuracy - a.accuracy for a, b in pairs if a.accuracy is not None and b.accuracy is not None]
-    if not gains:
-        return 0.0, 0.0
-    return fmean(gains), stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else 0.0
+    return find_mean([b.accuracy - a.accuracy for a, b in pairs if a.accuracy is not None and b.accuracy is not None])
 
 
 def run_pass(

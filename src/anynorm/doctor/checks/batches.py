@@ -13,6 +13,7 @@ from ..causes import find_padding, find_purity, has_pure_batches
 from ..check import Check, Finding, Repair
 from ..facts import Facts, NormFacts
 from ..passes import Seen
+from .dependence import find_call
 
 NOISY, GOOD = 0.3, 0.1  # std: the standard error of a batch's mean
 FEWEST_BATCHES = 8  # before an order means something
@@ -68,10 +69,16 @@ def is_plain(norm: NormFacts) -> bool:
 def make_renorm(facts: Facts, norm: NormFacts) -> Repair:
     """Batch renormalization, whose training is as its evaluation but for gradients."""
 
-    def perform() -> None:
-        convert(facts.model, "renorm", where=lambda _, module: module is norm.module)
+    call = find_call(facts)
+    example = None if call is None else (dict(call.kwargs) or call.args)
 
-    return Repair(f"anynorm.convert(model, 'renorm', where={norm.name!r})", perform, is_exact=True)
+    def perform() -> None:
+        convert(facts.model, "renorm", where=lambda _, module: module is norm.module, example=example)
+
+    # The classes for (N, C) and (N, C, L) are one in torch: a call says which it is.
+    batch = ", example=next(iter(loader))" if call is not None and call.kwargs else ", example=next(iter(loader))[0]"
+    given = "" if call is None else batch
+    return Repair(f"anynorm.convert(model, 'renorm', where={norm.name!r}{given})", perform, is_exact=True)
 
 
 class PureBatches(Check):

@@ -29,6 +29,7 @@ class TrainingInEvaluation(Check):
                     norm.name,
                     f"{norm.said} is in training mode, the model in evaluation",
                     repair=Repair(f"{norm.path}.eval()", norm.module.eval),
+                    momentum=repr(getattr(norm.module, "momentum", None)),
                 )
 
 
@@ -90,6 +91,7 @@ class MovingAffineFrozenStatistics(Check):
                     norm.name,
                     f"{norm.said} is in evaluation, the model in training, and gamma and beta are trained",
                     repair=make_freezing(facts, norm, affine=False),
+                    batches=norm.count or 0,
                 )
 
 

@@ -190,4 +190,5 @@ class LeftByAccelerate(Check):
         for entry in report.left:
             if type(facts.model.get_submodule(entry.name)).__module__.startswith("torch.nn."):
                 continue  # torch's own code is known; where it stands is why it is left
-            yield self.find(entry.name, f"{entry.name or 'the model'} ({entry.kind}): {entry.reason}")
+            said = f"{entry.name or 'the model'} ({entry.kind}): {entry.reason}"
+            yield self.find(entry.name, said, reason=entry.reason)
