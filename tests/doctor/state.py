@@ -18,7 +18,7 @@ class State:
         self.model, self.optimizer = model, optimizer
         self.objects, self.values = look(model), copy_values(model)
         self.steps = None if optimizer is None else describe(optimizer.state_dict())
-        self.groups = None if optimizer is None else [list(map(id, group["params"])) for group in optimizer.param_groups]
+        self.groups = find_groups(optimizer)
         self.chance = find_chance()
 
     def check(self) -> None:
@@ -28,8 +28,13 @@ class State:
             assert torch.equal(now.nan_to_num(12.5), self.values[name].nan_to_num(12.5)), name
         if self.optimizer is not None:
             assert describe(self.optimizer.state_dict()) == self.steps
-            assert [list(map(id, group["params"])) for group in self.optimizer.param_groups] == self.groups
+            assert find_groups(self.optimizer) == self.groups
         assert find_chance() == self.chance
+
+
+def find_groups(optimizer: torch.optim.Optimizer | None) -> list[list[int]]:
+    """The identities of parameters, group by group."""
+    return [] if optimizer is None else [list(map(id, group["params"])) for group in optimizer.param_groups]
 
 
 def look(model: nn.Module) -> dict[str, Any]:
@@ -73,4 +78,4 @@ def describe(value: Any) -> Any:
 
 def find_chance() -> Any:
     """The states of the random generators."""
-    return torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state())
+    return torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state())  # noqa: NPY002 # the generator that may be moved

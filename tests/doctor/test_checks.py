@@ -5,12 +5,12 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-from doctor.patients import find_loss
-from doctor.state import State
-from doctor.ward import CASES
 
 import anynorm
 from anynorm.doctor.check import find_checks
+from doctor.patients import find_loss
+from doctor.state import State
+from doctor.ward import CASES
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_process_group")
 REPAIRED = {check: case for check, case in CASES.items() if not case.no_repair}

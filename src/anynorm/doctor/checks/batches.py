@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from math import ceil, erfc
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from ..facts import Facts, NormFacts
 from ..passes import Seen
 from .dependence import find_call
 
+SETTLED = 100  # batches
 NOISY, GOOD = 0.3, 0.1  # std: the standard error of a batch's mean
 FEWEST_BATCHES = 8  # before an order means something
 DRIFT = 0.9  # rank correlation of a batch's mean with its place
@@ -72,12 +74,15 @@ def make_renorm(facts: Facts, norm: NormFacts) -> Repair:
     call = find_call(facts)
     example = None if call is None else (dict(call.kwargs) or call.args)
 
+    # Averages that are trained need no warm-up, in which it would go on as batch norm.
+    options: dict[str, Any] = {"warmup": (0, 0, 0)} if (norm.count or 0) >= SETTLED else {}
+
     def perform() -> None:
-        convert(facts.model, "renorm", where=lambda _, module: module is norm.module, example=example)
+        convert(facts.model, "renorm", where=lambda _, module: module is norm.module, example=example, **options)
 
     # The classes for (N, C) and (N, C, L) are one in torch: a call says which it is.
     batch = ", example=next(iter(loader))" if call is not None and call.kwargs else ", example=next(iter(loader))[0]"
-    given = "" if call is None else batch
+    given = ("" if call is None else batch) + "".join(f", {key}={value}" for key, value in options.items())
     return Repair(f"anynorm.convert(model, 'renorm', where={norm.name!r}{given})", perform, is_exact=True)
 
 
@@ -155,13 +160,13 @@ class Drift(Check):
             if float(spread[worst]) > 0.5:
                 found.append((float(spread[worst]), float(order[worst]), norm))
         if found and not has_pure_batches(facts):
-            spread, order, norm = max(found, key=lambda each: each[0])
+            distance, correlation, norm = max(found, key=lambda each: each[0])
             yield self.find(
                 norm.name,
-                f"{norm.said}: a channel's mean goes {spread:.2g} std from the first batches to the last (rank "
-                f"correlation {order:.2f})",
-                distance=spread,
-                correlation=order,
+                f"{norm.said}: a channel's mean goes {distance:.2g} std from the first batches to the last (rank "
+                f"correlation {correlation:.2f})",
+                distance=distance,
+                correlation=correlation,
                 layers=len(found),
             )
 

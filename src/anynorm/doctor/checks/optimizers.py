@@ -94,7 +94,8 @@ def has_held_neighbours(facts: Facts, norm: NormFacts, held: set[int]) -> bool:
 
     Where only a head is trained, norms are left out with the layers around them.
     """
-    before = next((list(step.module.parameters()) for step in norm.around.before if has_weights(step.module)), [])
+    layers = [step.module for step in norm.around.before if step.module is not None and has_weights(step.module)]
+    before = list(layers[0].parameters()) if layers else []
     if not before:
         norms = {id(p) for each in facts.norms for p in each.module.parameters(recurse=False)}
         before = [p for p in facts.model.parameters() if id(p) not in norms and p.requires_grad]

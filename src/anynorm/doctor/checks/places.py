@@ -98,8 +98,8 @@ def make_larger_groups(facts: Facts, norm: NormFacts, channels: int) -> Repair |
         perform = partial(setattr, norm.module, "num_groups", fewer)
         return Repair(f"{norm.path}.num_groups = {fewer}", perform, needs_training=True)
     code = f"anynorm.convert(model, 'group', num_groups={fewer}, where={norm.name!r})"
-    perform = partial(convert, facts.model, "group", num_groups=fewer, where=lambda _, each: each is norm.module)
-    return Repair(code, perform, needs_training=True)
+    change = partial(convert, facts.model, "group", num_groups=fewer, where=lambda _, each: each is norm.module)
+    return Repair(code, change, needs_training=True)
 
 
 class OneValue(Check):
