@@ -85,7 +85,7 @@ class NormFacts:
     @property
     def has_averages(self) -> bool:
         """Whether it keeps running averages."""
-        return self.mean is not None and self.var is not None
+        return self.mean is not None and self.var is not None and len(self.mean) > 0
 
     @property
     def is_trained(self) -> bool:

@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 
 from ...modules.norm import Norm
-from ...surgery.recalibration.data import find_device
+from ...surgery.recalibration.data import find_device, move
 from ..call import Call
 from ..causes import find_padding
 from ..check import Check, Finding, Repair
@@ -38,15 +38,14 @@ class LeakBetweenSamples(Check):
 
     def run(self, facts: Facts) -> Iterator[Finding]:
         call = find_call(facts)
-        if call is None or not moves_with_mates(facts.model, call):
+        culprits = [norm for norm in facts.norms if norm.kind == "batch" and not norm.has_averages]
+        if call is None or not culprits or facts.evaluation.problem or not moves_with_mates(facts.model, call):
             return  # in float32 nothing is to be seen: the search in float64 would take long
         found = next(iter(find_batch_dependence(facts.model, call)), None)
         if found is None or not found.depends:
             return
         # Where no norm does it, the first axis may be no batch: a model of sequences may take time first.
-        for norm in facts.norms:
-            if norm.kind != "batch" or norm.has_averages:
-                continue
+        for norm in culprits:
             share = describe_remaining(found)
             yield self.find(
                 norm.name,
@@ -62,10 +61,10 @@ def find_call(facts: Facts) -> Call | None:
     """The first batch as a call; None where only the user's forward_fn knows how."""
     if facts.inputs.forward_fn is not None:
         return None
-    batch = facts.inputs.batches[0]
+    batch = move(facts.inputs.batches[0], find_device(facts.model))
     if isinstance(batch, dict):
         return Call((), batch)
-    first = batch[0] if type(batch) in (tuple, list) else batch
+    first = batch[0] if type(batch) in (tuple, list) and batch else batch
     return Call((first,)) if isinstance(first, torch.Tensor) else None
 
 
@@ -128,7 +127,7 @@ class DependsOnPadding(Check):
     def run(self, facts: Facts) -> Iterator[Finding]:
         call = find_call(facts)
         norms = [norm for norm in facts.norms if norm.kind in ("instance", "group")]
-        if call is None or not norms or not has_padding(facts):
+        if call is None or not norms or facts.evaluation.problem or not has_padding(facts):
             return  # of data without padding it says nothing
         found = next(iter(find_padding_dependence(facts.model, call)), None)
         if found is not None and found.depends and (found.remaining or 0.0) < 0.5 * (found.change or 0.0):
