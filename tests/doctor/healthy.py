@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import torch
 import torch.nn as nn
@@ -15,16 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import anynorm
 from anynorm.apps.studies.data import load_data
-
-
-@dataclass
-class Patient:
-    """A trained model, and what `diagnose` is given beside it."""
-
-    model: nn.Module
-    loader: Any
-    optimizer: torch.optim.Optimizer
-    loss_fn: Callable[[Any, Any], Any] | None = None
+from doctor.patients import Patient, train
 
 
 class Block(nn.Module):
@@ -171,20 +160,6 @@ MAKERS: dict[str, Callable[[], nn.Module]] = {
 def load_digits() -> tuple[Tensor, Tensor]:
     """Images (N, 1, 8, 8), standardized, and their digits."""
     return load_data("digits").tensors("train")
-
-
-def train(
-    model: nn.Module, loader: Any, optimizer: torch.optim.Optimizer, loss_fn: Callable[[Any, Any], Tensor], steps: int
-) -> None:
-    """In the usual way."""
-    model.train()
-    while steps > 0:
-        for x, y in loader:
-            optimizer.zero_grad()
-            loss_fn(model(x), y).backward()
-            optimizer.step()
-            if (steps := steps - 1) == 0:
-                return
 
 
 def make_healthy(name: str, seed: int, steps: int = 80, size: int = 64) -> Patient:
