@@ -65,13 +65,24 @@ class Inverted(nn.Module):
         return x + self.conv(x) if self.adds else self.conv(x)
 
 
-def make_mobilenet() -> nn.Module:
-    """A small MobileNetV2."""
-    first = (nn.Conv2d(1, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU6(inplace=True))
-    blocks = (Inverted(16, 8, 1, 1), Inverted(8, 16, 2, 4), Inverted(16, 16, 1, 4), Inverted(16, 24, 2, 4))
-    last = (nn.Conv2d(24, 64, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU6(inplace=True))
-    pooled = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.2), nn.Linear(64, 10))
-    return nn.Sequential(*first, *blocks, *last, *pooled)
+# Expansion, channels, blocks, and the stride of the first: table 2 of the paper, with fewer strides for small images.
+MOBILENET_V2 = (
+    (1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 1), (6, 320, 1, 1),
+)  # fmt: skip
+SMALL = ((1, 8, 1, 1), (4, 16, 2, 2), (4, 24, 1, 2))
+
+
+def make_mobilenet(plan: tuple[tuple[int, int, int, int], ...] = SMALL, wide: int = 64) -> nn.Module:
+    """A MobileNetV2, small unless the plan says otherwise."""
+    channels = plan[0][1] * 2
+    layers: list[nn.Module] = [nn.Conv2d(1, channels, 3, 1, 1, bias=False), nn.BatchNorm2d(channels)]
+    layers.append(nn.ReLU6(inplace=True))
+    for expand, out, blocks, stride in plan:
+        for each in range(blocks):
+            layers.append(Inverted(channels, out, 1 if each else stride, expand))
+            channels = out
+    layers += [nn.Conv2d(channels, wide, 1, bias=False), nn.BatchNorm2d(wide), nn.ReLU6(inplace=True)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.2), nn.Linear(wide, 10))
 
 
 class Transformer(nn.Module):
@@ -156,6 +167,13 @@ MAKERS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+# Of full width and depth, for images of 8x8; only `make ward` takes the minutes that these need.
+LARGE: dict[str, Callable[[], nn.Module]] = {
+    "resnet18": lambda: make_resnet((64, 128, 256, 512), 2),
+    "mobilenet_v2": lambda: make_mobilenet(MOBILENET_V2, 1280),
+}
+
+
 @cache
 def load_digits() -> tuple[Tensor, Tensor]:
     """Images (N, 1, 8, 8), standardized, and their digits."""
@@ -169,7 +187,7 @@ def make_healthy(name: str, seed: int, steps: int = 80, size: int = 64) -> Patie
     if name == "unet":
         y = (x[:, 0] > 0).long()
     loader = DataLoader(TensorDataset(x, y), batch_size=size, shuffle=True, drop_last=True)
-    model = MAKERS[name]()
+    model = (MAKERS | LARGE)[name]()
     decay = 1e-4
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
         optimizer: torch.optim.Optimizer = torch.optim.SGD(anynorm.param_groups(model, decay), lr=0.05, momentum=0.9)
