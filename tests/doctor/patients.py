@@ -119,7 +119,7 @@ def make_patient(
     after: Callable[[Any], object] | None = None,
     *,
     data: Callable[[], tuple[Tensor, Tensor]] = make_blobs,
-    steps: int = 60,
+    steps: int = 45,
     **options: Any,
 ) -> Patient:
     """A model that is built, trained and then changed.

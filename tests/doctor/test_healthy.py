@@ -12,7 +12,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def test_a_healthy_model_has_no_findings(name):
     patient = make_healthy(name, seed=0, steps=60)
     before = State(patient.model, patient.optimizer)
-    found = patient.diagnose()
+    found = patient.diagnose(batches=8)
     before.check()
     assert not found.skipped
     assert "evaluation problem" not in found.measured
