@@ -7,7 +7,7 @@ WORKS := .venv-works-with
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: arm docs doctor host types wheel works-with versions studies batchsize ddp faults fold fuzz masked sanitize help setup compare vowels try speed bench explain env list test check accuracy format clean
+.PHONY: arm ward docs doctor host types wheel works-with versions studies batchsize ddp faults fold fuzz masked sanitize help setup compare vowels try speed bench explain env list test check accuracy format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -66,6 +66,9 @@ studies: $(READY) $(VENV)/.vowels ## every claim put to the test, and docs/claim
 
 ddp: $(READY) ## two processes train the network of one, on the MNIST images (half a minute)
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 examples/train_ddp.py $(ARGS)
+
+ward: $(READY) ## whether the doctor's checks find what is wrong, and only that (10 minutes; ARGS="--quick --seeds 1")
+	$(BIN)/python -m benchmarks.ward $(ARGS)
 
 explain: $(READY) ## the three steps in real numbers
 	$(BIN)/anynorm explain $(ARGS)

@@ -50,9 +50,27 @@ def check_pitches(model: torch.nn.Module, before: list[float]) -> None:
     assert all(abs(a - b) < 0.05 for a, b in zip(after[:5], SINES.values(), strict=True)), after
 
 
+def check_findings(size: str, frames: torch.Tensor) -> None:
+    """Weights that were carried over from Keras: what the doctor finds of that, and nothing else."""
+    names = [f"conv{place}_BN" for place in range(1, 7)]
+    known = [(check, name) for check in ("momentum-zero", "counter-zero", "norm-after-activation") for name in names]
+    known += [("gamma-negative", "conv6_BN")] if size == "full" else []
+    for loader in (None, [frames], list(frames.split(2))):
+        model = load(size)
+        diagnosis = anynorm.diagnose(model, loader)
+        assert sorted((each.check, each.layer) for each in diagnosis.findings) == sorted(known), str(diagnosis)
+        assert not any(each.severity == "error" for each in diagnosis.findings)
+        negative = [each.evidence["channels"] for each in diagnosis.findings if each.check == "gamma-negative"]
+        assert negative == [21] * (size == "full")
+        before = read_pitches(model, frames)
+        assert len(diagnosis.apply()) == 12  # momentum and counters; the others have no repair
+        check_pitches(model, before)
+
+
 frames = make_frames()
 told = []
 for size in ("tiny", "full"):
+    check_findings(size, frames)
     model = load(size)
     before = read_pitches(model, frames)
     for accelerated in (False, True):

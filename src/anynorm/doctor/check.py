@@ -45,11 +45,13 @@ class Repair:
         code: what to paste to do the same; it speaks of ``model``, and where it must of ``optimizer`` and ``loader``.
         perform: does it to the model that was examined.
         is_exact: outputs in evaluation must stay as they are, but for rounding.
+        needs_training: the model computes something else afterwards and has to be trained for it: no loss is compared.
     """
 
     code: str
     perform: Callable[[], object]
     is_exact: bool = False
+    needs_training: bool = False
 
 
 @dataclass(frozen=True)

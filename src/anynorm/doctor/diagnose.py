@@ -17,6 +17,7 @@ import torch.nn as nn
 from ..errors import UserError
 from ..randomness import restore_randomness, save_randomness
 from ..surgery.operation import NotProved, Snapshot, check_model
+from ..surgery.recalibration.norms import is_lazy
 from ..surgery.report import SurgeryReport
 from ..version import __version__
 from .check import NEEDS, SEVERITIES, Check, Effect, Finding, find_checks
@@ -141,8 +142,8 @@ def diagnose(
         A `Diagnosis`; printed, it says what was found. ``finding.apply()`` performs a repair and proves it.
 
     Raises:
-        TypeError: `model` is not a module, or `loader` cannot be iterated.
-        ValueError: an unknown check; a loader that gives nothing.
+        TypeError: `model` is not a module, `loader` cannot be iterated, or another argument is of no use.
+        ValueError: an unknown check; a loader that gives nothing; a lazy module that has seen no input.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8, momentum=0.99))
@@ -157,6 +158,7 @@ def diagnose(
     """
     check_model("diagnose", model)
     chosen = choose_checks(checks)
+    check_arguments(model, loader, optimizer, {"loss_fn": loss_fn, "forward_fn": forward_fn})
     given = Inputs(model, take(loader, batches), loader, optimizer, loss_fn, forward_fn)
     with keeping_everything(given):
         facts = Facts(given)
@@ -214,7 +216,8 @@ def repair(inputs: Inputs, finding: Finding) -> list[Effect]:
             if off > CLOSE:
                 raise NotProved(f"apply: it may not move outputs in evaluation; they moved by {off:.1g}", report)
         old, new = before["loss"], after["loss"]
-        if old is not None and new is not None and not new <= max(WORSE * old, old + 1e-3) and old == old:
+        is_known = old is not None and new is not None and old == old and not finding.repair.needs_training
+        if is_known and not new <= max(WORSE * old, old + 1e-3):
             raise NotProved(f"apply: a repair may not raise the loss in evaluation; {old:.4g} became {new:.4g}", report)
     except BaseException:
         snapshot.restore()
@@ -230,7 +233,8 @@ def repair(inputs: Inputs, finding: Finding) -> list[Effect]:
 
 def measure(inputs: Inputs) -> dict[str, Any]:
     """Loss, accuracy and the first batch's output, in evaluation."""
-    found = run_pass(inputs, training=False, records=False)
+    with keeping_everything(inputs):
+        found = run_pass(inputs, training=False, records=False)
     first = found.scores[0].output if found.scores else None
     return {"loss": found.loss, "accuracy": found.accuracy, "outputs": first}
 
@@ -291,10 +295,34 @@ def take(loader: Any, most: int) -> list[Any]:
     return found
 
 
+def check_arguments(model: nn.Module, loader: Any, optimizer: Any, functions: Mapping[str, Any]) -> None:
+    """Refuse what cannot be used."""
+    if optimizer is not None and not (hasattr(optimizer, "param_groups") and hasattr(optimizer, "state")):
+        raise TypeError(
+            f"diagnose: optimizer must be a torch.optim.Optimizer; got {type(optimizer).__name__}; pass the "
+            "training's, or leave it out"
+        )
+    for name, function in functions.items():
+        if function is not None and not callable(function):
+            raise TypeError(
+                f"diagnose: {name} must be a function; got {type(function).__name__}; see help(anynorm.diagnose)"
+            )
+    lazy = [name for name, module in model.named_modules() if is_lazy(module)]
+    if lazy and loader is not None:
+        raise UserError(
+            f"diagnose: lazy modules must have seen an input; got {lazy[0] or 'the model'}, which has not; run one "
+            "batch first, or leave loader out"
+        )
+
+
 def choose_checks(wanted: Iterable[str] | None) -> list[Check]:
     """Checks by id, those that need least first."""
     known = find_checks()
     if wanted is not None:
+        if not isinstance(wanted, Iterable):
+            raise TypeError(
+                f"diagnose: checks must be ids of checks; got {type(wanted).__name__}; anynorm doctor --list shows them"
+            )
         wanted = [wanted] if isinstance(wanted, str) else list(wanted)
         for name in wanted:
             if name not in known:

@@ -14,7 +14,7 @@ from ..modules.frozen import Frozen
 from ..surgery.adapters import find_adapters
 from .inputs import Inputs
 from .norms import find_kind, find_norms, find_plain_class
-from .passes import Pass, run_pass
+from .passes import Pass, keeping_modes, run_pass
 from .structure import Surroundings, find_surroundings
 
 NOTHING = Surroundings((), (), 0)
@@ -85,14 +85,34 @@ class NormFacts:
     @property
     def has_averages(self) -> bool:
         """Whether it keeps running averages."""
-        return self.mean is not None and self.var is not None
+        return self.mean is not None and self.var is not None and len(self.mean) > 0
 
     @property
     def is_trained(self) -> bool:
-        """Whether something of it has moved from where it began."""
-        gamma, beta = self.gamma, self.beta
-        moved = (gamma is not None and bool((gamma != 1).any())) or (beta is not None and bool(beta.any()))
-        return moved or bool(self.count)
+        """Whether something of it has moved from where it began.
+
+        Gammas alone do not tell: residual branches begin with 0, and DCGAN's initialization draws them.
+        """
+        beta = self.beta
+        return bool(self.count) or (beta is not None and len(beta) > 0 and bool((beta != beta[0]).any()))
+
+    @property
+    def begun(self) -> float:
+        """The share of the running averages that is still the mean 0 and variance 1 that they began with; 0 if none.
+
+        A share s of 1 in the variance leaves none below s. One that is smaller began elsewhere: with a checkpoint, or
+        with the data, as after `anynorm.recalibrate`, whose counter is small too.
+        """
+        momentum, var = getattr(self.module, "momentum", None), self.var
+        if not isinstance(momentum, float) or not 0 < momentum < 1 or not self.count or var is None:
+            return 0.0
+        share = (1 - momentum) ** self.count
+        return 0.0 if bool((var < 0.99 * share).any()) else float(share)
+
+    @property
+    def normalizes_by_averages(self) -> bool:
+        """Whether it is frozen so that it normalizes by its averages in training too."""
+        return self.frozen is not None and self.frozen.statistics
 
     @property
     def frozen(self) -> Frozen | None:
@@ -153,6 +173,13 @@ class Facts:
     def has_data(self) -> bool:
         """Whether there are batches."""
         return bool(self.inputs.batches)
+
+    @cached_property
+    def trains(self) -> set[str]:
+        """The norms that ``model.train()`` sets to training, by name: a model's own `train` may leave some out."""
+        with keeping_modes(self.model):
+            self.model.train()
+            return {norm.name for norm in self.norms if norm.module.training}
 
     @cached_property
     def evaluation(self) -> Pass:

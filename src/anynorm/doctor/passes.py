@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from math import isfinite, nan
 from statistics import fmean, stdev
 from typing import Any
 
@@ -34,7 +35,10 @@ class Seen:
         noise: the standard error of a batch's mean, as its samples differ, in std; (C,) for each batch.
         shapes: of the inputs.
         calls: in the batch that called it most.
+        by_call: moments of all batches, for the first, second ... call in a batch.
         largest: the largest absolute value.
+        dtypes: of the inputs.
+        values: of each channel of its output, over all batches.
         nonfinite: how many values were NaN or Inf.
         highest: of each channel of its output, where axis 1 has channels.
         example: the first input.
@@ -45,7 +49,10 @@ class Seen:
     noise: list[Tensor] = field(default_factory=list)
     shapes: list[tuple[int, ...]] = field(default_factory=list)
     calls: int = 0
+    by_call: list[Moments] = field(default_factory=list)
     largest: float = 0.0
+    dtypes: set[torch.dtype] = field(default_factory=set)
+    values: int = 0
     nonfinite: int = 0
     highest: Tensor | None = None
     example: Tensor | None = None
@@ -100,11 +107,23 @@ class Pass:
 
 def find_excess(one: Pass, other: Pass) -> tuple[float, float]:
     """How much larger the loss of one pass is, on average over batches, and the standard error of that."""
-    differences = [a - b for a, b in zip(one.losses, other.losses, strict=False)]
-    if not differences:
+    pairs = zip(one.scores, other.scores, strict=False)
+    return find_mean([a.loss - b.loss for a, b in pairs if a.loss is not None and b.loss is not None])
+
+
+def find_mean(values: list[float]) -> tuple[float, float]:
+    """The mean and its standard error; 0 for no value, and NaN where one is NaN or infinite."""
+    if not values:
         return 0.0, 0.0
-    error = stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else 0.0
-    return fmean(differences), error
+    if not all(map(isfinite, values)):
+        return nan, nan  # of which the standard library's `stdev` makes an error
+    return fmean(values), stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+
+
+def find_gain(one: Pass, other: Pass) -> tuple[float, float]:
+    """How much higher the accuracy of the other pass is, on average over batches, and the standard error of that."""
+    pairs = zip(one.scores, other.scores, strict=False)
+    return find_mean([b.accuracy - a.accuracy for a, b in pairs if a.accuracy is not None and b.accuracy is not None])
 
 
 def run_pass(
@@ -193,6 +212,9 @@ def look(seen: Seen, norm: Any, args: Any, kwargs: Any) -> None:
         return
     if len(seen.shapes) < 64:
         seen.shapes.append(tuple(x.shape))
+    seen.dtypes.add(x.dtype)
+    if mask is not None:
+        x = x.masked_fill(mask == 0, 0)  # what stands at padding counts in nothing
     largest = float(x.abs().amax())
     if not largest < float("inf"):
         seen.nonfinite += int((~x.isfinite()).sum())
@@ -204,6 +226,10 @@ def look(seen: Seen, norm: Any, args: Any, kwargs: Any) -> None:
     moments = find_input_moments(average.numel(), x, mask)
     if moments is None:
         return
+    if seen._calls > len(seen.by_call):
+        seen.by_call.append(moments)
+    else:
+        seen.by_call[seen._calls - 1] = seen.by_call[seen._calls - 1].merge(moments)
     seen._now = moments if seen._now is None else seen._now.merge(moments)
     if len(x) > 1:
         means = x.flatten(2).mean(2) if x.dim() > 2 else x
@@ -220,5 +246,6 @@ def look_behind(seen: Seen, norm: Any, args: Any, output: Any) -> None:
         if y.dim() >= 2 and y.is_floating_point() and y.numel():
             highest = y.detach().transpose(0, 1).flatten(1).amax(1)
             known = seen.highest
+            seen.values += y.numel() // y.shape[1]
             seen.highest = highest if known is None or known.shape != highest.shape else torch.maximum(known, highest)
         break

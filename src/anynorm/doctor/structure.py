@@ -26,7 +26,7 @@ class Step(NamedTuple):
         module: None for a function.
         function: its name; "" for a module.
         activation: whether it is one.
-        is_shared: whether its output goes elsewhere too.
+        is_shared: whether its output goes elsewhere too, or it is called elsewhere.
     """
 
     said: str
@@ -113,6 +113,7 @@ def make_step(node: fx.Node, recording: Recording, names: dict[int, str]) -> Ste
     # Its own name, or why it cannot be fused: both are said of activations alone.
     is_activation = any(read_node(node, recording.modules)) and not (module is not None and is_layer(module))
     users = [user for user in node.users if not reads_shape(user, node)]
+    calls = 0 if module is None else sum(find_module(each, recording.modules) is module for each in node.graph.nodes)
     said = describe_node(node, recording.modules)
     name = "" if module is None else names.get(id(module), "")
-    return Step(said, name, module, function, is_activation, len(users) > 1)
+    return Step(said, name, module, function, is_activation, len(users) > 1 or calls > 1)

@@ -170,7 +170,7 @@ class Snapshot:
         ]
         tensors = [t for t in (*model.parameters(), *model.buffers()) if type(t) in (Tensor, nn.Parameter)]
         self.flags = [(t, t.requires_grad, t.grad if t.is_leaf else None) for t in tensors]
-        self.values = [(t, t.detach().clone()) for t in tensors] if values else []
+        self.values = [(t, t.detach().clone()) for t in tensors if not t.is_meta] if values else []
 
     def restore(self) -> None:
         """Put the model back."""

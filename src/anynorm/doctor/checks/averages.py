@@ -10,6 +10,7 @@ import torch
 
 from ..check import Check, Finding, Repair
 from ..facts import Facts, NormFacts
+from ..gaps import find_gap
 from .repairs import make_recalibration, set_attribute
 
 STALE = 0.05  # share of where averages began that is left in them
@@ -71,17 +72,18 @@ class SlowMomentum(Check):
         "After n batches a share (1 - momentum)^n of the running averages is what they began with. A short "
         "training with a small momentum is evaluated with statistics of nothing."
     )
-    evidence = "(1 - momentum)^n with n from num_batches_tracked; above 5 % it is reported, above 50 % as an error."
+    evidence = (
+        "(1 - momentum)^n with n from num_batches_tracked; above 5 % it is reported, above 50 % as an error. A running "
+        "variance below that share, or averages that agree with the data, refute it."
+    )
     cure = "take out what they began with, and set momentum to None, which weighs all batches alike; or train longer"
     threads = ("keras#7265",)
 
     def run(self, facts: Facts) -> Iterator[Finding]:
         for norm in facts.averaging:
-            momentum, count = getattr(norm.module, "momentum", None), norm.count
-            if not isinstance(momentum, float) or not 0 < momentum < 1 or not count or norm.frozen is not None:
-                continue
-            share = (1 - momentum) ** count
-            if share > STALE:
+            share = norm.begun
+            if share > STALE and norm.frozen is None and not is_refuted(facts, norm):
+                momentum, count = norm.module.momentum, norm.count or 0
                 yield self.find(
                     norm.name,
                     f"{norm.said}: {100 * share:.0f} % of the running averages are still mean 0 and variance 1, "
@@ -92,6 +94,14 @@ class SlowMomentum(Check):
                     batches=count,
                     momentum=momentum,
                 )
+
+
+def is_refuted(facts: Facts, norm: NormFacts) -> bool:
+    """Whether data are there, and say that the averages are theirs."""
+    if not facts.has_data or facts.undropped.problem or norm.kind != "batch":
+        return False
+    gap = find_gap(norm, facts.undropped.seen.get(norm.name))
+    return gap is not None and not gap.is_significant
 
 
 def make_unbiasing(norm: NormFacts, share: float) -> Repair:
@@ -183,7 +193,9 @@ class HalfAverages(Check):
     def run(self, facts: Facts) -> Iterator[Finding]:
         for norm in facts.averaging:
             dtype = norm.module._buffers["running_mean"].dtype
-            if dtype in (torch.float16, torch.bfloat16) and norm.frozen is None:
+            # A network that is only evaluated in half precision moves no averages.
+            is_used = norm.moves or facts.inputs.optimizer is not None
+            if dtype in (torch.float16, torch.bfloat16) and norm.frozen is None and is_used:
                 step = torch.finfo(dtype).eps
                 yield self.find(
                     norm.name,

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from math import ceil
+from math import ceil, erfc
+from typing import Any
 
 import torch
-from scipy.stats import spearmanr
+from torch import Tensor
 
 from ...surgery.convert import convert
-from ..causes import PURE, find_padding, find_purity
+from ..causes import find_padding, find_purity, has_pure_batches
 from ..check import Check, Finding, Repair
 from ..facts import Facts, NormFacts
 from ..passes import Seen
+from .dependence import find_call
 
+SETTLED = 100  # batches
 NOISY, GOOD = 0.3, 0.1  # std: the standard error of a batch's mean
 FEWEST_BATCHES = 8  # before an order means something
 DRIFT = 0.9  # rank correlation of a batch's mean with its place
+CHANCE = 1e-3  # that any channel of any norm is in such an order by chance
 PADDED = 0.1  # share of positions
 
 
@@ -67,10 +71,19 @@ def is_plain(norm: NormFacts) -> bool:
 def make_renorm(facts: Facts, norm: NormFacts) -> Repair:
     """Batch renormalization, whose training is as its evaluation but for gradients."""
 
-    def perform() -> None:
-        convert(facts.model, "renorm", where=lambda _, module: module is norm.module)
+    call = find_call(facts)
+    example = None if call is None else (dict(call.kwargs) or call.args)
 
-    return Repair(f"anynorm.convert(model, 'renorm', where={norm.name!r})", perform, is_exact=True)
+    # Averages that are trained need no warm-up, in which it would go on as batch norm.
+    options: dict[str, Any] = {"warmup": (0, 0, 0)} if (norm.count or 0) >= SETTLED else {}
+
+    def perform() -> None:
+        convert(facts.model, "renorm", where=lambda _, module: module is norm.module, example=example, **options)
+
+    # The classes for (N, C) and (N, C, L) are one in torch: a call says which it is.
+    batch = ", example=next(iter(loader))" if call is not None and call.kwargs else ", example=next(iter(loader))[0]"
+    given = ("" if call is None else batch) + "".join(f", {key}={value}" for key, value in options.items())
+    return Repair(f"anynorm.convert(model, 'renorm', where={norm.name!r}{given})", perform, is_exact=True)
 
 
 class PureBatches(Check):
@@ -82,22 +95,23 @@ class PureBatches(Check):
         "class, the network learns to need that, and evaluation, which has one set of statistics, collapses."
     )
     evidence = (
-        "The entropy of the targets in a batch as a share of that of all targets, and how much of the variance at "
-        "the norm lies between batches."
+        "The entropy of the targets in a batch as a share of what it is in shuffled batches of the same sizes, and how "
+        "much of the variance at the norm lies between batches."
     )
     cure = "shuffle=True in the loader; train on for a little, then anynorm.recalibrate(model, loader)"
 
     def run(self, facts: Facts) -> Iterator[Finding]:
-        purity = find_purity(facts)
-        if purity is None or purity >= PURE or facts.training.problem:
+        if not has_pure_batches(facts) or facts.training.problem:
             return
+        purity = find_purity(facts)
+        assert purity is not None
         shares = {norm: find_between(facts.training.seen.get(norm.name)) for norm in facts.averaging}
         if shares:
             norm = max(shares, key=lambda each: shares[each])
             yield self.find(
                 norm.name,
-                f"a batch's targets have {100 * purity:.0f} % of the entropy of all targets; at {norm.said} "
-                f"{100 * shares[norm]:.0f} % of the variance lies between batches",
+                f"a batch's targets have {100 * purity:.0f} % of the entropy that they had in shuffled batches; at "
+                f"{norm.said} {100 * shares[norm]:.0f} % of the variance lies between batches",
                 severity="warning" if shares[norm] > 0.05 else "note",
                 entropy_share=purity,
                 between_batches=shares[norm],
@@ -129,7 +143,8 @@ class Drift(Check):
 
     def run(self, facts: Facts) -> Iterator[Finding]:
         found = []
-        for norm in facts.averaging:
+        norms = [norm for norm in facts.averaging if norm.kind == "batch"]
+        for norm in norms:
             seen = facts.training.seen.get(norm.name)
             population = None if seen is None else seen.merge()
             if seen is None or population is None or len(seen.moments) < FEWEST_BATCHES:
@@ -137,20 +152,37 @@ class Drift(Check):
             means = torch.stack([each.mean for each in seen.moments if each.mean is not None])
             std = (population.var + norm.module.eps).sqrt()
             spread = (means[-len(means) // 4 :].mean(0) - means[: len(means) // 4].mean(0)).abs() / std
+            order = find_order(means).abs()
+            # The channel that went farthest of many: the chance of its order counts for all that it was chosen from.
+            chance = find_chance(order, len(means)) * means.shape[1] * len(norms)
+            spread = spread.where((order > DRIFT) & (chance < CHANCE), torch.zeros_like(spread))
             worst = int(spread.argmax())
-            order = abs(float(spearmanr(range(len(means)), means[:, worst].numpy()).statistic))
-            if order > DRIFT and float(spread[worst]) > 0.5:
-                found.append((float(spread[worst]), order, norm))
-        if found and (find_purity(facts) or 1.0) >= PURE:
-            spread, order, norm = max(found, key=lambda each: each[0])
+            if float(spread[worst]) > 0.5:
+                found.append((float(spread[worst]), float(order[worst]), norm))
+        if found and not has_pure_batches(facts):
+            distance, correlation, norm = max(found, key=lambda each: each[0])
             yield self.find(
                 norm.name,
-                f"{norm.said}: a channel's mean goes {spread:.2g} std from the first batches to the last (rank "
-                f"correlation {order:.2f})",
-                distance=spread,
-                correlation=order,
+                f"{norm.said}: a channel's mean goes {distance:.2g} std from the first batches to the last (rank "
+                f"correlation {correlation:.2f})",
+                distance=distance,
+                correlation=correlation,
                 layers=len(found),
             )
+
+
+def find_order(means: Tensor) -> Tensor:
+    """The rank correlation of each column with its rows' places."""
+    ranks = means.argsort(0).argsort(0).double()
+    places = torch.arange(len(means), dtype=torch.float64)[:, None]
+    ranks, places = ranks - ranks.mean(0), places - places.mean(0)
+    return (ranks * places).sum(0) / (ranks.square().sum(0) * places.square().sum(0)).sqrt().clamp_min(1e-30)
+
+
+def find_chance(order: Tensor, count: int) -> Tensor:
+    """How likely a rank correlation of at least this size is without any order, by Fisher's transformation."""
+    score = order.clamp_max(1 - 1e-12).atanh() * ((count - 3) / 1.06) ** 0.5
+    return torch.tensor([erfc(each / 2**0.5) for each in score.tolist()], dtype=torch.float64)
 
 
 class PaddingCounted(Check):
@@ -167,8 +199,8 @@ class PaddingCounted(Check):
         "with and without them."
     )
     cure = (
-        "with anynorm.masked(lengths=..., model=model): around the call, after anynorm.accelerate(model); padding "
-        "then changes nothing"
+        "after anynorm.accelerate(model) call it within anynorm.masked(mask, model=model), whose mask is 1 at real "
+        "positions; padding then changes nothing"
     )
     threads = (
         "pytorch#70529",

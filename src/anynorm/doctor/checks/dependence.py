@@ -9,8 +9,9 @@ import torch
 import torch.nn as nn
 
 from ...modules.norm import Norm
-from ...surgery.recalibration.data import find_device
+from ...surgery.recalibration.data import find_device, move
 from ..call import Call
+from ..causes import find_padding
 from ..check import Check, Finding, Repair
 from ..dependence import Finding as Dependence
 from ..dependence import find_batch_dependence, find_padding_dependence
@@ -37,21 +38,20 @@ class LeakBetweenSamples(Check):
 
     def run(self, facts: Facts) -> Iterator[Finding]:
         call = find_call(facts)
-        if call is None or not moves_with_mates(facts.model, call):
+        culprits = [norm for norm in facts.norms if norm.kind == "batch" and not norm.has_averages]
+        if call is None or not culprits or facts.evaluation.problem or not moves_with_mates(facts.model, call):
             return  # in float32 nothing is to be seen: the search in float64 would take long
         found = next(iter(find_batch_dependence(facts.model, call)), None)
         if found is None or not found.depends:
             return
-        culprits: list[NormFacts | None] = []
-        culprits += [norm for norm in facts.norms if norm.kind == "batch" and not norm.has_averages]
-        for norm in culprits or [None]:
+        # Where no norm does it, the first axis may be no batch: a model of sequences may take time first.
+        for norm in culprits:
             share = describe_remaining(found)
-            said = "the model" if norm is None else norm.said
             yield self.find(
-                "" if norm is None else norm.name,
-                f"{said}: the output of a sample moves by {found.change:.2g} of the largest with other batch "
+                norm.name,
+                f"{norm.said}: the output of a sample moves by {found.change:.2g} of the largest with other batch "
                 f"mates{share}",
-                repair=None if norm is None else make_tracking(facts, norm),
+                repair=make_tracking(facts, norm),
                 change=found.change or 0.0,
                 remaining=-1.0 if found.remaining is None else found.remaining,
             )
@@ -61,10 +61,10 @@ def find_call(facts: Facts) -> Call | None:
     """The first batch as a call; None where only the user's forward_fn knows how."""
     if facts.inputs.forward_fn is not None:
         return None
-    batch = facts.inputs.batches[0]
+    batch = move(facts.inputs.batches[0], find_device(facts.model))
     if isinstance(batch, dict):
         return Call((), batch)
-    first = batch[0] if type(batch) in (tuple, list) else batch
+    first = batch[0] if type(batch) in (tuple, list) and batch else batch
     return Call((first,)) if isinstance(first, torch.Tensor) else None
 
 
@@ -102,6 +102,13 @@ def make_tracking(facts: Facts, norm: NormFacts) -> Repair | None:
     return make_recalibration(facts, Repair(code, perform))
 
 
+def has_padding(facts: Facts) -> bool:
+    """Whether samples are padded, or batches of unlike lengths."""
+    firsts = [batch[0] if type(batch) in (tuple, list) and batch else batch for batch in facts.inputs.batches]
+    shapes = {tuple(x.shape[1:]) for x in firsts if isinstance(x, torch.Tensor)}
+    return len(shapes) > 1 or find_padding(facts) > 0
+
+
 class DependsOnPadding(Check):
     id = "output-depends-on-padding"
     title = "a sample's output depends on how far it was padded"
@@ -112,16 +119,16 @@ class DependsOnPadding(Check):
     )
     evidence = (
         "Half as many zeros again are appended; the change at the real positions in evaluation, and what of it "
-        "remains with the norms' statistics fixed."
+        "remains with the norms' statistics fixed. Looked for where the data have padding, or are of several lengths."
     )
-    cure = "anynorm.accelerate(model), then call it within anynorm.masked(lengths=..., model=model)"
+    cure = "anynorm.accelerate(model), then call it within anynorm.masked(mask, model=model)"
     threads = ("audio#4205", "NeMo#3229")
 
     def run(self, facts: Facts) -> Iterator[Finding]:
         call = find_call(facts)
         norms = [norm for norm in facts.norms if norm.kind in ("instance", "group")]
-        if call is None or not norms:
-            return
+        if call is None or not norms or facts.evaluation.problem or not has_padding(facts):
+            return  # of data without padding it says nothing
         found = next(iter(find_padding_dependence(facts.model, call)), None)
         if found is not None and found.depends and (found.remaining or 0.0) < 0.5 * (found.change or 0.0):
             yield self.find(

@@ -29,6 +29,7 @@ class TrainingInEvaluation(Check):
                     norm.name,
                     f"{norm.said} is in training mode, the model in evaluation",
                     repair=Repair(f"{norm.path}.eval()", norm.module.eval),
+                    momentum=repr(getattr(norm.module, "momentum", None)),
                 )
 
 
@@ -48,7 +49,7 @@ class FrozenAffineMovingStatistics(Check):
             return  # nothing is trained
         for norm in facts.averaging:
             own = list(norm.module.parameters(recurse=False))
-            if own and not any(p.requires_grad for p in own) and norm.frozen is None and may_move(norm):
+            if own and not any(p.requires_grad for p in own) and norm.frozen is None and may_move(facts, norm):
                 yield self.find(
                     norm.name,
                     f"{norm.said}: gamma and beta are frozen, its averages move "
@@ -58,9 +59,11 @@ class FrozenAffineMovingStatistics(Check):
                 )
 
 
-def may_move(norm: NormFacts) -> bool:
-    """Whether training moves averages: not of a class that never does, nor with momentum 0."""
-    return norm.kind in ("batch", "instance") and getattr(norm.module, "momentum", None) != 0
+def may_move(facts: Facts, norm: NormFacts) -> bool:
+    """Whether training moves averages: not of a class that never does, nor with momentum 0, nor where the model's own
+    `train` keeps the norm in evaluation."""
+    is_kind = norm.kind in ("batch", "instance") and getattr(norm.module, "momentum", None) != 0
+    return is_kind and (norm.moves or norm.name in facts.trains)
 
 
 class MovingAffineFrozenStatistics(Check):
@@ -82,11 +85,13 @@ class MovingAffineFrozenStatistics(Check):
             return
         for norm in facts.averaging:
             wants = any(p.requires_grad for p in norm.module.parameters(recurse=False))
-            if not norm.module.training and wants and norm.frozen is None and norm.kind == "batch":
+            stands = not norm.module.training and norm.name in facts.trains  # else the model's own `train` sees to it
+            if stands and wants and norm.frozen is None and norm.kind == "batch":
                 yield self.find(
                     norm.name,
                     f"{norm.said} is in evaluation, the model in training, and gamma and beta are trained",
                     repair=make_freezing(facts, norm, affine=False),
+                    batches=norm.count or 0,
                 )
 
 

@@ -22,6 +22,7 @@ HALF = torch.finfo(torch.float16).max
 NEAR = 0.25  # of what float16 holds
 FLAT = 1e3  # |mean| / std, from where float32 sums lose digits
 LOST = 1e-3  # of the largest output
+ENOUGH = 256  # values: a channel that fires in 2 % of them is 0 in all of so many with a chance of 0.6 %
 
 
 class NonFiniteInput(Check):
@@ -60,17 +61,21 @@ class OverflowRisk(Check):
         "Under autocast to float16 everything above 65,504 becomes Inf before the norm can scale it down. Nothing "
         "warns, the averages keep it."
     )
-    evidence = "The largest absolute value at the norm's input, as a share of 65,504."
+    evidence = (
+        "The largest absolute value at the norm's input, as a share of 65,504; above a quarter it is a note where the "
+        "input is float32, and a warning where it is float16."
+    )
     cure = "scale the layer before down, which the norm undoes; or run in bfloat16"
     threads = ("pytorch#90342",)
 
     def run(self, facts: Facts) -> Iterator[Finding]:
         for norm in facts.norms:
             seen = facts.training.seen.get(norm.name)
-            if seen is not None and seen.largest > NEAR * HALF:
+            if seen is not None and seen.largest > NEAR * HALF and seen.dtypes != {torch.bfloat16}:
                 yield self.find(
                     norm.name,
                     f"{norm.said}: values up to {seen.largest:.3g}, float16 holds {HALF:.0f}",
+                    severity="warning" if torch.float16 in seen.dtypes else "note",
                     repair=make_smaller(norm, seen.largest),
                     largest=seen.largest,
                     share=seen.largest / HALF,
@@ -160,7 +165,7 @@ class DeadChannels(Check):
         "Where beta is far below 0 beside gamma, the ReLU behind the norm gives 0 for every sample: no output, no "
         "gradient, and nothing brings the channel back."
     )
-    evidence = "Channels of the norm's output that are at most 0 on all batches in evaluation."
+    evidence = "Channels of the norm's output that are at most 0 on all batches in evaluation, of 256 values or more."
     cure = "prune them; a smaller learning rate or a LeakyReLU keeps others alive"
 
     def run(self, facts: Facts) -> Iterator[Finding]:
@@ -171,7 +176,7 @@ class DeadChannels(Check):
             if seen is None or seen.highest is None or not relu or len(facts.inputs.batches) < 2 or seen.nonfinite:
                 continue
             few = int((seen.highest <= 0).sum())
-            if few:
+            if few and seen.values >= ENOUGH:
                 yield self.find(
                     norm.name,
                     f"{norm.said}: {few} of {len(seen.highest)} channels are 0 behind the ReLU for all samples",

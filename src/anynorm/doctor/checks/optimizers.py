@@ -8,6 +8,7 @@ from typing import Any
 
 from ..check import Check, Finding, Repair
 from ..facts import Facts, NormFacts
+from .neighbours import has_weights
 
 FEWEST_STEPS = 20
 MOST_MICRO_BATCHES = 64
@@ -28,7 +29,7 @@ class DecayedNorms(Check):
     def run(self, facts: Facts) -> Iterator[Finding]:
         optimizer: Any = facts.inputs.optimizer
         for norm in facts.norms:
-            own = {id(p) for p in norm.module.parameters(recurse=False)}
+            own = {id(p) for p in norm.module.parameters(recurse=False) if p.requires_grad}
             decays = [
                 group.get("weight_decay", 0)
                 for group in optimizer.param_groups
@@ -78,7 +79,7 @@ class MissingFromOptimizer(Check):
             return  # another model's
         for norm in facts.norms:
             missing = [p for p in norm.module.parameters(recurse=False) if p.requires_grad and id(p) not in held]
-            if missing:
+            if missing and has_held_neighbours(facts, norm, held):
                 code = f"optimizer.add_param_group({{'params': list({norm.path}.parameters()), 'weight_decay': 0.0}})"
                 yield self.find(
                     norm.name,
@@ -86,6 +87,19 @@ class MissingFromOptimizer(Check):
                     repair=Repair(code, make_added(optimizer, missing), is_exact=True),
                     parameters=len(missing),
                 )
+
+
+def has_held_neighbours(facts: Facts, norm: NormFacts, held: set[int]) -> bool:
+    """Whether the layer before a norm is in the optimizer; where none is known, most of the model beside norms.
+
+    Where only a head is trained, norms are left out with the layers around them.
+    """
+    layers = [step.module for step in norm.around.before if step.module is not None and has_weights(step.module)]
+    before = list(layers[0].parameters()) if layers else []
+    if not before:
+        norms = {id(p) for each in facts.norms for p in each.module.parameters(recurse=False)}
+        before = [p for p in facts.model.parameters() if id(p) not in norms and p.requires_grad]
+    return sum(id(p) in held for p in before) > len(before) / 2
 
 
 def make_added(optimizer: Any, missing: list[Any]) -> Any:
@@ -123,7 +137,7 @@ class CountedMoreThanOnce(Check):
         for norm in facts.averaging:
             ratio = ratios.get(norm.name, 0.0)
             times = round(ratio)
-            if 2 <= times <= MOST_MICRO_BATCHES and abs(ratio - times) < 0.01 * times and times == usual[0][0]:
+            if 2 <= times <= MOST_MICRO_BATCHES and times == usual[0][0] and is_multiple(norm.count or 0, steps):
                 yield self.find(
                     norm.name,
                     f"{norm.said}: {norm.count} batches counted in {steps} steps of the optimizer, {times} for each",
@@ -131,6 +145,16 @@ class CountedMoreThanOnce(Check):
                     steps=steps,
                     ratio=ratio,
                 )
+
+
+def is_multiple(count: int, steps: int) -> bool:
+    """Whether a counter is so many times the steps; micro-batches of a step that is not done may be counted, too.
+
+    A counter that came with a checkpoint has any number: the steps divide it with a chance of 1 / steps, and with the
+    allowance with one of times / steps, which is therefore made only where steps are many.
+    """
+    times, rest = divmod(count, steps)
+    return times >= 2 and (rest == 0 or (rest < times and steps >= FEWEST_STEPS * times))
 
 
 def find_steps(optimizer: Any) -> int:

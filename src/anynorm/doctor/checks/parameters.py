@@ -28,9 +28,11 @@ class UselessBias(Check):
 
     def run(self, facts: Facts) -> Iterator[Finding]:
         for norm in facts.norms:
-            source = find_source(norm)
+            source = find_source(norm, facts)
             if norm.kind not in ("batch", "instance") or source is None or source.module is None:
                 continue
+            if norm.normalizes_by_averages or (facts.model.training and not norm.module.training):
+                continue  # what it subtracts does not follow the bias
             bias = getattr(source.module, "bias", None)
             if isinstance(bias, nn.Parameter):
                 yield self.find(
@@ -72,8 +74,8 @@ class ZeroGammas(Check):
     def run(self, facts: Facts) -> Iterator[Finding]:
         for norm in facts.norms:
             gamma = norm.gamma
-            if gamma is None or not len(gamma):
-                continue
+            if gamma is None or not len(gamma) or not norm.kind:
+                continue  # a class of its own may scale by 1 + weight
             few = int((gamma.abs() < ZERO).sum())
             starts = few == len(gamma) and (norm.count or 0) < 100  # as zero-init of residual branches
             if few and not starts:
@@ -100,9 +102,11 @@ class NegativeGammas(Check):
     def run(self, facts: Facts) -> Iterator[Finding]:
         for norm in facts.norms:
             gamma = norm.gamma
-            pool = next((step for step in norm.around.after if is_max_pool(step.module, step.function)), None)
+            pool = next(iter(norm.around.after), None)
+            if pool is None or not is_max_pool(pool.module, pool.function):
+                continue  # behind an activation a pool is no hindrance: the norm is folded into the layer before it
             few = 0 if gamma is None else int((gamma < 0).sum())
-            if few and gamma is not None and pool is not None:
+            if few and gamma is not None:
                 yield self.find(
                     norm.name,
                     f"{norm.said}: {few} of {len(gamma)} gammas are negative, and {pool.said} follows",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from math import prod
 
 import torch.nn as nn
@@ -13,6 +14,7 @@ from ..check import Check, Finding, Repair
 from ..facts import Facts, NormFacts
 from .repairs import make_recalibration
 
+TURNS = ("transpose", "permute", "swapaxes", "movedim", "moveaxis", "rearrange", "mT", "T")
 FEATURES_LAST = (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Embedding, nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
@@ -25,21 +27,28 @@ class WrongAxis(Check):
         "torch's batch, group and instance norm read channels from axis 1; behind a linear layer they are on the "
         "last. The norm then has a gamma for each position, mixes features, and refuses every other length."
     )
-    evidence = "The layer before the norm gives (N, L, C), and the norm counts L channels."
+    evidence = (
+        "The layer before the norm gives (N, L, C), and the norm counts L channels; behind a linear layer a warning, "
+        "since one over positions is possible."
+    )
     cure = "transpose before and behind it, or say the axes: anynorm.AnyNorm('n l c -> c', ...)"
 
     def run(self, facts: Facts) -> Iterator[Finding]:
         for norm in facts.norms:
             seen = facts.evaluation.seen.get(norm.name)
             before = [step for step in norm.around.before if not step.activation and not is_dropout(step.module)]
+            is_turned = any(
+                step.function in TURNS for step in before[1:]
+            )  # a linear layer over positions, as in a mixer
             if norm.kind not in ("batch", "group", "instance") or seen is None or not before or not seen.shapes:
                 continue
             shape, layer = seen.shapes[0], before[0].module
-            if len(shape) == 3 and isinstance(layer, FEATURES_LAST):
+            if len(shape) >= 3 and isinstance(layer, FEATURES_LAST) and not is_turned:
                 yield self.find(
                     norm.name,
                     f"{norm.said} takes axis 1 of {shape} for channels; {before[0].said} has its {shape[-1]} "
                     "features last",
+                    severity="warning" if isinstance(layer, nn.Linear) else "error",
                     positions=shape[1],
                     features=shape[-1],
                 )
@@ -86,11 +95,11 @@ def make_larger_groups(facts: Facts, norm: NormFacts, channels: int) -> Repair |
     if not fewer:
         return None
     if norm.kind == "group":
-        return Repair(f"{norm.path}.num_groups = {fewer}", lambda: setattr(norm.module, "num_groups", fewer))
+        perform = partial(setattr, norm.module, "num_groups", fewer)
+        return Repair(f"{norm.path}.num_groups = {fewer}", perform, needs_training=True)
     code = f"anynorm.convert(model, 'group', num_groups={fewer}, where={norm.name!r})"
-    return Repair(
-        code, lambda: convert(facts.model, "group", num_groups=fewer, where=lambda _, each: each is norm.module)
-    )
+    change = partial(convert, facts.model, "group", num_groups=fewer, where=lambda _, each: each is norm.module)
+    return Repair(code, change, needs_training=True)
 
 
 class OneValue(Check):

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from functools import reduce
 from math import prod
 
+import torch
+import torch.distributed as dist
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ...statistics import Moments
 from ...surgery.accelerate import plan_swaps
 from ...surgery.adapters import Finder
 from ...surgery.fold.layers import is_layer
@@ -16,8 +20,11 @@ from ...surgery.report import SurgeryReport
 from ...surgery.sync import sync
 from ..check import Check, Finding, Repair
 from ..facts import Facts, NormFacts
+from ..passes import Seen
+from .neighbours import has_weights
 
 SMALL_BATCH = 16  # samples of one process
+ALIKE = 0.25  # std: a difference that evaluation hardly notices
 
 
 class NormAfterActivation(Check):
@@ -40,10 +47,6 @@ class NormAfterActivation(Check):
                 yield self.find(norm.name, f"{norm.said} takes the output of {step.said}", activation=step.said)
 
 
-def has_weights(module: nn.Module | None) -> bool:
-    return module is not None and any(True for _ in module.parameters())
-
-
 class SharedNorm(Check):
     id = "norm-shared"
     title = "one norm with running averages is used in several places"
@@ -52,20 +55,39 @@ class SharedNorm(Check):
         "moves them several times. In training both are normalized by their own batch, so it shows in evaluation "
         "only."
     )
-    evidence = "The names it has, or the calls in one forward."
+    evidence = (
+        "The names it has, or the calls in one forward; with data, how far apart their statistics are: up to "
+        "0.25 std they may share their averages, as the views of a siamese network do."
+    )
     cure = "give each place a norm of its own"
 
     def run(self, facts: Facts) -> Iterator[Finding]:
         for norm in facts.averaging:
             seen = facts.evaluation.seen.get(norm.name) if facts.has_data else None
             calls = max(len(norm.names), norm.around.calls, seen.calls if seen is not None else 0)
-            if calls > 1 and norm.kind == "batch":
+            apart = None if seen is None else find_distance(seen)
+            if calls > 1 and norm.kind == "batch" and (apart is None or apart > ALIKE):
                 yield self.find(
                     norm.name,
                     f"{norm.said} is used {calls} times in a forward ({', '.join(norm.names)})",
                     repair=make_copies(facts, norm) if len(norm.names) > 1 else None,
+                    severity="warning" if apart is not None or len(norm.names) > 1 else "note",
                     calls=calls,
+                    distance=-1.0 if apart is None else apart,
                 )
+
+
+def find_distance(seen: Seen) -> float | None:
+    """How far apart the statistics of the calls are, in std of all, for the median channel; None for one call."""
+    if len(seen.by_call) < 2:
+        return None
+    whole = reduce(Moments.merge, seen.by_call)
+    assert whole.mean is not None
+    std = (whole.m2 / int(whole.count)).sqrt().clamp_min(1e-30)
+    means = torch.stack([each.mean for each in seen.by_call if each.mean is not None])
+    stds = torch.stack([(each.m2 / int(each.count)).sqrt() for each in seen.by_call])
+    spread = torch.maximum(means.amax(0) - means.amin(0), stds.amax(0) - stds.amin(0))
+    return float((spread / std).median())
 
 
 def make_copies(facts: Facts, norm: NormFacts) -> Repair:
@@ -116,7 +138,8 @@ def make_identity(facts: Facts, norm: NormFacts) -> Repair:
             parent, _, key = name.rpartition(".")
             facts.model.get_submodule(parent)._modules[key] = nn.Identity()
 
-    return Repair(f"model.set_submodule({norm.name!r}, torch.nn.Identity())", perform)
+    code = "\n".join(f"model.set_submodule({name!r}, torch.nn.Identity())" for name in norm.names)
+    return Repair(code, perform, needs_training=True)
 
 
 class Unsynchronized(Check):
@@ -132,7 +155,8 @@ class Unsynchronized(Check):
 
     def run(self, facts: Facts) -> Iterator[Finding]:
         model = facts.inputs.model
-        if not any(isinstance(each, DistributedDataParallel) for each in model.modules()):
+        groups = [each.process_group for each in model.modules() if isinstance(each, DistributedDataParallel)]
+        if not any(dist.get_world_size(group) > 1 for group in groups):
             return
         size = facts.evaluation.size if facts.has_data else 0
         if size > SMALL_BATCH:
@@ -164,4 +188,7 @@ class LeftByAccelerate(Check):
         report = SurgeryReport()
         plan_swaps(facts.model, False, report, Finder())
         for entry in report.left:
-            yield self.find(entry.name, f"{entry.name or 'the model'} ({entry.kind}): {entry.reason}")
+            if type(facts.model.get_submodule(entry.name)).__module__.startswith("torch.nn."):
+                continue  # torch's own code is known; where it stands is why it is left
+            said = f"{entry.name or 'the model'} ({entry.kind}): {entry.reason}"
+            yield self.find(entry.name, said, reason=entry.reason)

@@ -8,10 +8,10 @@ import torch
 
 from ..check import Check, Effect, Finding, Repair
 from ..facts import Facts
-from ..passes import find_excess, run_pass
+from ..passes import Pass, find_excess, find_gain, run_pass
 from .repairs import make_recalibration
 
-OTHERS = {1e-3: "Keras", 1e-5: "torch", 1e-6: "Flax", 1e-12: "BERT's"}  # eps of frameworks and models
+OTHERS = {1e-3: "Keras", 1e-5: "torch", 1e-6: "Flax", 1e-12: "BERT"}  # eps of frameworks and models
 
 
 class ImpossibleAverages(Check):
@@ -32,8 +32,8 @@ class ImpossibleAverages(Check):
             assert norm.mean is not None and norm.var is not None
             nonfinite = int((~norm.mean.isfinite() | ~norm.var.isfinite()).sum())
             negative = int((norm.var < 0).sum())
-            smallest = torch.finfo(norm.module._buffers["running_var"].dtype).tiny
-            denormal = int(((norm.var > 0) & (norm.var < smallest)).sum())
+            tiny = torch.finfo(torch.float32).tiny  # of float16 it is 6e-5, and a variance of less is no fault there
+            denormal = int(((norm.var > 0) & (norm.var < tiny)).sum())
             if nonfinite + negative + denormal:
                 counts = {"NaN or infinite": nonfinite, "negative": negative, "denormal": denormal}
                 said = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
@@ -51,7 +51,10 @@ class ImpossibleAverages(Check):
 class ZeroEps(Check):
     id = "eps-zero"
     title = "eps is 0: a channel without variance divides by 0"
-    fault = "The first channel that is constant over a batch gives NaN, in forward or in backward."
+    fault = (
+        "The first channel that is constant over a batch gives NaN, in forward or in backward; newer versions of torch "
+        "refuse to train such a batch norm."
+    )
     evidence = "eps, and the smallest running variance."
     cure = "set eps to 1e-5"
 
@@ -59,6 +62,8 @@ class ZeroEps(Check):
         for norm in facts.norms:
             if getattr(norm.module, "eps", None) == 0:
                 smallest = float(norm.var.min()) if norm.var is not None else float("nan")
+                if norm.normalizes_by_averages and smallest > 0:
+                    continue  # it never divides by anything else
                 perform = self.make_change(norm.module)
                 yield self.find(
                     norm.name,
@@ -81,8 +86,8 @@ class ForeignEps(Check):
         "compute another function wherever a channel's variance is small."
     )
     evidence = (
-        "The loss in evaluation with each of the usual values for all batch norms, on the same batches; the "
-        "smallest running variance."
+        "Loss and accuracy in evaluation with each of the usual values for all batch norms, on the same batches: both "
+        "must be better; the smallest running variance."
     )
     cure = "set eps to the value that the weights were trained with"
 
@@ -105,7 +110,7 @@ class ForeignEps(Check):
                 for module, value in before:
                     module.eps = value
             excess, error = find_excess(facts.evaluation, other)
-            if other.loss is not None and excess > max(0.05 * facts.evaluation.loss, 3 * error, gain):
+            if excess > max(0.05 * facts.evaluation.loss, 3 * error, gain) and is_better(facts.evaluation, other):
                 best, gain = (eps, framework, other), excess
         if best is not None:
             eps, framework, other = best
@@ -119,13 +124,26 @@ class ForeignEps(Check):
             assert other.loss is not None and worst.var is not None
             yield self.find(
                 worst.name,
-                f"{worst.said}: eps is {own:g}; with {eps:g}, which is {framework}'s, the loss falls by {gain:.3g}",
+                f"{worst.said}: eps is {own:g}; with {eps:g}, that of {framework}, the loss falls by {gain:.3g}",
                 repair=Repair(code, perform),
                 effects=[Effect("loss", facts.evaluation.loss, other.loss)],
                 eps=own,
                 other_eps=eps,
                 smallest_variance=float(worst.var.min()),
             )
+
+
+def is_better(one: Pass, other: Pass) -> bool:
+    """Whether not only the loss is lower.
+
+    Another eps scales outputs, too. A network that is not sure enough, or too sure on other data, gains by that in its
+    loss, whatever eps it was trained with; in its accuracy it does not. Where no accuracy is known, the loss must fall
+    by half.
+    """
+    if one.accuracy is None or other.accuracy is None:
+        return other.loss is not None and one.loss is not None and other.loss < 0.5 * one.loss
+    gain, error = find_gain(one, other)
+    return gain > 3 * error and gain > 0.005
 
 
 class ConstantChannels(Check):

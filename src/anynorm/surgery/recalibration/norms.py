@@ -229,7 +229,7 @@ def keeping(model: nn.Module) -> Iterator[None]:
         if not isinstance(module, torch.jit.ScriptModule)
         and (isinstance(module, (*SYNCHRONIZED, *BASES)) or isinstance(module._buffers.get("running_mean"), Tensor))
     ]
-    buffers = [(t, t.detach().clone()) for t in model.buffers() if not t.is_inference()]
+    buffers = [(t, t.detach().clone()) for t in model.buffers() if not (t.is_meta or t.is_inference())]
     frozen = [(f, f.training) for module in model.modules() if isinstance(f := vars(module).get("frozen"), Frozen)]
     try:
         for note, _ in frozen:
