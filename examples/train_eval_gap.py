@@ -48,6 +48,6 @@ print(f"test images in evaluation: {before:.1f} %\n")
 
 diagnosis = anynorm.diagnose(model, loader, optimizer, batches=len(loader))
 print(diagnosis, "\n")
-for finding in diagnosis.apply():
+for finding in diagnosis.apply().done:
     print(f"mended {finding.check} at layer {finding.layer}: {', '.join(map(str, finding.effects))}")
 print(f"test images in evaluation: {before:.1f} % before, {measure(test, labels):.1f} % after")

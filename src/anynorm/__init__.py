@@ -26,7 +26,8 @@ from .version import __version__
 if TYPE_CHECKING:
     from . import reference
     from .accumulation.accumulate import accumulate
-    from .doctor.diagnose import Diagnosis, diagnose
+    from .doctor.diagnose import diagnose
+    from .doctor.diagnosis import Diagnosis
     from .doctor.monitor.monitor import Monitor
     from .engine.allocator import tune_allocator
     from .modules.chosen_domain import domain
@@ -78,7 +79,7 @@ if TYPE_CHECKING:
 
 # Loaded when they are first asked for: together they would take two thirds of the import.
 LATER = {
-    "Diagnosis": ".doctor.diagnose",
+    "Diagnosis": ".doctor.diagnosis",
     "diagnose": ".doctor.diagnose",
     "AnyNorm": ".modules.pattern",
     "BatchNormAct1d": ".modules.fused",

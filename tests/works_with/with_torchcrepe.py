@@ -63,7 +63,7 @@ def check_findings(size: str, frames: torch.Tensor) -> None:
         negative = [each.evidence["channels"] for each in diagnosis.findings if each.check == "gamma-negative"]
         assert negative == [21] * (size == "full")
         before = read_pitches(model, frames)
-        assert len(diagnosis.apply()) == 12  # momentum and counters; the others have no repair
+        assert len(diagnosis.apply().done) == 12  # momentum and counters; the others have no repair
         check_pitches(model, before)
 
 

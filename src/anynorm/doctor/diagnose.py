@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-import json
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -16,102 +12,14 @@ import torch.nn as nn
 
 from ..errors import UserError
 from ..randomness import restore_randomness, save_randomness
-from ..surgery.operation import NotProved, Snapshot, check_model
+from ..surgery.operation import NotProved, check_model
 from ..surgery.recalibration.norms import is_lazy
-from ..surgery.report import SurgeryReport
-from ..version import __version__
-from .check import NEEDS, SEVERITIES, Check, Effect, Finding, find_checks
+from .call import in_one_line
+from .check import NEEDS, SEVERITIES, Check, Finding, find_checks
+from .diagnosis import Diagnosis, Repairs
 from .facts import Facts
 from .inputs import Inputs
-from .passes import keeping_modes, run_pass
-
-SCHEMA = 1  # of `Diagnosis.to_dict`: a number more with every change that a reader must know of
-WORSE = 1.02  # a repair may raise the loss by no more
-CLOSE = 1e-4  # of the largest output: an exact repair moves no more
-
-
-@dataclass
-class Diagnosis:
-    """What was found in a model.
-
-    Attributes:
-        findings: errors first, then warnings, then notes; within these by place in the model.
-        layers: every norm's name and class, in the order of the model.
-        checked: ids of the checks that ran.
-        skipped: those that did not, by id, with the reason.
-        measured: loss, accuracy and number of batches in both modes, where there were data.
-    """
-
-    findings: list[Finding]
-    layers: dict[str, str]
-    checked: list[str]
-    skipped: dict[str, str]
-    measured: dict[str, float | int | str] = field(default_factory=dict)
-
-    @property
-    def is_healthy(self) -> bool:
-        """Whether there is neither an error nor a warning."""
-        return all(finding.severity == "note" for finding in self.findings)
-
-    def apply(self) -> list[Finding]:
-        """Perform the repairs, errors first, each only if its finding is still there; and prove each.
-
-        Returns:
-            Those whose repair was performed; one that could not be proved is left, and the model is as before it.
-        """
-        done = []
-        for finding in self.findings:
-            if finding.repair is not None:
-                try:
-                    finding.effects = finding.apply()
-                except NotProved:
-                    continue
-                done.append(finding)
-        return done
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as plain values, for JSON; ``schema`` counts its versions."""
-        return {
-            "schema": SCHEMA,
-            "anynorm": __version__,
-            "torch": torch.__version__,
-            "healthy": self.is_healthy,
-            "layers": self.layers,
-            "measured": self.measured,
-            "findings": [
-                {
-                    **{
-                        k: getattr(f, k)
-                        for k in ("check", "title", "severity", "layer", "message", "evidence", "advice")
-                    },
-                    "repair": None if f.repair is None else {"code": f.repair.code, "exact": f.repair.is_exact},
-                    "effects": [vars(effect) for effect in f.effects],
-                }
-                for f in self.findings
-            ],
-            "checked": self.checked,
-            "skipped": self.skipped,
-        }
-
-    def to_json(self) -> str:
-        """The same as text; NaN and infinities as strings, since JSON has none."""
-        return json.dumps(make_finite(self.to_dict()), indent=2, allow_nan=False)
-
-    def __str__(self) -> str:
-        counts = Counter(finding.severity for finding in self.findings)
-        said = ", ".join(f"{counts[each]} {each}{'s' * (counts[each] != 1)}" for each in SEVERITIES)
-        lines = [f"{len(self.layers)} norms, {len(self.checked)} checks: {said}"]
-        groups: dict[tuple[str, str, str], list[Finding]] = {}
-        for finding in self.findings:
-            groups.setdefault((finding.severity, finding.check, finding.title), []).append(finding)
-        for (severity, check, title), found in groups.items():
-            places = f" ({len(found)} norms)" if len(found) > 1 else ""
-            lines.append(f"{severity}: {title}{places} [{check}]")
-            lines += [f"  {found[0].message}", f"  -> {found[0].advice}"]
-            lines += [f"  {effect}" for effect in found[0].effects]
-            if (repair := found[0].repair) is not None:
-                lines += [f"  | {line}" for line in repair.code.splitlines()]
-        return "\n".join(lines)
+from .proof import keeping_everything, repair
 
 
 def diagnose(
@@ -160,12 +68,10 @@ def diagnose(
     chosen = choose_checks(checks)
     check_arguments(model, loader, optimizer, {"loss_fn": loss_fn, "forward_fn": forward_fn})
     given = Inputs(model, take(loader, batches), loader, optimizer, loss_fn, forward_fn)
-    with keeping_everything(given):
-        facts = Facts(given)
-        return examine(facts, chosen)
+    return look(given, chosen)
 
 
-def examine(facts: Facts, chosen: Iterable[Check]) -> Diagnosis:
+def examine(facts: Facts, chosen: Sequence[Check]) -> Diagnosis:
     """Run checks on what is known of a model."""
     findings: list[Finding] = []
     checked, skipped = [], {}
@@ -181,7 +87,8 @@ def examine(facts: Facts, chosen: Iterable[Check]) -> Diagnosis:
     for finding in findings:
         finding.apply_to = lambda finding: repair(facts.inputs, finding)
     layers = {norm.name: type(norm.module).__name__ for norm in facts.norms}
-    return Diagnosis(findings, layers, checked, skipped, describe_measured(facts))
+    perform = partial(perform_repairs, facts.inputs, chosen)
+    return Diagnosis(findings, layers, checked, skipped, describe_measured(facts), perform)
 
 
 def describe_measured(facts: Facts) -> dict[str, float | int | str]:
@@ -195,84 +102,6 @@ def describe_measured(facts: Facts) -> dict[str, float | int | str]:
                 each = {"loss": run.loss, "accuracy": run.accuracy, "problem": run.problem or None}
                 found |= {f"{mode} {name}": value for name, value in each.items() if value is not None}
     return found
-
-
-def repair(inputs: Inputs, finding: Finding) -> list[Effect]:
-    """Perform a finding's repair and prove it, or put everything back; see `Finding.apply`."""
-    assert finding.repair is not None
-    check = find_checks()[finding.check]
-    model = inputs.inside
-    before, report = measure(inputs), SurgeryReport(model=model)
-    snapshot, groups = Snapshot(model, values=True), copy_optimizer(inputs.optimizer)
-    try:
-        finding.repair.perform()
-        after = measure(inputs)
-        with keeping_everything(inputs):
-            again = [each for each in check.run(Facts(inputs)) if each.layer == finding.layer]
-        if again:
-            raise NotProved(f"apply: a repair must remove what was found; {again[0].message} is still so", report)
-        if finding.repair.is_exact and before["outputs"] is not None:
-            off = compare(before["outputs"], after["outputs"])
-            if off > CLOSE:
-                raise NotProved(f"apply: it may not move outputs in evaluation; they moved by {off:.1g}", report)
-        old, new = before["loss"], after["loss"]
-        is_known = old is not None and new is not None and old == old and not finding.repair.needs_training
-        if is_known and not new <= max(WORSE * old, old + 1e-3):
-            raise NotProved(f"apply: a repair may not raise the loss in evaluation; {old:.4g} became {new:.4g}", report)
-    except BaseException:
-        snapshot.restore()
-        restore_optimizer(inputs.optimizer, groups)
-        raise
-    found = list(finding.effects)
-    for name, better in (("loss", "lower"), ("accuracy", "higher")):
-        if before[name] is not None and after[name] is not None:
-            found = [each for each in found if each.measure != name]
-            found.append(Effect(name, before[name], after[name], better))  # type: ignore[arg-type] # a literal
-    return found
-
-
-def measure(inputs: Inputs) -> dict[str, Any]:
-    """Loss, accuracy and the first batch's output, in evaluation."""
-    with keeping_everything(inputs):
-        found = run_pass(inputs, training=False, records=False)
-    first = found.scores[0].output if found.scores else None
-    return {"loss": found.loss, "accuracy": found.accuracy, "outputs": first}
-
-
-def compare(one: torch.Tensor, other: torch.Tensor | None) -> float:
-    """The largest difference as a share of the largest value."""
-    if other is None or one.shape != other.shape:
-        return float("inf")
-    return float((one - other).abs().max() / one.abs().max().clamp_min(1e-30))
-
-
-@contextmanager
-def keeping_everything(inputs: Inputs) -> Iterator[None]:
-    """Model and random generators are afterwards as before, also what a forward of the user's has changed."""
-    states, snapshot = save_randomness(), Snapshot(inputs.inside, values=True)
-    try:
-        with keeping_modes(inputs.inside):
-            yield
-    finally:
-        snapshot.restore()
-        restore_randomness(states)
-
-
-def copy_optimizer(optimizer: Any) -> Any:
-    """An optimizer's groups and state, to put back."""
-    if optimizer is None:
-        return None
-    groups = [{**group, "params": list(group["params"])} for group in optimizer.param_groups]
-    return groups, {parameter: copy.deepcopy(state) for parameter, state in optimizer.state.items()}
-
-
-def restore_optimizer(optimizer: Any, kept: Any) -> None:
-    """Put back what `copy_optimizer` returned."""
-    if optimizer is not None:
-        groups, state = kept
-        optimizer.param_groups[:] = groups
-        optimizer.state.clear()
-        optimizer.state.update(state)
 
 
 def take(loader: Any, most: int) -> list[Any]:
@@ -331,10 +160,45 @@ def choose_checks(wanted: Iterable[str] | None) -> list[Check]:
     return sorted(chosen, key=lambda check: NEEDS.index(check.needs))
 
 
-def make_finite(value: Any) -> Any:
-    """Values with NaN and infinities as strings."""
-    if isinstance(value, float):
-        return value if abs(value) < float("inf") else str(value)
-    if isinstance(value, Mapping):
-        return {key: make_finite(each) for key, each in value.items()}
-    return [make_finite(each) for each in value] if isinstance(value, (list, tuple)) else value
+def look(inputs: Inputs, checks: Sequence[Check]) -> Diagnosis:
+    """What checks find in the model as it is now, on the same batches; without those, where it refuses them."""
+    with keeping_everything(inputs):
+        facts = Facts(inputs)
+        needing = [check for check in checks if check.needs == "data"] if facts.has_data else []
+        if not needing or not facts.evaluation.problem:
+            return examine(facts, checks)
+        diagnosis = examine(facts, [check for check in checks if check not in needing])
+        diagnosis.skipped |= {check.id: "the model refuses a batch" for check in needing}
+        return diagnosis
+
+
+def perform_repairs(inputs: Inputs, checks: Sequence[Check], diagnosis: Diagnosis) -> Repairs:
+    """Perform every repair whose finding is still there when its turn comes; errors come first.
+
+    Repairs act on modules that an earlier one may have replaced, and use numbers that it may have changed: after each,
+    a check is asked again.
+    """
+    repairs = Repairs()
+    seen: dict[str, Diagnosis] = {}  # by check, since the last repair
+    for finding in diagnosis.findings:
+        if finding.repair is None:
+            continue
+        now: Finding | None = finding
+        if repairs.done:
+            if finding.check not in seen:
+                seen[finding.check] = look(inputs, [find_checks()[finding.check]])
+            now = next((each for each in seen[finding.check].findings if each.layer == finding.layer), None)
+        if now is None:
+            repairs.gone.append(finding)
+            continue
+        try:
+            finding.effects = now.apply()
+        except NotProved as problem:
+            repairs.refused.append((finding, str(problem).removeprefix("apply: ")))
+        except Exception as problem:  # of the user's model, or of an operation that refuses it; all is as before
+            repairs.refused.append((finding, in_one_line(problem)))
+        else:
+            repairs.done.append(finding)
+            seen.clear()
+    repairs.remaining = look(inputs, checks) if repairs.done else diagnosis
+    return repairs

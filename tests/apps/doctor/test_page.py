@@ -9,12 +9,12 @@ import pytest
 from browser import look, needs_chromium
 
 from anynorm.doctor.check import Effect, Finding, Repair, find_checks
-from anynorm.doctor.diagnose import Diagnosis
+from anynorm.doctor.diagnosis import Diagnosis
 
 pytest.importorskip("matplotlib", reason="the page needs matplotlib: pip install '.[compare]'")
 from anynorm.apps.doctor.groups import make_groups
 from anynorm.apps.doctor.page import write_page
-from anynorm.apps.doctor.repairs import Repairs
+from anynorm.doctor.diagnosis import Repairs
 
 EVIL = [
     "<script>alert(1)</script>",

@@ -13,14 +13,14 @@ from typing import Any
 from rich.console import Console
 
 from anynorm.apps.doctor.load import open_loader, open_loss, open_model
-from anynorm.apps.doctor.repairs import Repairs, look, perform_repairs
 from anynorm.apps.doctor.table import print_checks, print_diagnosis, print_repairs
 from anynorm.apps.document import check_output
 from anynorm.apps.terminal import open_console, say
 from anynorm.apps.weights import check_target, write_weights
 from anynorm.doctor.call import in_one_line
 from anynorm.doctor.check import Check
-from anynorm.doctor.diagnose import Diagnosis, choose_checks, make_finite, take
+from anynorm.doctor.diagnose import choose_checks, look, perform_repairs, take
+from anynorm.doctor.diagnosis import Diagnosis, Repairs, make_finite
 from anynorm.doctor.inputs import Inputs
 from anynorm.errors import UserError
 
@@ -108,7 +108,7 @@ def report(options: Options, checks: Sequence[Check], console: Console | None, o
     diagnosis = look_or_say(inputs, checks)
     if console is not None:
         print_diagnosis(console, options.model, diagnosis)
-    repairs = perform_repairs(inputs, diagnosis, checks) if options.fix else None
+    repairs = perform_repairs(inputs, checks, diagnosis) if options.fix else None
     if console is not None and repairs is not None:
         print_repairs(console, repairs)
     said = write_files(options, diagnosis, repairs, out)

@@ -12,7 +12,6 @@ import torch
 from anynorm.apps.doctor.groups import Group, in_line, make_groups, shorten, write_key, write_layer, write_number
 from anynorm.apps.doctor.map import SIGNS, STYLES, find_anchor, write_map
 from anynorm.apps.doctor.pictures import draw_group
-from anynorm.apps.doctor.repairs import Repairs
 from anynorm.apps.doctor.table import (
     count,
     describe_effect,
@@ -23,7 +22,7 @@ from anynorm.apps.doctor.table import (
 )
 from anynorm.apps.document import write_document, write_figures
 from anynorm.doctor.check import SEVERITIES, Finding, find_checks
-from anynorm.doctor.diagnose import Diagnosis
+from anynorm.doctor.diagnosis import Diagnosis, Repairs
 from anynorm.version import __version__
 
 LONGEST = 200  # characters of a name in a table

@@ -19,10 +19,9 @@ from anynorm.apps.doctor.groups import (
     write_number,
     write_range,
 )
-from anynorm.apps.doctor.repairs import Repairs
 from anynorm.apps.terminal import heading, join_words, say
 from anynorm.doctor.check import SEVERITIES, Effect, Finding, find_checks
-from anynorm.doctor.diagnose import Diagnosis
+from anynorm.doctor.diagnosis import Diagnosis, Repairs
 
 STYLES = {"error": "bold red", "warning": "yellow", "note": "cyan"}
 NAMED = 4  # layers by name, where many have a finding
