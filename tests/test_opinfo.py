@@ -65,7 +65,10 @@ def test_functions(info, dtype):
         warnings.simplefilter("ignore")
         for sample in samples:
             given = [sample.input, *sample.args], sample.kwargs
-            assert_same(find_outcome(ours, *given), find_outcome(info.op, *given), dtype)
+            wanted = find_outcome(info.op, *given)
+            if isinstance(wanted, Exception) and "channels to be greater than 0" in str(wanted):
+                continue  # torch 2.15 refuses a group norm of no channels; before, and here, its output is empty
+            assert_same(find_outcome(ours, *given), wanted, dtype)
 
 
 def run_module(kind: Any, training: bool, built: Any, given: Any) -> Any:

@@ -113,7 +113,7 @@ def find_purity(facts: Facts) -> float | None:
     sizes, whole, generator = [len(t) for t in known], torch.cat(known), torch.Generator().manual_seed(0)
     now = fmean(map(find_entropy, known))
     others = [
-        fmean(map(find_entropy, whole[torch.randperm(len(whole), generator=generator)].split(sizes)))
+        fmean(map(find_entropy, whole[torch.randperm(len(whole), generator=generator, device="cpu")].split(sizes)))
         for _ in range(SHUFFLES)
     ]
     return now / fmean(others) if max(others) > 0 and now < min(others) else 1.0

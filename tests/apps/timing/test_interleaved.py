@@ -57,5 +57,5 @@ def test_the_longest_time_is_kept_whatever_a_call_takes():
     assert time.perf_counter() - start < 30.0  # six calls on a busy machine, and not 100
     start = time.perf_counter()
     rounds = time_interleaved(calls, seconds=60.0, longest=4.0)
-    assert 2 < len(rounds.seconds["a"]) < 20
+    assert 2 <= len(rounds.seconds["a"]) < 20  # on a busy machine a round takes a second
     assert time.perf_counter() - start < 30.0
