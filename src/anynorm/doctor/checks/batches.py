@@ -174,7 +174,7 @@ class Drift(Check):
 def find_order(means: Tensor) -> Tensor:
     """The rank correlation of each column with its rows' places."""
     ranks = means.argsort(0).argsort(0).double()
-    places = torch.arange(len(means), dtype=torch.float64)[:, None]
+    places = torch.arange(len(means), dtype=torch.float64, device="cpu")[:, None]
     ranks, places = ranks - ranks.mean(0), places - places.mean(0)
     return (ranks * places).sum(0) / (ranks.square().sum(0) * places.square().sum(0)).sqrt().clamp_min(1e-30)
 
@@ -182,7 +182,7 @@ def find_order(means: Tensor) -> Tensor:
 def find_chance(order: Tensor, count: int) -> Tensor:
     """How likely a rank correlation of at least this size is without any order, by Fisher's transformation."""
     score = order.clamp_max(1 - 1e-12).atanh() * ((count - 3) / 1.06) ** 0.5
-    return torch.tensor([erfc(each / 2**0.5) for each in score.tolist()], dtype=torch.float64)
+    return torch.tensor([erfc(each / 2**0.5) for each in score.tolist()], dtype=torch.float64, device="cpu")
 
 
 class PaddingCounted(Check):

@@ -182,7 +182,7 @@ def find_channel_moments(channels: int, x: Any, mask: Tensor | None) -> tuple[Mo
     found = paths.find_moments(x, FAMILY["instance"].pool(x), mask)
     assert found.mean is not None
     means, m2s = (t.reshape(len(x), -1).cpu().double() for t in (found.mean, found.m2))
-    counts = torch.as_tensor(found.count, dtype=torch.float64).cpu()
+    counts = torch.as_tensor(found.count, dtype=torch.float64, device="cpu")
     counts = counts.reshape(-1, 1).expand(len(x), 1) if counts.numel() in (1, len(x)) else counts.reshape(len(x), -1)
     return merge_samples(counts, means, m2s)
 
