@@ -60,6 +60,7 @@ class SharedNorm(Check):
         "0.25 std they may share their averages, as the views of a siamese network do."
     )
     cure = "give each place a norm of its own"
+    threads = ("pytorch#104593",)
 
     def run(self, facts: Facts) -> Iterator[Finding]:
         for norm in facts.averaging:
@@ -151,7 +152,7 @@ class Unsynchronized(Check):
     )
     evidence = "The wrapper, the class of the norm, and the samples of a process where batches were given."
     cure = "anynorm.sync(model) merges statistics over processes, on any device"
-    threads = ("pytorch#78081", "mmsegmentation#2147")
+    threads = ("pytorch#78081", "mmsegmentation#2147", "pytorch#187298", "timm#1254")
 
     def run(self, facts: Facts) -> Iterator[Finding]:
         model = facts.inputs.model
