@@ -125,9 +125,9 @@ class ZeroCounter(Check):
     id = "counter-zero"
     title = "the averages are trained, and their counter of batches is 0"
     fault = (
-        "num_batches_tracked is 0 though the averages are not where they begin, as in checkpoints that were ported, averaged or "
-        "written before torch 0.4.1. With momentum=None the next batch would replace them; batch renormalization would "
-        "begin its warm-up anew."
+        "num_batches_tracked is 0 though the averages are not where they begin, as in checkpoints that were ported, "
+        "averaged or written before torch 0.4.1. With momentum=None the next batch would replace them; batch "
+        "renormalization would begin its warm-up anew."
     )
     evidence = "The counter, and how far the averages are from mean 0 and variance 1."
     cure = "set the counter to the number of batches of the training, or to any number that is large"
