@@ -67,7 +67,7 @@ studies: $(READY) $(VENV)/.vowels ## every claim put to the test, and docs/claim
 ddp: $(READY) ## two processes train the network of one, on the MNIST images (half a minute)
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 examples/train_ddp.py $(ARGS)
 
-ward: $(READY) ## whether the doctor's checks find what is wrong, and only that (10 minutes; ARGS="--quick --seeds 1")
+ward: $(READY) ## whether the doctor's checks find what is wrong, and only that (half an hour; ARGS="--quick --seeds 1")
 	$(BIN)/python -m benchmarks.ward $(ARGS)
 
 explain: $(READY) ## the three steps in real numbers
