@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 
 from ..check import Check, Effect, Finding, Repair
 from ..facts import Facts
+from ..inputs import Inputs, are_classes, find_targets
 from ..passes import Pass, find_excess, find_gain, run_pass
 from .repairs import make_recalibration
 
-OTHERS = {1e-3: "Keras", 1e-5: "torch", 1e-6: "Flax", 1e-12: "BERT"}  # eps of frameworks and models
+SCALES = [2.0 ** (each / 4) for each in range(-8, 9)]  # of outputs, 1/4 to 4
+OTHERS = {1e-3: "Keras", 1e-5: "torch", 1e-6: "Darknet"}  # eps of batch norm in frameworks
 
 
 class ImpossibleAverages(Check):
@@ -82,12 +85,12 @@ class ForeignEps(Check):
     title = "with the eps of another framework the model is better"
     needs = "data"
     fault = (
-        "Keras uses an eps of 1e-3, Flax 1e-6, torch 1e-5. Weights that were carried over without their eps "
+        "Keras uses an eps of 1e-3, Darknet 1e-6, torch 1e-5. Weights that were carried over without their eps "
         "compute another function wherever a channel's variance is small."
     )
     evidence = (
         "Loss and accuracy in evaluation with each of the usual values for all batch norms, on the same batches: both "
-        "must be better; the smallest running variance."
+        "must be better, the loss also when outputs have their best scale; the smallest running variance."
     )
     cure = "set eps to the value that the weights were trained with"
 
@@ -110,7 +113,9 @@ class ForeignEps(Check):
                 for module, value in before:
                     module.eps = value
             excess, error = find_excess(facts.evaluation, other)
-            if excess > max(0.05 * facts.evaluation.loss, 3 * error, gain) and is_better(facts.evaluation, other):
+            if excess > max(0.05 * facts.evaluation.loss, 3 * error, gain) and is_better(
+                facts.inputs, facts.evaluation, other
+            ):
                 best, gain = (eps, framework, other), excess
         if best is not None:
             eps, framework, other = best
@@ -133,17 +138,30 @@ class ForeignEps(Check):
             )
 
 
-def is_better(one: Pass, other: Pass) -> bool:
+def is_better(inputs: Inputs, one: Pass, other: Pass) -> bool:
     """Whether not only the loss is lower.
 
     Another eps scales outputs, too. A network that is not sure enough, or too sure on other data, gains by that in its
-    loss, whatever eps it was trained with; in its accuracy it does not. Where no accuracy is known, the loss must fall
-    by half.
+    loss, whatever eps it was trained with. Where outputs are of classes both are given their best scale first: what
+    is left is not scale. Elsewhere the loss must fall by half.
     """
-    if one.accuracy is None or other.accuracy is None:
+    losses = find_scaled_loss(inputs, one), find_scaled_loss(inputs, other)
+    if losses[0] is None or losses[1] is None:
         return other.loss is not None and one.loss is not None and other.loss < 0.5 * one.loss
     gain, error = find_gain(one, other)
-    return gain > 3 * error and gain > 0.005
+    return losses[1] < 0.95 * losses[0] and gain > 2 * error
+
+
+def find_scaled_loss(inputs: Inputs, run: Pass) -> float | None:
+    """The cross entropy of a pass's outputs at the scale where it is least; None where they are not of classes."""
+    pairs = []
+    for score, batch in zip(run.scores, inputs.batches, strict=False):
+        output, targets = score.output, find_targets(batch)
+        if output is None or not are_classes(output, targets):
+            return None
+        pairs.append((output.float().cpu(), targets.cpu()))
+    losses = [sum(float(F.cross_entropy(scale * output, targets)) for output, targets in pairs) for scale in SCALES]
+    return min(losses) / len(pairs) if pairs else None
 
 
 class ConstantChannels(Check):
