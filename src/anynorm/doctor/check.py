@@ -182,10 +182,10 @@ def find_checks() -> dict[str, Check]:
     """
     for name in OWN:
         import_module(f".checks.{name}", __package__)
-    found: dict[str, Check] = {}
-    for kind in list_subclasses(Check):
-        if kind.__module__.startswith(f"{__package__}.checks."):
-            found[kind.id] = kind()
+    places = {f"{__package__}.checks.{name}": place for place, name in enumerate(OWN)}
+    own = [kind for kind in list_subclasses(Check) if kind.__module__ in places]
+    # Whoever imported one of the files before has not changed the order.
+    found = {kind.id: kind() for kind in sorted(own, key=lambda kind: places[kind.__module__])}
     for kind in load_others():
         if kind.id in found:
             raise UserError(f"checks: every check must have an id of its own; got {kind.id!r} twice; rename one")
