@@ -2,19 +2,7 @@
 
 from importlib import import_module
 
+from anynorm.doctor.check import OWN
 from doctor.patients import Case
 
-FILES = (
-    "averages",
-    "variances",
-    "parameters",
-    "modes",
-    "optimizers",
-    "structure",
-    "places",
-    "gap",
-    "batches",
-    "numbers",
-    "dependence",
-)
-CASES: dict[str, Case] = {case.check: case for name in FILES for case in import_module(f"doctor.cases.{name}").CASES}
+CASES: dict[str, Case] = {case.check: case for name in OWN for case in import_module(f"doctor.cases.{name}").CASES}

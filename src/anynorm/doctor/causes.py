@@ -15,6 +15,7 @@ from .gaps import Gap, find_gap
 from .inputs import find_targets
 
 PURE = 0.5  # of the entropy of shuffled batches: a batch below is of few classes
+FEW_CLASSES = "batches of few classes"
 SHUFFLES = 50  # orders to compare with
 
 
@@ -62,7 +63,7 @@ def find_causes(facts: Facts, gap: Gap) -> Iterator[Cause]:
     )
     purity = find_purity(facts)
     yield Cause(
-        "batches of few classes",
+        FEW_CLASSES,
         purity is not None and purity < PURE,
         "no targets of classes are known"
         if purity is None

@@ -167,11 +167,6 @@ class Check:
             self.id, self.title, severity or self.severity, layer, message, evidence, said, repair, list(effects)
         )
 
-    @classmethod
-    def find_page(cls) -> str:
-        """Where the check is described."""
-        return f"{PAGE}#{cls.id}"
-
 
 @cache
 def find_checks() -> dict[str, Check]:

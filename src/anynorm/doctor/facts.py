@@ -152,7 +152,7 @@ class Facts:
         for name, module in self.model.named_modules(remove_duplicate=False):
             places.setdefault(id(module), []).append(name)
         order = [name for name, _ in self.model.named_modules() if name in found]
-        around, _ = find_surroundings(self.model, order) if order else ({}, {})
+        around = find_surroundings(self.model, order) if order else {}
         return [
             NormFacts(
                 name,

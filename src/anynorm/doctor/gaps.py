@@ -77,8 +77,10 @@ def find_error(norm: NormFacts, seen: Seen, population: Population) -> Tensor:
 
 
 def find_gaps(facts: Facts, run: Pass) -> list[Gap]:
-    """Of all layers that are not frozen, in the order of the model."""
-    found = [find_gap(norm, run.seen.get(norm.name)) for norm in facts.averaging if norm.kind == "batch"]
+    """Of all layers, in the order of the model, but those that training leaves in evaluation, as frozen ones: they
+    normalize by their averages in both modes."""
+    norms = [norm for norm in facts.averaging if norm.kind == "batch" and norm.name in facts.trains]
+    found = [find_gap(norm, run.seen.get(norm.name)) for norm in norms]
     return [gap for gap in found if gap is not None]
 
 

@@ -70,7 +70,8 @@ class Inputs:
     def judge(self, outputs: Any, targets: Any) -> Tensor | float | None:
         """The loss; None where nobody knows it."""
         if self.loss_fn is not None:
-            return self.loss_fn(outputs, targets)  # type: ignore[no-any-return] # the user's
+            loss: Tensor | float = self.loss_fn(outputs, targets)
+            return loss
         if isinstance(own := getattr(outputs, "loss", None), Tensor):
             return own
         first = find_first(outputs)

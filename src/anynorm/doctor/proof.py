@@ -5,11 +5,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
-
-import torch
+from typing import Any, Literal
 
 from ..randomness import restore_randomness, save_randomness
+from ..surgery.differences import measure
 from ..surgery.operation import NotProved, Snapshot
 from ..surgery.report import SurgeryReport
 from .check import Effect, Finding, find_checks
@@ -20,6 +19,7 @@ from .passes import keeping_modes, run_pass
 WORSE = 1.02  # a repair may raise the loss by no more
 FALLEN = 0.02  # nor lower the accuracy by more
 CLOSE = 1e-4  # of the largest output: an exact repair moves no more
+MEASURES: tuple[tuple[str, Literal["lower", "higher"]], ...] = (("loss", "lower"), ("accuracy", "higher"))
 
 
 def repair(inputs: Inputs, finding: Finding) -> list[Effect]:
@@ -27,18 +27,20 @@ def repair(inputs: Inputs, finding: Finding) -> list[Effect]:
     assert finding.repair is not None
     check = find_checks()[finding.check]
     model = inputs.inside
-    before, report = measure(inputs), SurgeryReport(model=model)
+    before, report = run(inputs), SurgeryReport(model=model)
     snapshot, groups = Snapshot(model, values=True), copy_optimizer(inputs.optimizer)
     try:
         finding.repair.perform()
-        after = measure(inputs)
+        after = run(inputs)
+        if after["problem"] and not before["problem"]:
+            raise NotProved(f"apply: the model must take the batches as before; it raises {after['problem']}", report)
         with keeping_everything(inputs):
             again = [each for each in check.run(Facts(inputs)) if each.layer == finding.layer]
         if again:
             raise NotProved(f"apply: a repair must remove what was found; {again[0].message} is still so", report)
         if finding.repair.is_exact and before["outputs"] is not None:
-            off = compare(before["outputs"], after["outputs"])
-            if off > CLOSE:
+            off = measure(before["outputs"], after["outputs"]).relative
+            if not off <= CLOSE:
                 raise NotProved(f"apply: it may not move outputs in evaluation; they moved by {off:.1g}", report)
         old, new = before["loss"], after["loss"]
         is_known = old is not None and new is not None and old == old and not finding.repair.needs_training
@@ -52,26 +54,19 @@ def repair(inputs: Inputs, finding: Finding) -> list[Effect]:
         restore_optimizer(inputs.optimizer, groups)
         raise
     found = list(finding.effects)
-    for name, better in (("loss", "lower"), ("accuracy", "higher")):
+    for name, better in MEASURES:
         if before[name] is not None and after[name] is not None:
             found = [each for each in found if each.measure != name]
-            found.append(Effect(name, before[name], after[name], better))  # type: ignore[arg-type] # a literal
+            found.append(Effect(name, before[name], after[name], better))
     return found
 
 
-def measure(inputs: Inputs) -> dict[str, Any]:
-    """Loss, accuracy and the first batch's output, in evaluation."""
+def run(inputs: Inputs) -> dict[str, Any]:
+    """Loss, accuracy and the first batch's output in evaluation, and what the model raises, "" for nothing."""
     with keeping_everything(inputs):
         found = run_pass(inputs, training=False, records=False)
     first = found.scores[0].output if found.scores else None
-    return {"loss": found.loss, "accuracy": found.accuracy, "outputs": first}
-
-
-def compare(one: torch.Tensor, other: torch.Tensor | None) -> float:
-    """The largest difference as a share of the largest value."""
-    if other is None or one.shape != other.shape:
-        return float("inf")
-    return float((one - other).abs().max() / one.abs().max().clamp_min(1e-30))
+    return {"loss": found.loss, "accuracy": found.accuracy, "outputs": first, "problem": found.problem}
 
 
 @contextmanager

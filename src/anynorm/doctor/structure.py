@@ -50,18 +50,16 @@ class Surroundings(NamedTuple):
     calls: int
 
 
-def find_surroundings(model: nn.Module, norms: Collection[str]) -> tuple[dict[str, Surroundings], dict[str, str]]:
-    """What is around each norm, and why nothing is known of the others."""
-    recordings = record(model, norms)
+def find_surroundings(model: nn.Module, norms: Collection[str]) -> dict[str, Surroundings]:
+    """What is around each norm that a graph shows."""
     found: dict[str, Surroundings] = {}
     first = {id(module): name for name, module in model.named_modules()}
-    for group in recordings.groups:
+    for group in record(model, norms).groups:
         for recording in group:
             for name, around in read(recording, first, norms):
                 # What a flag or the mode changes is not known.
                 found[name] = around if name not in found else find_common(found[name], around)
-    reasons = {name: recordings.reasons.get(name, "nothing calls it") for name in norms}
-    return found, {name: reason for name, reason in reasons.items() if name not in found}
+    return found
 
 
 def find_common(one: Surroundings, other: Surroundings) -> Surroundings:

@@ -183,8 +183,8 @@ class Snapshot:
                 container.update(content)
         for tensor, flag, gradient in self.flags:
             tensor.requires_grad_(flag)
-            if gradient is not None:
-                tensor.grad = gradient
+            if tensor.is_leaf:
+                tensor.grad = gradient  # None, too: what is rolled back may have made one
         with torch.no_grad():
             for tensor, value in self.values:
                 if not torch.equal(tensor, value):

@@ -118,8 +118,9 @@ def test_fix_repairs_proves_and_writes(run):
 
 def test_fix_says_what_was_refused_and_ends_in_1(run, monkeypatch):
     from anynorm.doctor import proof
+    from anynorm.surgery.differences import Difference
 
-    monkeypatch.setattr(proof, "compare", lambda one, other: 1.0)  # as if outputs had moved
+    monkeypatch.setattr(proof, "measure", lambda one, other: Difference(1.0, 1.0))  # as if outputs had moved
     result = run("sick.py:inverted", "--data", "sick.py:load", "--check", "momentum-zero", "--fix")
     assert "nothing that was found has a repair" in flatten(result.output)
     result = run("sick.py:notes", "--data", "sick.py:load", "--check", "bias-useless", "--fix", "--out", "w.pt")

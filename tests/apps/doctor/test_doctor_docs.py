@@ -15,6 +15,7 @@ import pytest
 from anynorm.doctor import proof
 from anynorm.doctor.check import find_checks
 from anynorm.doctor.diagnosis import SCHEMA
+from anynorm.surgery.differences import Difference
 
 ROOT = Path(__file__).parents[3]
 PAGE = ROOT / "docs" / "doctor.md"
@@ -76,7 +77,9 @@ def read_findings(path: str) -> str | None:
 
 
 def test_the_json_has_the_documented_fields_and_no_others(run, monkeypatch):
-    monkeypatch.setattr(proof, "compare", lambda one, other: 1.0)  # as if outputs had moved: one is refused
+    monkeypatch.setattr(
+        proof, "measure", lambda one, other: Difference(1.0, 1.0)
+    )  # as if outputs had moved: one is refused
     chosen = ("momentum-inverted", "train-eval-gap", "bias-useless", "norms-decayed")
     options = [word for check in chosen for word in ("--check", check)]
     result = run("sick.py:taken_over", "--data", "sick.py:load", "--fix", "--json", "r.json", *options)

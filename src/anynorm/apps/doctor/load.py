@@ -66,12 +66,12 @@ def open_loss(spec: str) -> Callable[[Any, Any], Any]:
     Raises:
         UserError: one sentence, when it cannot be imported or called.
     """
-    found = find_given("--loss", spec, LOSS)
+    found: Callable[[Any, Any], Any] = find_given("--loss", spec, LOSS)
     if isinstance(found, type):
         found = call("--loss", spec, found, LOSS)
     if not callable(found):
         raise UserError(f"doctor --loss: {spec} must be {LOSS}; got a {type(found).__name__}.")
-    return found  # type: ignore[no-any-return] # the user's
+    return found
 
 
 def find_given(option: str, spec: str, takes: str) -> Any:

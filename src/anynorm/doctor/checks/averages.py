@@ -108,8 +108,8 @@ def make_unbiasing(norm: NormFacts, share: float) -> Repair:
     """Take a share of mean 0 and variance 1 out of averages."""
     code = (
         f"norm = {norm.path}\nleft = (1 - norm.momentum) ** int(norm.num_batches_tracked)\n"
-        "norm.running_mean.div_(1 - left)\nnorm.running_var.sub_(left).div_(1 - "
-        "left).clamp_(min=0)\nnorm.momentum = None"
+        "norm.running_mean.div_(1 - left)\nnorm.running_var.sub_(left).div_(1 - left).clamp_(min=0)\n"
+        "norm.momentum = None"
     )
 
     def perform() -> None:
@@ -160,7 +160,7 @@ class NeverUpdated(Check):
         "evaluation. It was trained with momentum 0, without track_running_stats, or its buffers were not in the "
         "checkpoint."
     )
-    evidence = "Averages that are exactly 0 and 1, and a gamma or beta that has moved."
+    evidence = "Averages that are exactly 0 and 1, and a counter above 0 or betas that differ; how far gamma moved."
     cure = "find the averages from data: anynorm.recalibrate(model, loader)"
     threads = ("keras#12851", "pytorch#4741")
 

@@ -195,8 +195,8 @@ class PaddingCounted(Check):
         "in evaluation."
     )
     evidence = (
-        "The share of positions at the end of samples that are 0 in all channels, and the statistics of a norm "
-        "with and without them."
+        "The share of positions at the end of samples that are 0 in all channels, and how many norms pool over them "
+        "without a mask."
     )
     cure = (
         "after anynorm.accelerate(model) call it within anynorm.masked(mask, model=model), whose mask is 1 at real "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..causes import Cause, find_causes
+from ..causes import FEW_CLASSES, Cause, find_causes
 from ..check import Check, Effect, Finding
 from ..facts import Facts
 from ..gaps import Gap, Share, find_gaps, find_shares, put_populations
@@ -22,16 +22,15 @@ class TrainEvalGap(Check):
     needs = "data"
     fault = (
         "In training a batch norm uses its batch, in evaluation its running averages. Where these are not the "
-        "statistics "
-        "of the data, the network computes something else in evaluation: the loss on the training data itself "
-        "is higher."
+        "statistics of the data, the network computes something else in evaluation: the loss on the training data "
+        "itself is higher."
     )
     evidence = (
         "The loss on the same batches in both modes, without dropout. For each layer the gap between the statistics of "
-        "the batches and its averages in standard deviations, with its error; and how far the loss rises "
-        "where that layer "
-        "alone has its averages. Causes are ruled out one by one: never updated, momentum, batches of few classes, "
-        "dropout, padding, small batches; what is left is other data or other weights."
+        "the batches and its averages in standard deviations, with its error; and how far the loss rises where that "
+        "layer alone has its averages. Causes are ruled out one by one: never updated, momentum, batches of few "
+        "classes, dropout, padding, small batches; what is left is other data or other weights. Whether the statistics "
+        "of the data bring the loss back is measured, too: where they do not, it is not the averages."
     )
     cure = "anynorm.recalibrate(model, loader) finds the averages of the data; the cause says what else"
     threads = (
@@ -71,8 +70,12 @@ class TrainEvalGap(Check):
         repair, advice = make_recalibration(facts), cause.cure
         if regained < MENDED:
             said += f". The statistics of the data bring back {100 * max(regained, 0.0):.0f} % of that: "
-            said += "the weights need such batches"
-            repair, advice = make_retraining(facts), f"train on with shuffled data; {cause.cure}"
+            if cause.name == FEW_CLASSES:
+                said += "the weights need such batches"
+                repair, advice = make_retraining(facts), f"train on with shuffled data; {cause.cure}"
+            else:
+                said += "something else than averages differs between the modes"
+                repair, advice = None, "look for what else asks for the mode: a forward that reads self.training"
         return self.find(
             worst.gap.norm.name,
             said,

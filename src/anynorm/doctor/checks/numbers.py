@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 from ... import reference
+from ...functional.batch import batch_norm
 from ...surgery.accelerate import accelerate
 from ...surgery.report import is_ours
 from ..check import Check, Effect, Finding, Repair
@@ -127,15 +129,16 @@ class LostDigits(Check):
             flat = find_flatness(seen)
             if flat < FLAT or type(norm.module).forward is not nn.modules.batchnorm._BatchNorm.forward:
                 continue
-            off = find_error(norm, seen.example)
+            off, ours = find_errors(norm, seen.example)
             if off > LOST:
                 yield self.find(
                     norm.name,
                     f"{norm.said}: |mean| / std is {flat:.2g}, and its output is off by {off:.1e} of the largest",
                     repair=Repair("anynorm.accelerate(model)", partial(accelerate, facts.model)),
-                    effects=[Effect("error of the norm", off, 1e-6)],
+                    effects=[Effect("error of the norm", off, ours)],
                     mean_by_std=flat,
                     error=off,
+                    error_after=ours,
                 )
 
 
@@ -148,12 +151,14 @@ def find_flatness(seen: Seen) -> float:
     return float((moments.mean.abs() / (moments.m2 / int(moments.count)).sqrt()).nan_to_num(0.0, 0.0, 0.0).max())
 
 
-def find_error(norm: NormFacts, x: torch.Tensor) -> float:
-    """How far torch's output in training is from the formula's."""
-    y = torch.nn.functional.batch_norm(x, None, None, None, None, True, 0.0, norm.module.eps)
+def find_errors(norm: NormFacts, x: torch.Tensor) -> tuple[float, float]:
+    """How far torch's output in training, and this library's, are from the formula's."""
     axes = tuple(axis for axis in range(x.dim()) if axis != 1)
     exact = reference.forward(x.double().cpu().numpy(), axes, eps=norm.module.eps)
-    return float(np.abs(y.double().cpu().numpy() - exact).max() / max(np.abs(exact).max(), 1e-30))
+    given = (x, None, None, None, None, True, 0.0, norm.module.eps)
+    found = (F.batch_norm(*given), batch_norm(*given))
+    off, ours = (float(np.abs(y.double().cpu().numpy() - exact).max() / max(np.abs(exact).max(), 1e-30)) for y in found)
+    return off, ours
 
 
 class DeadChannels(Check):

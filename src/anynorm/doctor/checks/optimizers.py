@@ -104,9 +104,9 @@ def has_held_neighbours(facts: Facts, norm: NormFacts, held: set[int]) -> bool:
 
 def make_added(optimizer: Any, missing: list[Any]) -> Any:
     def perform() -> None:
-        group = {"params": missing}
+        group: dict[str, Any] = {"params": missing}
         if "weight_decay" in optimizer.defaults:
-            group["weight_decay"] = 0.0  # type: ignore[assignment] # a group's options beside its parameters
+            group["weight_decay"] = 0.0
         optimizer.add_param_group(group)
 
     return perform

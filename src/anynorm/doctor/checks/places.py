@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 from math import prod
+from typing import Any
 
 import torch.nn as nn
 
@@ -37,9 +38,7 @@ class WrongAxis(Check):
         for norm in facts.norms:
             seen = facts.evaluation.seen.get(norm.name)
             before = [step for step in norm.around.before if not step.activation and not is_dropout(step.module)]
-            is_turned = any(
-                step.function in TURNS for step in before[1:]
-            )  # a linear layer over positions, as in a mixer
+            is_turned = any(step.function in TURNS for step in before[1:])  # of positions, as in a mixer
             if norm.kind not in ("batch", "group", "instance") or seen is None or not before or not seen.shapes:
                 continue
             shape, layer = seen.shapes[0], before[0].module
@@ -142,12 +141,13 @@ class OneValue(Check):
                 )
 
 
-def find_left_over(loader: object) -> int:
+def find_left_over(loader: Any) -> int:
     """Samples in a DataLoader's last batch; -1 where nobody knows, or where it is dropped."""
-    size, dataset = getattr(loader, "batch_size", None), getattr(loader, "dataset", None)
+    size: Any = getattr(loader, "batch_size", None)
+    dataset: Any = getattr(loader, "dataset", None)
     if not isinstance(size, int) or not hasattr(dataset, "__len__") or getattr(loader, "drop_last", False):
         return -1
-    return len(dataset) % size or size  # type: ignore[arg-type] # it has a length
+    return len(dataset) % size or size
 
 
 def make_tolerant(facts: Facts, norm: NormFacts) -> Repair:

@@ -22,6 +22,7 @@ from ..check import Check, Finding, Repair
 from ..facts import Facts, NormFacts
 from ..passes import Seen
 from .neighbours import has_weights
+from .repairs import make_recalibration
 
 SMALL_BATCH = 16  # samples of one process
 ALIKE = 0.25  # std: a difference that evaluation hardly notices
@@ -100,8 +101,6 @@ def make_copies(facts: Facts, norm: NormFacts) -> Repair:
         for name in norm.names[1:]:
             parent, _, key = name.rpartition(".")
             model.get_submodule(parent)._modules[key] = copy.deepcopy(norm.module)
-
-    from .repairs import make_recalibration
 
     own = Repair(code.rstrip(), perform)
     return make_recalibration(facts, own) or own

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from ..inputs import Inputs, are_classes, find_targets
 from ..passes import Pass, find_excess, find_gain, run_pass
 from .repairs import make_recalibration
 
+SMALL = 0.05  # a variance beside which an eps of 1e-3 is felt
 SCALES = [2.0 ** (each / 4) for each in range(-8, 9)]  # of outputs, 1/4 to 4
 OTHERS = {1e-3: "Keras", 1e-5: "torch", 1e-6: "Darknet"}  # eps of batch norm in frameworks
 
@@ -67,17 +69,13 @@ class ZeroEps(Check):
                 smallest = float(norm.var.min()) if norm.var is not None else float("nan")
                 if norm.normalizes_by_averages and smallest > 0:
                     continue  # it never divides by anything else
-                perform = self.make_change(norm.module)
+                perform = partial(setattr, norm.module, "eps", 1e-5)
                 yield self.find(
                     norm.name,
                     f"{norm.said}: eps is 0",
                     repair=Repair(f"{norm.path}.eps = 1e-5", perform),
                     smallest_variance=smallest,
                 )
-
-    @staticmethod
-    def make_change(module: torch.nn.Module):  # type: ignore[no-untyped-def] # a closure
-        return lambda: setattr(module, "eps", 1e-5)
 
 
 class ForeignEps(Check):
@@ -95,8 +93,9 @@ class ForeignEps(Check):
     cure = "set eps to the value that the weights were trained with"
 
     def run(self, facts: Facts) -> Iterator[Finding]:
-        norms = [norm for norm in facts.averaging if norm.var is not None]
-        small = [norm for norm in norms if bool(norm.var.isfinite().all()) and float(norm.var.min()) < 0.05]  # type: ignore[union-attr] # looked at
+        norms = facts.averaging
+        least = {norm: float(norm.var.nan_to_num(0.0).min()) for norm in norms if norm.var is not None}
+        small = [norm for norm, var in least.items() if var < SMALL]
         now = {norm.module.eps for norm in norms}
         if not small or len(now) != 1 or facts.evaluation.loss is None:
             return
@@ -119,14 +118,14 @@ class ForeignEps(Check):
                 best, gain = (eps, framework, other), excess
         if best is not None:
             eps, framework, other = best
-            worst = min(small, key=lambda norm: float(norm.var.min()))  # type: ignore[union-attr] # as above
+            worst = min(small, key=lambda norm: least[norm])
 
             def perform() -> None:
                 for norm in norms:
                     norm.module.eps = eps
 
             code = f"for norm in model.modules():\n    if hasattr(norm, 'running_var'):\n        norm.eps = {eps:g}"
-            assert other.loss is not None and worst.var is not None
+            assert other.loss is not None
             yield self.find(
                 worst.name,
                 f"{worst.said}: eps is {own:g}; with {eps:g}, that of {framework}, the loss falls by {gain:.3g}",
@@ -134,7 +133,7 @@ class ForeignEps(Check):
                 effects=[Effect("loss", facts.evaluation.loss, other.loss)],
                 eps=own,
                 other_eps=eps,
-                smallest_variance=float(worst.var.min()),
+                smallest_variance=least[worst],
             )
 
 
