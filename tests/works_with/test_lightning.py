@@ -22,6 +22,9 @@ from anynorm.integrations.lightning import Monitor, Recalibrate  # noqa: E402
 X = 3 * torch.randn(44, 3, 6, 6, generator=torch.Generator().manual_seed(0)) + 2
 DATA = TensorDataset(X, torch.arange(44) % 4)
 
+# lightning 2.6 asks torch's pytree in a way that torch 2.13 has deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning")
+
 
 class Model(pl.LightningModule):
     def __init__(self) -> None:
